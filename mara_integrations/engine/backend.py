@@ -1,0 +1,280 @@
+"""The forward protocol of gated decoding, and two implementations over transformers.
+
+A backend holds sequences as rows. A *chain* of tokens is appended to a row; *siblings* are branches for its next
+position, none of which sees another; one of them is committed, the others are forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mara_integrations.engine import attention
+from mara_integrations.engine.cache import KVCache
+from mara_integrations.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens fed for one row in one forward: a chain, or siblings of its next position."""
+
+    row: int
+    token_ids: Sequence[int]
+    siblings: bool = False
+
+
+class Backend(Protocol):
+    """What gated decoding asks of a model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states and logits are."""
+
+    def open(self) -> int:
+        """A new, empty row."""
+
+    def close(self, row: int) -> None:
+        """Forget a row."""
+
+    def feed(self, segments: Sequence[Segment]) -> Tensor:
+        """Run all segments through the model.
+
+        A chain is part of its row afterwards. Siblings are held, numbered from 0 in feeding order over any number of
+        calls, until `commit`.
+
+        Returns:
+            Hidden states after the final norm, of every token in order, shape (T, d).
+        """
+
+    def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
+        """Append the named branch to each row and forget its siblings."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states, (N, d) to (N, V)."""
+
+
+class PackedBackend:
+    """One forward for everything that waits: all segments in one packed row, with our attention and our cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        attention.install(model)
+        self._model = model
+        self._decoder = model.get_decoder()
+        self._to_logits = _logits_function(model)
+        self._cache = KVCache()
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device  # type: ignore[return-value]  # an embedding has one
+
+    def open(self) -> int:
+        return self._cache.open()
+
+    def close(self, row: int) -> None:
+        self._cache.close(row)
+
+    def feed(self, segments: Sequence[Segment]) -> Tensor:
+        layout = [(segment.row, len(segment.token_ids), segment.siblings) for segment in segments]
+        context, positions = attention.PackedContext.build(self._cache, layout, self.device)
+        token_ids = torch.tensor([[t for segment in segments for t in segment.token_ids]], device=self.device)  # (1, T)
+        output = self._decoder(input_ids=token_ids, **attention.forward_arguments(context, positions))
+        for row, width, siblings in layout:
+            (self._cache.branch if siblings else self._cache.extend)(row, width)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
+        self._cache.commit(rows, branches)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._to_logits(hidden)
+
+
+@dataclass(slots=True)
+class _SerialRow:
+    cache: Any
+    length: int = 0
+    branches: list[Any] = field(default_factory=list)
+
+
+class SerialBackend:
+    """One forward a segment, and one a sibling, each from a snapshot of its row's cache.
+
+    Exact for every causal model transformers can run, and slow: for models whose attention takes no trees (position
+    biases, recurrent states) and as the oracle of the packed backend.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder = model.get_decoder()
+        self._to_logits = _logits_function(model)
+        self._rows: dict[int, _SerialRow] = {}
+        self._next_row = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device  # type: ignore[return-value]  # an embedding has one
+
+    def open(self) -> int:
+        row, self._next_row = self._next_row, self._next_row + 1
+        self._rows[row] = _SerialRow(DynamicCache(config=self._model.config))
+        return row
+
+    def close(self, row: int) -> None:
+        del self._rows[row]
+
+    def feed(self, segments: Sequence[Segment]) -> Tensor:
+        hidden = []
+        for segment in segments:
+            row = self._rows[segment.row]
+            if segment.siblings:
+                for token_id in segment.token_ids:
+                    branch = _snapshot(row.cache)
+                    hidden.append(self._run(branch, [token_id], row.length))
+                    row.branches.append(branch)
+            else:
+                hidden.append(self._run(row.cache, segment.token_ids, row.length))
+                row.length += len(segment.token_ids)
+        return torch.cat(hidden)
+
+    def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
+        for handle, branch in zip(rows, branches, strict=True):
+            row = self._rows[handle]
+            row.cache, row.branches = row.branches[branch], []
+            row.length += 1
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._to_logits(hidden)
+
+    def _run(self, cache: Any, token_ids: Sequence[int], start: int) -> Tensor:
+        ids = torch.tensor([token_ids], device=self.device)
+        positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
+        arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        if _takes_position_ids(self._decoder):
+            arguments["position_ids"] = positions
+        hidden: Tensor = self._decoder(**arguments).last_hidden_state[0]
+        return hidden
+
+
+def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
+    """The packed backend where a probe shows that it computes what the model computes, else the serial one.
+
+    Raises:
+        ModelError: If not even the serial one does: the model is not a causal language model we can drive.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        reason = "its position encoding depends on the longest sequence in the batch"
+    elif not getattr(model, "_supports_attention_backend", False):
+        reason = "its attention can't be replaced"
+    else:
+        packed, reason = _probed(PackedBackend, model)
+        if packed is not None:
+            return packed
+        attention.uninstall(model)
+    warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
+    serial, reason = _probed(SerialBackend, model)
+    if serial is None:
+        raise ModelError(f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}")
+    return serial
+
+
+def _probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) -> tuple[Backend | None, str]:
+    """A backend that computes what its model computes, or None and why not."""
+    try:
+        backend = kind(model)
+        difference = _probe(backend, model)
+    except Exception as error:  # a model outside the contract may fail in any way; the reason is passed on in words
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return (None, difference) if difference else (backend, "")
+
+
+@torch.inference_mode()
+def _probe(backend: Backend, model: PreTrainedModel) -> str:
+    """Compare a chain and three siblings with plain forwards of the whole sequence; returns what differs, or ''."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]  # an embedding's weight
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocab_size, (9,), generator=generator).tolist()
+    row = backend.open()
+    try:
+        chain = backend.feed([Segment(row, prompt[:4])])
+        siblings = backend.feed([Segment(row, prompt[4:7], siblings=True)])
+        backend.commit([row], [1])
+        after = backend.feed([Segment(row, prompt[7:])])
+        got = torch.cat([chain, siblings, after])
+        logits = backend.logits(got)
+    finally:
+        backend.close(row)
+    kept = [*prompt[:4], prompt[5], *prompt[7:]]
+    inputs = [kept, [*prompt[:4], prompt[4]], [*prompt[:4], prompt[6]]]
+    outputs = [
+        model(input_ids=torch.tensor([ids], device=backend.device), output_hidden_states=True, use_cache=False)
+        for ids in inputs
+    ]
+    take = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (0, 4), (2, 4), (0, 5), (0, 6)]  # (input, place) of each token fed
+    want_hidden = torch.stack([outputs[i].hidden_states[-1][0, place] for i, place in take]).float()
+    want_logits = torch.stack([outputs[i].logits[0, place] for i, place in take]).float()
+    for what, mine, theirs in (("hidden states", got.float(), want_hidden), ("logits", logits.float(), want_logits)):
+        tolerance = 2e-3 if next(model.parameters()).dtype == torch.float32 else 6e-2
+        gap = float((mine - theirs).norm() / theirs.norm().clamp_min(1e-6))
+        if not gap < tolerance:
+            return f"{what} differ from a plain forward by {gap:.2g} of their size"
+    return ""
+
+
+def _logits_function(model: PreTrainedModel) -> Any:
+    """`lm_head` alone where that is all there is, else the model's own code after its decoder (soft caps, scalings)."""
+    lm_head, embeddings = model.get_output_embeddings(), model.get_input_embeddings().weight
+    probe = torch.arange(embeddings.shape[0], device=embeddings.device)[None, -5:]  # type: ignore[index,arg-type,union-attr]
+    with torch.inference_mode():
+        output = model(input_ids=probe, output_hidden_states=True, use_cache=False)
+        hidden, want = output.hidden_states[-1][0], output.logits[0]
+        if lm_head is not None and torch.allclose(lm_head(hidden).float(), want.float(), rtol=1e-3, atol=1e-3):
+            return lm_head
+    decoder, tail = model.get_decoder(), copy.copy(model)
+    tail._modules = dict(model._modules)  # a shallow copy: the user's model keeps its decoder, the weights are shared
+    for name, child in model.named_children():
+        if any(module is decoder for module in child.modules()):
+            tail._modules[name] = _Finished(decoder)
+
+    def to_logits(hidden: Tensor) -> Tensor:
+        logits: Tensor = tail(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits
+
+    return to_logits
+
+
+class _Finished(nn.Module):
+    """Stands where a decoder stood and hands its input on as the decoder's result."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.config = decoder.config
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]  # a plain Tensor will do
+
+
+def _snapshot(cache: Any) -> Any:
+    """A cache that can grow without changing the one it came from."""
+    if all(type(layer) is DynamicLayer for layer in cache.layers):  # update() makes new tensors: sharing is safe
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+        return branch
+    return copy.deepcopy(cache)
+
+
+def _takes_position_ids(decoder: nn.Module) -> bool:
+    import inspect
+
+    parameters = inspect.signature(decoder.forward).parameters
+    return "position_ids" in parameters

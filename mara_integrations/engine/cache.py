@@ -1,0 +1,117 @@
+"""Keys and values of many sequences, each with a length of its own; forgetting is a length, keeping a branch is a move.
+
+Rows in use are kept contiguous from 0, so that a batch of single tokens reads a view instead of a copy. Callers hold
+handles, which stay valid while rows move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """A slot for each token of each row: committed tokens at slots 0..length-1, held branches after them."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values: (rows, Hkv, slots, D)
+        self._handles: list[int] = []  # handle of the sequence in each row
+        self._rows: dict[int, int] = {}  # handle -> row
+        self._lengths: dict[int, int] = {}
+        self._branches: dict[int, int] = {}
+        self._next_handle = 0
+        self._num_rows = self._num_slots = 0
+
+    def open(self) -> int:
+        """A handle on a new, empty row."""
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._rows[handle] = len(self._handles)
+        self._handles.append(handle)
+        self._lengths[handle] = self._branches[handle] = 0
+        return handle
+
+    def close(self, handle: int) -> None:
+        """Free a row; the last row moves into its place."""
+        row, last = self._rows.pop(handle), len(self._handles) - 1
+        length = self._lengths.pop(handle)
+        del self._branches[handle]
+        moved = self._handles.pop()
+        if row != last:
+            length = self._lengths[moved] + self._branches[moved]
+            for keys, values in self._layers.values():
+                keys[row, :, :length] = keys[last, :, :length]
+                values[row, :, :length] = values[last, :, :length]
+            self._handles[row], self._rows[moved] = moved, row
+        if not self._handles:  # idle: give the memory back
+            self._layers.clear()
+            self._num_rows = self._num_slots = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._handles)
+
+    def row(self, handle: int) -> int:
+        return self._rows[handle]
+
+    def length(self, handle: int) -> int:
+        """Committed tokens."""
+        return self._lengths[handle]
+
+    def branches(self, handle: int) -> int:
+        """Siblings held for the next position."""
+        return self._branches[handle]
+
+    def extend(self, handle: int, count: int) -> None:
+        """Count tokens just written at the end as committed."""
+        assert not self._branches[handle], "a chain can't follow undecided branches"
+        self._lengths[handle] += count
+
+    def branch(self, handle: int, count: int) -> None:
+        """Count siblings just written after the committed tokens as held."""
+        self._branches[handle] += count
+
+    def commit(self, handles: Sequence[int], branches: Sequence[int]) -> None:
+        """Keep one branch of each row and forget its siblings."""
+        moves = [(self._rows[h], self._lengths[h], self._lengths[h] + b) for h, b in zip(handles, branches, strict=True)]
+        moves = [(row, to, origin) for row, to, origin in moves if to != origin]
+        if moves:
+            device = next(iter(self._layers.values()))[0].device
+            rows, to, origin = torch.tensor(moves, device=device).T
+            for keys, values in self._layers.values():
+                keys[rows, :, to] = keys[rows, :, origin]
+                values[rows, :, to] = values[rows, :, origin]
+        for handle in handles:
+            self._lengths[handle] += 1
+            self._branches[handle] = 0
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for every open row and this many slots; grows by doubling."""
+        if self.num_open <= self._num_rows and num_slots <= self._num_slots:
+            return
+        self._num_rows = max(self.num_open, min(2 * self._num_rows, self._num_rows + 64))
+        if num_slots > self._num_slots:
+            self._num_slots = max(num_slots + 64, min(2 * self._num_slots, self._num_slots + 1024))
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = (self._grown(keys), self._grown(values))
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(self._num_rows, old.shape[1], self._num_slots, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def write(self, layer: int, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T tokens, keys and values of shape (T, Hkv, D); returns the layer's whole store."""
+        if layer not in self._layers:
+            room = (self._num_rows, keys.shape[1], self._num_slots)
+            self._layers[layer] = (keys.new_zeros(*room, keys.shape[2]), values.new_zeros(*room, values.shape[2]))
+        stored_keys, stored_values = self._layers[layer]
+        stored_keys[rows, :, slots] = keys
+        stored_values[rows, :, slots] = values
+        return stored_keys, stored_values
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)

@@ -1,0 +1,132 @@
+"""The gate: from a head's scores to the token taken. Pure; decoding, training and tests all use these functions.
+
+Candidates are visited from the most probable down; candidate k is accepted with probability sigmoid(z_k), z_k its accept
+logit, and the last one is forced where the rule is a distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from mara_integrations.errors import ConfigError
+from mara_integrations.sampling import Fallback, GateParams, Selection
+
+HeadForm = Literal["paper", "residual", "value"]
+Rule = Literal["first", "greedy", "sample"]
+_Number = TypeVar("_Number", float, Tensor)
+
+
+def selection_rule(selection: Selection, form: HeadForm | None, temperature: float) -> Rule:
+    """What `auto` means: the paper's heads take the first accepted; the others follow the temperature."""
+    if selection != "auto":
+        return selection
+    if form == "paper":
+        return "first"
+    return "sample" if temperature > 0 else "greedy"
+
+
+def check_strength(form: HeadForm, gate: GateParams) -> None:
+    """Refuse a dial where there is none.
+
+    Raises:
+        ConfigError: If a head of the paper's form is asked for a strength other than 0 or 1: its accept probability
+            replaces the base model's instead of correcting it.
+    """
+    if form == "paper" and gate.strength not in (0.0, 1.0):
+        raise ConfigError(
+            f"strength={gate.strength!r} is not allowed: a 'paper' head is on (1) or off (0)",
+            hint="heads of the 'residual' and 'value' form have a dial",
+        )
+
+
+def accept_logit(form: HeadForm, score: _Number, hazard_logit: _Number, strength: float) -> _Number:
+    """Accept logit z of a candidate.
+
+    Args:
+        form: `paper` heads give z themselves; `residual` and `value` heads correct the base model's hazard, so that a
+            score or strength of 0 gives exactly the base model.
+        score: Output of `MARAHead.score`: l1 - l0 (`paper`), f (`residual`), V - V_prev (`value`).
+        hazard_logit: Logit of the base model's hazard, see `Candidates.hazard_logits`.
+        strength: Multiplies f; logits of several heads add.
+    """
+    return score if form == "paper" else hazard_logit + strength * score
+
+
+class Verdict(NamedTuple):
+    """A decision: the candidate taken, and how many the rule had to look at."""
+
+    taken: int
+    num_visited: int
+
+
+def decide(
+    accept_logits: Sequence[float], num_candidates: int, rule: Rule, fallback: Fallback, uniform: float
+) -> Verdict | None:
+    """Decide one position from the candidates visited so far; None: more have to be visited first.
+
+    Args:
+        accept_logits: Of the candidates visited, in visiting order.
+        num_candidates: How many there are in all.
+        rule: `first`: the first with z > 0. `greedy`: the most probable under the gate's distribution, known as soon as
+            no later one can win. `sample`: a draw from that distribution.
+        fallback: With `first`, what is taken when all are rejected.
+        uniform: The position's random number in [0, 1), for `sample`: the first k with P(taken <= k) > uniform.
+
+    Source: Zhang et al. 2025 (arXiv 2505.19743), section 3, for `first`; the chain rule over the decisions for the others.
+    """
+    last = num_candidates - 1
+    if rule == "first":
+        for k, z in enumerate(accept_logits):
+            if z > 0:
+                return Verdict(k, k + 1)
+        if len(accept_logits) < num_candidates:
+            return None
+        best = max(range(num_candidates), key=accept_logits.__getitem__)
+        return Verdict({"first": 0, "last": last, "best": best}[fallback], num_candidates)
+    remaining, best, best_prob = 1.0, 0, 0.0  # remaining: probability that no candidate so far is taken
+    for k, z in enumerate(accept_logits):
+        accept, reject = (1.0, 0.0) if k == last else (_sigmoid(z), _sigmoid(-z))
+        if remaining * accept > best_prob:
+            best, best_prob = k, remaining * accept
+        remaining *= reject
+        if rule == "sample" and (k == last or 1.0 - remaining > uniform):
+            return Verdict(k, k + 1)
+        if rule == "greedy" and remaining <= best_prob:
+            return Verdict(best, k + 1)
+    return None
+
+
+def _sigmoid(z: float) -> float:
+    return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+
+
+def gated_log_probs(accept_logits: Tensor, live: Tensor) -> Tensor:
+    """Log-probability of each candidate under the gate's sequential rule, the last live one forced.
+
+    Args:
+        accept_logits: Shape (B, K), in visiting order.
+        live: Which columns are candidates, a prefix of each row, shape (B, K).
+
+    Returns:
+        Shape (B, K), in nats; -inf where not live.
+
+    Source: log pi(k) = sum_{j<k} log sigmoid(-z_j) + log sigmoid(z_k).
+    """
+    last = torch.arange(live.shape[1], device=live.device) == live.sum(-1, keepdim=True) - 1
+    accept = logsigmoid(accept_logits).masked_fill(last, 0.0)
+    reject = logsigmoid(-accept_logits).masked_fill(~live, 0.0)
+    before = reject.cumsum(-1) - reject
+    return (before + accept).masked_fill(~live, -torch.inf)
+
+
+def kl_to_base(accept_logits: Tensor, hazard_logits: Tensor, live: Tensor) -> Tensor:
+    """KL(gate || base) of each position, shape (B,), in nats; arguments as in `gated_log_probs`."""
+    gated, base = gated_log_probs(accept_logits, live), gated_log_probs(hazard_logits, live)
+    gap = torch.where(live, gated - base, 0.0)
+    return (gated.exp() * gap).sum(-1)

@@ -1,0 +1,56 @@
+"""Who is in the next forward, and how much of each; no tensors. It changes time, never tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from mara_integrations.engine.sequence import Request, Sequence
+
+# Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator (where a
+# step is bound by reading the weights). See benchmarks/.
+CPU_KNEE, ACCELERATOR_KNEE = 8, 200
+
+
+class Scheduler:
+    """Admission of requests, and the widths of what they feed.
+
+    Args:
+        max_live: Sequences decoded at once.
+        prefill_chunk: Prompt tokens a sequence may feed in one forward.
+        knee: Tokens a forward carries at little cost.
+    """
+
+    def __init__(self, *, max_live: int = 64, prefill_chunk: int = 512, knee: int = CPU_KNEE) -> None:
+        self.max_live = max_live
+        self.prefill_chunk = prefill_chunk
+        self.knee = knee
+        self.waiting: deque[Request] = deque()
+        self.live: list[Sequence] = []
+        self._first_accepted = 0.9  # running share of positions whose first candidate was taken
+
+    def admit(self, start: Callable[[Request], Sequence]) -> None:
+        """Make waiting requests live while there is room, first come first served."""
+        while self.waiting and len(self.live) < self.max_live:
+            self.live.append(start(self.waiting.popleft()))
+
+    def retire(self) -> list[Sequence]:
+        """Take out the sequences that need no more forwards."""
+        done = [sequence for sequence in self.live if not sequence.is_waiting]
+        self.live = [sequence for sequence in self.live if sequence.is_waiting]
+        return done
+
+    def width(self, sequence: Sequence) -> int:
+        """Candidates to feed at once: one while firsts are mostly taken, then as many as come free, doubling.
+
+        Many rows already fill a forward, so each feeds few; a lone row spends the spare width on its candidates.
+        """
+        fed = len(sequence.position.states) if sequence.position else 0
+        spare = self.knee // max(1, len(self.live))
+        if fed == 0 and self._first_accepted >= 0.83 and self.knee <= CPU_KNEE:
+            return 1
+        return max(1, spare, fed)
+
+    def observe(self, taken: int) -> None:
+        """Learn from a decided position."""
+        self._first_accepted += 0.05 * ((taken == 0) - self._first_accepted)

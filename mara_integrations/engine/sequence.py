@@ -1,0 +1,245 @@
+"""One request from its prompt to its last token: what it asks of the next forward, what was decided, why it ended."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from mara_integrations.engine.backend import Segment
+from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.text import TextStream
+from mara_integrations.sampling import GateParams, SamplingParams
+
+FinishReason = Literal["stop", "length"]
+Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What is asked of the decoder.
+
+    Attributes:
+        prompt_ids: At least one token.
+        head: None for the base model.
+        eos_token_ids: Tokens that end the reply; the one that did is part of it.
+        text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.
+        keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
+    """
+
+    prompt_ids: Seq[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    gate: GateParams = field(default_factory=GateParams)
+    head: MARAHead | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    text: TextStream | None = None
+    keep_states: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TracePosition:
+    """What the gate saw and did at one position.
+
+    Attributes:
+        token_ids: Candidates, most probable first.
+        log_probs: Of the candidates under the base model, whole vocabulary, in nats.
+        accept_logits: Of the candidates visited, in visiting order; empty where the gate was not asked.
+        taken: Index of the candidate taken.
+        outcome: `base`: no gate. `single`: the only candidate, taken unasked. `accepted`. `forced`: the last one left.
+            `fallback`: all were rejected.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    accept_logits: tuple[float, ...]
+    taken: int
+    outcome: Outcome
+
+
+@dataclass(slots=True)
+class GateStats:
+    """Counts over one reply.
+
+    Attributes:
+        accepted: Tokens the gate accepted.
+        rejected: Candidates it visited and did not take.
+        single: Tokens taken unasked, the only candidates of their positions.
+        forced: Tokens taken as the last candidates left.
+        fallbacks: Tokens taken although every candidate was rejected.
+        fed: Tokens the model was run on for the reply, rejected and speculative ones included.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    single: int = 0
+    forced: int = 0
+    fallbacks: int = 0
+    fed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished reply.
+
+    Attributes:
+        text: Without special tokens and stop strings; empty where the request followed no text.
+        token_ids: Of the reply, its end-of-sequence token included.
+        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats.
+        prompt_tokens: Length of the prompt.
+        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`.
+        stats: What the gate did.
+        trace: Position by position, on request.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    stats: GateStats
+    trace: tuple[TracePosition, ...] | None = None
+
+
+@dataclass(slots=True)
+class Position:
+    """The candidates of the next token, and what is known of them so far."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    hazard_logits: list[float]
+    uniform: float
+    accept_logits: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # of the candidates fed, each (d,)
+
+
+class Sequence:
+    """State of one live request.
+
+    It alternates between tokens that are settled but not yet fed (`pending`: the prompt, later a token taken unasked) and
+    a `position` whose candidates are being fed as siblings.
+    """
+
+    def __init__(self, request: Request, row: int) -> None:
+        self.request = request
+        self.row = row
+        self.gated = request.head is not None and request.gate.strength > 0
+        head = request.head if self.gated else None
+        self.rule: Rule = selection_rule(request.gate.selection if head else "auto", head and head.config.form, self.temperature)
+        self.pending: list[int] = list(request.prompt_ids)
+        self.position: Position | None = None
+        self.tip: Tensor | None = None  # hidden state of the last committed token, (d,)
+        self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.states: list[Tensor] = []
+        self.trace: list[TracePosition] = []
+        self.stats = GateStats()
+        self.finish_reason: FinishReason | None = None
+        self.cancelled = False
+        self._random = random.Random(request.sampling.seed)
+
+    @property
+    def temperature(self) -> float:
+        """That of the candidates; inert for a head of the paper's form, as published."""
+        head = self.request.head
+        return 0.0 if self.gated and head and head.config.form == "paper" else self.request.sampling.temperature
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something still has to be fed for it."""
+        if self.cancelled:
+            return False
+        return self.finish_reason is None or (self.request.keep_states and bool(self.pending))
+
+    def propose(self, width: int, chunk: int) -> Segment:
+        """What to feed next: up to `chunk` pending tokens, or up to `width` more candidates."""
+        if self.pending:
+            return Segment(self.row, self.pending[:chunk])
+        assert self.position is not None
+        fed = len(self.position.states)
+        return Segment(self.row, self.position.token_ids[fed : fed + width], siblings=True)
+
+    def open_position(self, token_ids: list[int], log_probs: list[float], hazard_logits: list[float]) -> None:
+        """Look at ranked candidates; where there is nothing to ask, take one at once."""
+        position = Position(token_ids, log_probs, hazard_logits, self._random.random())
+        if len(token_ids) == 1:
+            self._take(position, 0, "single")
+        elif not self.gated:
+            verdict = decide(hazard_logits, len(token_ids), self.rule, "first", position.uniform)
+            assert verdict is not None
+            self._take(position, verdict.taken, "base")
+        else:
+            self.position = position
+            return
+        self.pending = self.token_ids[-1:]
+
+    def judge(self, scores: Seq[float], states: Tensor) -> int | None:
+        """Hear the head on candidates just fed: `scores` of N, `states` (N, d); returns the branch to keep, if decided."""
+        position, head = self.position, self.request.head
+        assert position is not None and head is not None
+        form, strength = head.config.form, self.request.gate.strength * head.config.strength
+        for score, state in zip(scores, states, strict=True):
+            hazard_logit = position.hazard_logits[len(position.states)]
+            position.accept_logits.append(accept_logit(form, score, hazard_logit, strength))
+            position.states.append(state)
+        count = len(position.token_ids)
+        verdict = decide(position.accept_logits, count, self.rule, self.request.gate.fallback, position.uniform)
+        if verdict is None:
+            return None
+        self._settle(position, verdict)
+        return verdict.taken
+
+    def _settle(self, position: Position, verdict: Verdict) -> None:
+        taken, visited = verdict
+        if self.rule == "first":
+            outcome: Outcome = "accepted" if position.accept_logits[taken] > 0 else "fallback"
+        else:
+            outcome = "forced" if taken == len(position.token_ids) - 1 else "accepted"
+        self.stats.rejected += visited - (outcome != "fallback")
+        self.tip, self.position = position.states[taken], None
+        del position.accept_logits[visited:]  # fed ahead, never asked
+        self._take(position, taken, outcome)
+
+    def _take(self, position: Position, taken: int, outcome: Outcome) -> None:
+        token_id = position.token_ids[taken]
+        self.token_ids.append(token_id)
+        self.log_probs.append(position.log_probs[taken])
+        match outcome:
+            case "accepted":
+                self.stats.accepted += 1
+            case "single":
+                self.stats.single += 1
+            case "forced":
+                self.stats.forced += 1
+            case "fallback":
+                self.stats.fallbacks += 1
+        if self.request.gate.trace:
+            seen = (tuple(position.token_ids), tuple(position.log_probs), tuple(position.accept_logits))
+            self.trace.append(TracePosition(*seen, taken, outcome))
+        text = self.request.text
+        if text is not None and token_id not in self.request.eos_token_ids:
+            text.push(token_id)
+        if token_id in self.request.eos_token_ids or (text is not None and text.stopped):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.request.sampling.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and text is not None:
+            text.finish()
+            if text.stopped:  # a stop string that only the last held-back characters completed
+                self.finish_reason = "stop"
+
+    def result(self) -> Generation:
+        """The reply, once `finish_reason` is known."""
+        assert self.finish_reason is not None
+        return Generation(
+            text=self.request.text.text if self.request.text else "",
+            token_ids=tuple(self.token_ids),
+            log_probs=tuple(self.log_probs),
+            prompt_tokens=len(self.request.prompt_ids),
+            finish_reason=self.finish_reason,
+            stats=self.stats,
+            trace=tuple(self.trace) if self.request.gate.trace else None,
+        )

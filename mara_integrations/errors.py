@@ -1,0 +1,56 @@
+"""Every error this package raises: one tree, each class with a hint, each leaf also the standard type it refines."""
+
+from __future__ import annotations
+
+
+class MaraError(Exception):
+    """Base of all our errors.
+
+    Args:
+        message: What was wrong, with the value that was given.
+        hint: What to do about it, one short clause; None when the message says it all.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+class ConfigError(MaraError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class ModelError(MaraError, ValueError):
+    """A base model can't be found, loaded, or driven by this engine."""
+
+
+class HeadError(MaraError, ValueError):
+    """A head can't be found, read, or does not fit the base model."""
+
+
+class ShapeError(MaraError, ValueError):
+    """A tensor has a shape the maths does not allow."""
+
+
+class DataError(MaraError, ValueError):
+    """A data file is missing, empty or malformed; the message names file and line."""
+
+
+class RewardError(MaraError, ValueError):
+    """A reward function can't be imported, raised, or returned the wrong thing."""
+
+
+class OutputError(MaraError, OSError):
+    """A result can't be written where it was asked for."""
+
+
+class EngineClosedError(MaraError, RuntimeError):
+    """A request came after the engine was closed, or its worker has died."""
+
+
+class MissingExtraError(MaraError, ImportError):
+    """An optional dependency is absent; the hint names the extra that brings it."""

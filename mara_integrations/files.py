@@ -1,0 +1,55 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from mara_integrations.errors import OutputError
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Write a file under a temporary name and move it into place; folders above it are made.
+
+    Raises:
+        OutputError: If it can't be written; names the path and the system's reason. Nothing half-written is left.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Find out before the work whether its result can be written; leaves nothing behind but the folder's parents.
+
+    Raises:
+        OutputError: If the folder can't be made or written to.
+    """
+    folder = Path(folder)
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"can't write to {str(folder)!r}: {str(nearest)!r} is a file", hint="name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"can't write {str(path)!r}: {error.strerror or error}", hint="check permissions and free space")

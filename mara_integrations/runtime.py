@@ -1,0 +1,263 @@
+"""The engine as an object: a base model, a head, defaults; text or messages in, text out, from any thread or event loop.
+
+Knows no framework. Loading happens on first use; one loaded model, and one decoder thread, serve all that name the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.gate import check_strength
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.reference import generate_reference
+from mara_integrations.engine.sequence import Generation, Request
+from mara_integrations.engine.text import TextStream
+from mara_integrations.engine.worker import Ticket, Update, Worker
+from mara_integrations.errors import ConfigError
+from mara_integrations.messages import Message, Prompt
+from mara_integrations.models import LoadedModel, ModelSpec, load_model
+from mara_integrations.sampling import GateParams, SamplingParams
+
+_workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
+_workers_lock = threading.Lock()
+
+
+def worker_for(model: LoadedModel) -> Worker:
+    """The one worker of a loaded model."""
+    with _workers_lock:
+        if model not in _workers:
+            _workers[model] = Worker(Decoder(make_backend(model.model, model.name)))
+        return _workers[model]
+
+
+class MARAEngine:
+    """Gated generation on a local model.
+
+    Args:
+        model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`.
+        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model.
+        device: `auto` is CUDA, then MPS, then CPU.
+        dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
+        revision: Of a model on the Hub.
+        model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
+        system_prompt: Put before every conversation that brings no system message.
+        **defaults: Fields of `SamplingParams` and `GateParams` that every request starts from.
+
+    Raises:
+        ConfigError: If a default is unknown or out of bounds. Everything else is raised on first use, or by `load`.
+    """
+
+    def __init__(
+        self,
+        model: Any = "smollm2",
+        head: MARAHead | str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+        **defaults: Any,
+    ) -> None:
+        self.spec = ModelSpec(model, device=device, dtype=dtype, revision=revision, model_kwargs=dict(model_kwargs or {}))
+        self.head_source = head
+        self.system_prompt = system_prompt
+        self.defaults = defaults
+        _split(defaults)
+        self._loaded: LoadedModel | None = None
+        self._lock = threading.Lock()
+
+    def load(self) -> MARAEngine:
+        """Load model and head now instead of on first use; returns itself.
+
+        Raises:
+            ModelError: If the model can't be found or driven.
+            HeadError: If the head can't be read or does not fit the model.
+        """
+        worker_for(self.model)
+        self._head(self.head_source)
+        return self
+
+    @property
+    def model(self) -> LoadedModel:
+        """The base model, loaded on first access."""
+        with self._lock:
+            if self._loaded is None:
+                if isinstance(self.head_source, str | Path):
+                    _read_head(str(self.head_source), _stamp(str(self.head_source)))  # a missing head is found out before a model is loaded
+                self._loaded = load_model(self.spec)
+        return self._loaded
+
+    @property
+    def head(self) -> MARAHead | None:
+        """The default head, on the model's device."""
+        return self._head(self.head_source)
+
+    def generate(self, prompt: Prompt, **overrides: Any) -> Generation:
+        """Generate one reply.
+
+        Args:
+            prompt: A conversation, raw text (no chat template), or token ids.
+            **overrides: Fields of `SamplingParams` and `GateParams`, `head`, `system_prompt`.
+
+        Raises:
+            ConfigError: If an override is unknown or out of bounds, or the prompt does not fit the model.
+            ModelError: See `load`.
+            HeadError: See `load`.
+        """
+        return _last(self._submit(prompt, overrides, Ticket.for_thread()))
+
+    def stream(self, prompt: Prompt, **overrides: Any) -> Iterator[Update]:
+        """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`."""
+        return iter(self._submit(prompt, overrides, Ticket.for_thread()))
+
+    def generate_batch(self, prompts: Sequence[Prompt], **overrides: Any) -> list[Generation]:
+        """Generate a reply to each prompt, decoded together; the same replies as one by one."""
+        tickets = [self._submit(prompt, overrides, Ticket.for_thread()) for prompt in prompts]
+        try:
+            return [_last(ticket) for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    async def agenerate(self, prompt: Prompt, **overrides: Any) -> Generation:
+        """`generate` without blocking the event loop; cancelling the task stops the generation."""
+        async for update in self.astream(prompt, **overrides):
+            if update.generation is not None:
+                return update.generation
+        raise AssertionError("a stream ends with its generation")
+
+    async def astream(self, prompt: Prompt, **overrides: Any) -> AsyncIterator[Update]:
+        """`stream` without blocking the event loop."""
+        import asyncio
+
+        ticket = Ticket.for_loop()
+        if self._loaded is None:
+            await asyncio.to_thread(self.load)
+        self._submit(prompt, overrides, ticket)
+        updates = aiter(ticket)
+        try:
+            async for update in updates:
+                yield update
+        finally:
+            await updates.aclose()  # type: ignore[attr-defined]  # an async generator
+
+    def verify(self, prompt: Prompt, **overrides: Any) -> tuple[list[int], list[int]]:
+        """Decode a prompt with the engine and with the slow reference.
+
+        Returns:
+            The tokens of both; equal unless a decision was closer than floating point noise.
+        """
+        request = self.request(prompt, **overrides)
+        reference = generate_reference(
+            self.model.model, request.prompt_ids, request.head, request.sampling, request.gate, request.eos_token_ids
+        )
+        return list(self.generate(prompt, **overrides).token_ids), reference
+
+    def encode(self, prompt: Prompt, system_prompt: str | None = None) -> list[int]:
+        """Token ids of a prompt, as `generate` feeds them."""
+        system_prompt = self.system_prompt if system_prompt is None else system_prompt
+        is_conversation = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Message)
+        if system_prompt and is_conversation and prompt[0].role != "system":  # type: ignore[union-attr]  # a Message
+            prompt = [Message("system", system_prompt), *prompt]  # type: ignore[list-item]  # Messages
+        return self.model.encoder.encode(prompt)
+
+    def request(self, prompt: Prompt, **overrides: Any) -> Request:
+        """What `generate` submits to the decoder; see there for arguments and errors."""
+        overrides = {**self.defaults, **overrides}
+        head = self._head(overrides.pop("head", self.head_source))
+        prompt_ids = self.encode(prompt, overrides.pop("system_prompt", None))
+        sampling_values, gate_values = _split(overrides)
+        gate = GateParams.of(**gate_values)
+        if head is not None:
+            check_strength(head.config.form, gate)
+            if gate.strength > 0:  # what the head was trained with, unless the request says otherwise
+                trained = head.config.model_dump(include={"top_k", "top_p", "min_candidates"})
+                sampling_values = {**trained, **sampling_values}
+        sampling = SamplingParams.of(**sampling_values)
+        room = self.model.context_window - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens; model {self.model.name!r} takes 1 to "
+                f"{self.model.context_window - 1}",
+                hint="shorten the prompt" if prompt_ids else "give it some text",
+            )
+        stop = (*sampling.stop, *self.model.encoder.default_stop)
+        return Request(
+            prompt_ids=prompt_ids,
+            sampling=sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room)),
+            gate=gate,
+            head=head,
+            eos_token_ids=self.model.eos_token_ids,
+            text=TextStream(self.model.tokenizer, stop),
+        )
+
+    def _submit(self, prompt: Prompt, overrides: dict[str, Any], ticket: Ticket) -> Ticket:
+        return worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
+
+    def _head(self, source: MARAHead | str | Path | None) -> MARAHead | None:
+        if source is None:
+            return None
+        model = self.model
+        if isinstance(source, MARAHead):
+            source.check_fits(model.hidden_size, model.name)
+            return source.to(model.device).eval()
+        return _placed_head(str(source), _stamp(str(source)), str(model.device), model.hidden_size, model.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MARAEngine:
+        return self  # frameworks copy their objects freely; weights are not copied with them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.spec, self.head_source, self.system_prompt, self.defaults)
+
+
+def _rebuild(spec: ModelSpec, head: Any, system_prompt: str | None, defaults: dict[str, Any]) -> MARAEngine:
+    settings = {"device": spec.device, "dtype": spec.dtype, "revision": spec.revision, "model_kwargs": spec.model_kwargs}
+    return MARAEngine(spec.model, head, system_prompt=system_prompt, **settings, **defaults)
+
+
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a request by what they concern, checked; an unknown one is refused."""
+    gate = {name: value for name, value in values.items() if name in GateParams.model_fields}
+    sampling = {name: value for name, value in values.items() if name not in gate}
+    unknown = sorted(set(sampling) - set(SamplingParams.model_fields))
+    if unknown:
+        allowed = sorted({*SamplingParams.model_fields, *GateParams.model_fields})
+        raise ConfigError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting", hint=f"settings are {', '.join(allowed)}")
+    SamplingParams.of(**sampling)
+    GateParams.of(**gate)
+    return sampling, gate
+
+
+@lru_cache(maxsize=64)
+def _placed_head(source: str, stamp: tuple[int, ...], device: str, hidden_size: int, model_name: str) -> MARAHead:
+    """One head object for all requests that name it, so that a batch evaluates it once; `stamp` tells a retrained one."""
+    head = _read_head(source, stamp)
+    head.check_fits(hidden_size, model_name, source)
+    return head.to(device)
+
+
+@lru_cache(maxsize=64)
+def _read_head(source: str, stamp: tuple[int, ...]) -> MARAHead:
+    return MARAHead.from_pretrained(source)
+
+
+def _stamp(source: str) -> tuple[int, ...]:
+    """Changes when the files of a local head do."""
+    path = Path(source).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return tuple(file.stat().st_mtime_ns for file in files)
+
+
+def _last(ticket: Ticket) -> Generation:
+    for update in ticket:
+        if update.generation is not None:
+            return update.generation
+    raise AssertionError("a stream ends with its generation")

@@ -1,0 +1,98 @@
+"""What a request may say: how candidates are chosen (`SamplingParams`) and how the gate judges them (`GateParams`).
+
+Torch-free, so that a command line can check its flags before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing_extensions import Self
+
+from mara_integrations.errors import ConfigError
+
+Selection = Literal["auto", "first", "greedy", "sample"]
+Fallback = Literal["first", "last", "best"]
+
+
+class _Params(BaseModel):
+    """Frozen settings that refuse unknown keys, with our error instead of pydantic's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Build from keyword arguments.
+
+        Raises:
+            ConfigError: If a value is out of bounds or a name is unknown; names the value and what is allowed.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f"{name}={first['input']!r} is not allowed: {first['msg'].lower()}",
+                hint=f"settings are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else None,
+            ) from None
+
+    def updated(self, **values: Any) -> Self:
+        """A copy with some values changed and everything checked again; see `of` for the errors."""
+        return self.of(**{**self.model_dump(), **values}) if values else self
+
+
+class SamplingParams(_Params):
+    """Which tokens are candidates, and when a reply ends.
+
+    Attributes:
+        max_new_tokens: Upper bound of the reply, in tokens.
+        temperature: 0 is greedy. Above 0 the logits are divided by it before the filters, as in transformers.
+        top_k: Candidates kept by probability; the paper's value is 40.
+        top_p: Of those, the smallest set whose renormalised probability reaches this; the paper's value is 0.95.
+        min_candidates: Survivors kept whatever top-p says; 2 lets a gate refuse a lone survivor.
+        stop: Strings that end the reply; they are not part of it.
+        seed: Makes sampling repeatable: one uniform number a position, whatever the gate does with it.
+    """
+
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.0, ge=0.0, le=100.0)
+    top_k: int = Field(40, ge=1)
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    min_candidates: int = Field(1, ge=1)
+    stop: tuple[str, ...] = ()
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("a stop string can't be empty")
+        return value
+
+
+class GateParams(_Params):
+    """How the gate turns a head's scores into the token taken.
+
+    Attributes:
+        strength: Dial on the head; 0 is exactly the base model, 1 the strength the head was trained to.
+        selection: `first` takes the first accepted candidate, `greedy` the most probable one under the gate's own
+            distribution, `sample` draws from that distribution. `auto` is `first` for heads of the paper's form, else
+            `greedy` at temperature 0 and `sample` above.
+        fallback: With `first`, what is taken when every candidate is rejected: the first (the published inference),
+            the last (the paper's text) or the one with the highest accept logit.
+        trace: Record what the gate saw and did at each position.
+    """
+
+    strength: float = Field(1.0, ge=0.0, le=1000.0)
+    selection: Selection = "auto"
+    fallback: Fallback = "first"
+    trace: bool = False

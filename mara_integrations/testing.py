@@ -90,10 +90,10 @@ def random_head(
     if states is None:
         states = torch.randn(512, hidden_size, generator=generator)
     with torch.no_grad():
-        for parameter in head.parameters():
-            if parameter.dim() > 1:
-                bound = parameter.shape[1] ** -0.5
-                parameter.uniform_(-bound, bound, generator=generator)
+        for layer in (head.linear1, head.linear2, head.output_linear):
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
         head.output_linear.weight.mul_(30.0)
         if form == "paper":
             out = head(states.float())

@@ -9,6 +9,7 @@ import torch
 
 from mara_integrations.engine.backend import PackedBackend, SerialBackend, make_backend
 from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Request
@@ -101,8 +102,7 @@ def test_strength_zero_is_the_base_model(form):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_untrained_head_is_the_base_model_with_the_same_random_numbers(form, temperature):
     model = tiny_model()
-    head = random_head(32, form)
-    torch.nn.init.zeros_(head.output_linear.weight)
+    head = MARAHead(HeadConfig(form=form, hidden_size=32))
     sampling = SamplingParams(max_new_tokens=12, temperature=temperature, seed=5)
     gated, base = Decoder(make_backend(model)).run([Request(prompt(8), sampling, head=h) for h in (head, None)])
     assert gated.token_ids == base.token_ids

@@ -34,6 +34,17 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a log; see `write_atomically` for errors."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def check_writable(folder: str | Path) -> None:
     """Find out before the work whether its result can be written; leaves nothing behind but the folder's parents.
 

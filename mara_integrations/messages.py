@@ -10,9 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import Any, Literal
-
-from typing_extensions import TypeAliasType
+from typing import Any, Literal, TypeAlias
 
 from mara_integrations.errors import ConfigError, ModelError
 
@@ -57,7 +55,7 @@ class Message:
 
 
 # raw text (no chat template), a conversation, or token ids
-Prompt = TypeAliasType("Prompt", "str | Sequence[Message] | Sequence[int]")
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 
 _PLAIN_NAMES = {"user": "User", "assistant": "Assistant"}
 

@@ -1,29 +1,31 @@
-"""The engine as an object: a base model, a head, defaults; text or messages in, text out, from any thread or event loop.
+"""The engine as an object: base model, head, defaults; text or messages in, text out, from any thread or event loop.
 
-Knows no framework. Loading happens on first use; one loaded model, and one decoder thread, serve all that name the same.
+Knows no framework. Loading happens on first use; one loaded model and one decoder thread serve all that name it.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
+from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
-from mara_integrations.engine.worker import Ticket, Update, Worker
+from mara_integrations.engine.worker import LoopTicket, ThreadTicket, Update, Worker
 from mara_integrations.errors import ConfigError
-from mara_integrations.messages import Message, Prompt
+from mara_integrations.messages import Message, Prompt, Tool
 from mara_integrations.models import LoadedModel, ModelSpec, load_model
 from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.tool_calls import ReplyForm, syntax_of
 
 _workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
 _workers_lock = threading.Lock()
@@ -66,7 +68,9 @@ class MARAEngine:
         system_prompt: str | None = None,
         **defaults: Any,
     ) -> None:
-        self.spec = ModelSpec(model, device=device, dtype=dtype, revision=revision, model_kwargs=dict(model_kwargs or {}))
+        self.spec = ModelSpec(
+            model, device=device, dtype=dtype, revision=revision, model_kwargs=dict(model_kwargs or {})
+        )
         self.head_source = head
         self.system_prompt = system_prompt
         self.defaults = defaults
@@ -91,9 +95,16 @@ class MARAEngine:
         with self._lock:
             if self._loaded is None:
                 if isinstance(self.head_source, str | Path):
-                    _read_head(str(self.head_source), _stamp(str(self.head_source)))  # a missing head is found out before a model is loaded
+                    _read_head(
+                        str(self.head_source), _stamp(str(self.head_source))
+                    )  # a missing head is found out before a model is loaded
                 self._loaded = load_model(self.spec)
         return self._loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._loaded is not None
 
     @property
     def head(self) -> MARAHead | None:
@@ -105,22 +116,22 @@ class MARAEngine:
 
         Args:
             prompt: A conversation, raw text (no chat template), or token ids.
-            **overrides: Fields of `SamplingParams` and `GateParams`, `head`, `system_prompt`.
+            **overrides: Fields of `SamplingParams` and `GateParams`, `head`, `system_prompt`, and `form` (`ReplyForm`).
 
         Raises:
             ConfigError: If an override is unknown or out of bounds, or the prompt does not fit the model.
             ModelError: See `load`.
             HeadError: See `load`.
         """
-        return _last(self._submit(prompt, overrides, Ticket.for_thread()))
+        return _last(self._submit(prompt, overrides))
 
-    def stream(self, prompt: Prompt, **overrides: Any) -> Iterator[Update]:
+    def stream(self, prompt: Prompt, **overrides: Any) -> Generator[Update, None, None]:
         """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`."""
-        return iter(self._submit(prompt, overrides, Ticket.for_thread()))
+        return iter(self._submit(prompt, overrides))
 
     def generate_batch(self, prompts: Sequence[Prompt], **overrides: Any) -> list[Generation]:
         """Generate a reply to each prompt, decoded together; the same replies as one by one."""
-        tickets = [self._submit(prompt, overrides, Ticket.for_thread()) for prompt in prompts]
+        tickets = [self._submit(prompt, overrides) for prompt in prompts]
         try:
             return [_last(ticket) for ticket in tickets]
         finally:
@@ -134,20 +145,18 @@ class MARAEngine:
                 return update.generation
         raise AssertionError("a stream ends with its generation")
 
-    async def astream(self, prompt: Prompt, **overrides: Any) -> AsyncIterator[Update]:
+    async def astream(self, prompt: Prompt, **overrides: Any) -> AsyncGenerator[Update, None]:
         """`stream` without blocking the event loop."""
         import asyncio
 
-        ticket = Ticket.for_loop()
-        if self._loaded is None:
-            await asyncio.to_thread(self.load)
-        self._submit(prompt, overrides, ticket)
-        updates = aiter(ticket)
+        ticket = LoopTicket()
+        request = await asyncio.to_thread(self.request, prompt, **overrides)  # may load, read a head, compile a grammar
+        updates = aiter(worker_for(self.model).submit(request, ticket))
         try:
             async for update in updates:
                 yield update
         finally:
-            await updates.aclose()  # type: ignore[attr-defined]  # an async generator
+            await updates.aclose()
 
     def verify(self, prompt: Prompt, **overrides: Any) -> tuple[list[int], list[int]]:
         """Decode a prompt with the engine and with the slow reference.
@@ -161,19 +170,20 @@ class MARAEngine:
         )
         return list(self.generate(prompt, **overrides).token_ids), reference
 
-    def encode(self, prompt: Prompt, system_prompt: str | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, system_prompt: str | None = None, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a prompt, as `generate` feeds them."""
         system_prompt = self.system_prompt if system_prompt is None else system_prompt
         is_conversation = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Message)
-        if system_prompt and is_conversation and prompt[0].role != "system":  # type: ignore[union-attr]  # a Message
-            prompt = [Message("system", system_prompt), *prompt]  # type: ignore[list-item]  # Messages
-        return self.model.encoder.encode(prompt)
+        if system_prompt and is_conversation and cast(Message, prompt[0]).role != "system":
+            prompt = [Message("system", system_prompt), *cast(Sequence[Message], prompt)]
+        return self.model.encoder.encode(prompt, tools)
 
     def request(self, prompt: Prompt, **overrides: Any) -> Request:
         """What `generate` submits to the decoder; see there for arguments and errors."""
         overrides = {**self.defaults, **overrides}
         head = self._head(overrides.pop("head", self.head_source))
-        prompt_ids = self.encode(prompt, overrides.pop("system_prompt", None))
+        form = overrides.pop("form", None) or ReplyForm()
+        prompt_ids = self.encode(prompt, overrides.pop("system_prompt", None), form.tools)
         sampling_values, gate_values = _split(overrides)
         gate = GateParams.of(**gate_values)
         if head is not None:
@@ -189,18 +199,36 @@ class MARAEngine:
                 f"{self.model.context_window - 1}",
                 hint="shorten the prompt" if prompt_ids else "give it some text",
             )
-        stop = (*sampling.stop, *self.model.encoder.default_stop)
+        stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
+        sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))
         return Request(
             prompt_ids=prompt_ids,
-            sampling=sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room)),
+            sampling=sampling,
             gate=gate,
             head=head,
             eos_token_ids=self.model.eos_token_ids,
             text=TextStream(self.model.tokenizer, stop),
+            constraint=self._constraint(form, sampling.max_new_tokens),
         )
 
-    def _submit(self, prompt: Prompt, overrides: dict[str, Any], ticket: Ticket) -> Ticket:
-        return worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
+    def _constraint(self, form: ReplyForm, budget: int) -> Grammar | None:
+        model = self.model
+        grammar = form.grammar(syntax_of(getattr(model.tokenizer, "chat_template", None)))
+        if grammar is None:
+            return None
+        vocab_size = model.model.get_output_embeddings().weight.shape[0]
+        return Grammar(
+            grammar,
+            tokenizer=model.tokenizer,
+            vocab_size=vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            budget=budget,
+        )
+
+    def _submit(self, prompt: Prompt, overrides: dict[str, Any]) -> ThreadTicket:
+        ticket = ThreadTicket()
+        worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
+        return ticket
 
     def _head(self, source: MARAHead | str | Path | None) -> MARAHead | None:
         if source is None:
@@ -219,7 +247,12 @@ class MARAEngine:
 
 
 def _rebuild(spec: ModelSpec, head: Any, system_prompt: str | None, defaults: dict[str, Any]) -> MARAEngine:
-    settings = {"device": spec.device, "dtype": spec.dtype, "revision": spec.revision, "model_kwargs": spec.model_kwargs}
+    settings: dict[str, Any] = {
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "revision": spec.revision,
+        "model_kwargs": spec.model_kwargs,
+    }
     return MARAEngine(spec.model, head, system_prompt=system_prompt, **settings, **defaults)
 
 
@@ -230,15 +263,29 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     unknown = sorted(set(sampling) - set(SamplingParams.model_fields))
     if unknown:
         allowed = sorted({*SamplingParams.model_fields, *GateParams.model_fields})
-        raise ConfigError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting", hint=f"settings are {', '.join(allowed)}")
+        raise ConfigError(
+            f"{unknown[0]}={sampling[unknown[0]]!r} is no setting", hint=f"settings are {', '.join(allowed)}"
+        )
     SamplingParams.of(**sampling)
     GateParams.of(**gate)
     return sampling, gate
 
 
+def head_fingerprint(source: MARAHead | str | Path | None) -> str | None:
+    """Tells heads apart that can answer differently, without loading a model.
+
+    Raises:
+        HeadError: If the head can't be read.
+    """
+    if source is None:
+        return None
+    head = source if isinstance(source, MARAHead) else _read_head(str(source), _stamp(str(source)))
+    return head.fingerprint
+
+
 @lru_cache(maxsize=64)
 def _placed_head(source: str, stamp: tuple[int, ...], device: str, hidden_size: int, model_name: str) -> MARAHead:
-    """One head object for all requests that name it, so that a batch evaluates it once; `stamp` tells a retrained one."""
+    """One object for all that name a head, so that a batch evaluates it once; `stamp` tells a retrained one apart."""
     head = _read_head(source, stamp)
     head.check_fits(hidden_size, model_name, source)
     return head.to(device)
@@ -256,7 +303,7 @@ def _stamp(source: str) -> tuple[int, ...]:
     return tuple(file.stat().st_mtime_ns for file in files)
 
 
-def _last(ticket: Ticket) -> Generation:
+def _last(ticket: ThreadTicket) -> Generation:
     for update in ticket:
         if update.generation is not None:
             return update.generation

@@ -16,7 +16,7 @@ Selection = Literal["auto", "first", "greedy", "sample"]
 Fallback = Literal["first", "last", "best"]
 
 
-class _Params(BaseModel):
+class Params(BaseModel):
     """Frozen settings that refuse unknown keys, with our error instead of pydantic's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,8 +33,9 @@ class _Params(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            reason = first["msg"].removeprefix("Value error, ")
             raise ConfigError(
-                f"{name}={first['input']!r} is not allowed: {first['msg'].lower()}",
+                f"{name}={first['input']!r} is not allowed: {reason[0].lower()}{reason[1:]}" if name else reason,
                 hint=f"settings are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else None,
             ) from None
 
@@ -43,7 +44,7 @@ class _Params(BaseModel):
         return self.of(**{**self.model_dump(), **values}) if values else self
 
 
-class SamplingParams(_Params):
+class SamplingParams(Params):
     """Which tokens are candidates, and when a reply ends.
 
     Attributes:
@@ -79,7 +80,7 @@ class SamplingParams(_Params):
         return value
 
 
-class GateParams(_Params):
+class GateParams(Params):
     """How the gate turns a head's scores into the token taken.
 
     Attributes:

@@ -66,15 +66,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     return tokenizer
 
 
 def random_head(
-    hidden_size: int, form: HeadForm = "paper", *, accept_rate: float = 0.5, states: Tensor | None = None, seed: int = 0,
+    hidden_size: int,
+    form: HeadForm = "paper",
+    *,
+    accept_rate: float = 0.5,
+    states: Tensor | None = None,
+    seed: int = 0,
     **config: Any,
-) -> MARAHead:  # fmt: skip
+) -> MARAHead:
     """A head with random weights that accepts about `accept_rate` of typical states.
 
     Args:
@@ -104,8 +110,8 @@ def random_head(
 class ScriptedBackend:
     """A backend whose next-token logits are a function of the tokens so far.
 
-    A token's hidden state is a one-hot vector of the token itself followed by its position, so that a head can be written
-    that knows exactly what it is shown.
+    A token's hidden state is a one-hot vector of the token itself and a number that names its context, so that a head
+    can be written that knows exactly what it is shown.
 
     Args:
         script: From the tokens of a row to logits over the vocabulary.

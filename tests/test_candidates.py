@@ -21,7 +21,9 @@ def rank(logits, top_k=40, top_p=0.95, temperature=1.0, min_candidates=1):
 
 def warped(row, top_k, top_p, temperature, min_candidates):
     """What `generate(do_sample=True)` samples from."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k, min_tokens_to_keep=min_candidates)])
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k, min_tokens_to_keep=min_candidates)]
+    )
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p, min_tokens_to_keep=min_candidates))
     return warpers(torch.empty(1, 0, dtype=torch.long), row[None].float())[0].softmax(-1)
@@ -64,7 +66,9 @@ def test_ties_go_by_token_id_and_a_tie_with_the_last_one_stays(dtype):
 
 def test_rows_have_settings_of_their_own():
     logits = torch.randn(1, 50).repeat(3, 1)
-    got = rank_candidates(logits, top_k=[1, 5, 50], top_p=[1.0, 1.0, 1.0], temperature=[1.0, 1.0, 1.0], min_candidates=[1, 1, 1])
+    got = rank_candidates(
+        logits, top_k=[1, 5, 50], top_p=[1.0, 1.0, 1.0], temperature=[1.0, 1.0, 1.0], min_candidates=[1, 1, 1]
+    )
     assert got.counts.tolist() == [1, 5, 50]
 
 

@@ -93,7 +93,9 @@ def test_strength_zero_is_the_base_model(form):
     model = tiny_model()
     head = random_head(32, form)
     ids = prompt(8)
-    want = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(ids) :].tolist()
+    want = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0)[
+        0, len(ids) :
+    ].tolist()
     request = Request(ids, SamplingParams(max_new_tokens=12), GateParams(strength=0.0), head)
     assert Decoder(make_backend(model)).run([request])[0].token_ids == want
 
@@ -126,14 +128,18 @@ def test_an_eos_candidate_is_judged_like_any_other_and_ends_the_reply():
     head = random_head(32, accept_rate=0.3)
     tokens = Decoder(make_backend(model)).run([Request(ids, SamplingParams(max_new_tokens=9), head=head)])[0].token_ids
     eos = frozenset([tokens[4]])
-    done = Decoder(make_backend(model)).run([Request(ids, SamplingParams(max_new_tokens=9), head=head, eos_token_ids=eos)])[0]
+    done = Decoder(make_backend(model)).run(
+        [Request(ids, SamplingParams(max_new_tokens=9), head=head, eos_token_ids=eos)]
+    )[0]
     assert done.token_ids == tokens[: tokens.index(tokens[4]) + 1] and done.finish_reason == "stop"
 
 
 def test_kept_states_are_those_of_a_plain_forward():
     model = tiny_model()
     for head in (None, random_head(32, accept_rate=0.3), random_head(32, "value")):
-        done = Decoder(make_backend(model)).run([Request(prompt(8), SamplingParams(max_new_tokens=6), head=head, keep_states=True)])[0]
+        done = Decoder(make_backend(model)).run(
+            [Request(prompt(8), SamplingParams(max_new_tokens=6), head=head, keep_states=True)]
+        )[0]
         whole = torch.tensor([[*prompt(8), *done.token_ids]])
         with torch.inference_mode():
             want = model(whole, output_hidden_states=True).hidden_states[-1][0, 7:]
@@ -174,12 +180,18 @@ def test_a_model_that_is_no_causal_decoder_is_refused():
 
 def test_trace_and_counts_tell_the_same_story():
     model = tiny_model()
-    request = Request(prompt(8), SamplingParams(max_new_tokens=15), GateParams(trace=True), random_head(32, accept_rate=0.3))
+    request = Request(
+        prompt(8), SamplingParams(max_new_tokens=15), GateParams(trace=True), random_head(32, accept_rate=0.3)
+    )
     result = Decoder(make_backend(model)).run([request])[0].result()
     assert [p.token_ids[p.taken] for p in result.trace] == list(result.token_ids)
     outcomes = [p.outcome for p in result.trace]
     stats = result.stats
-    assert [outcomes.count(o) for o in ("accepted", "single", "fallback")] == [stats.accepted, stats.single, stats.fallbacks]
+    assert [outcomes.count(o) for o in ("accepted", "single", "fallback")] == [
+        stats.accepted,
+        stats.single,
+        stats.fallbacks,
+    ]
     for position in result.trace:
         visited = position.accept_logits
         if position.outcome == "accepted":

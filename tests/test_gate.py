@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara_integrations.engine.gate import accept_logit, check_strength, decide, gated_log_probs, kl_to_base, selection_rule
+from mara_integrations.engine.gate import (
+    accept_logit,
+    check_strength,
+    decide,
+    gated_log_probs,
+    kl_to_base,
+    selection_rule,
+)
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import GateParams
 
@@ -86,7 +93,10 @@ def test_padding_columns_change_nothing():
 
 def test_auto_selection_follows_form_and_temperature():
     assert selection_rule("auto", "paper", 0.8) == "first"
-    assert [selection_rule("auto", form, t) for form in ("residual", None) for t in (0.0, 0.8)] == ["greedy", "sample"] * 2
+    assert [selection_rule("auto", form, t) for form in ("residual", None) for t in (0.0, 0.8)] == [
+        "greedy",
+        "sample",
+    ] * 2
     assert selection_rule("greedy", "paper", 0.8) == "greedy"
 
 

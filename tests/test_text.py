@@ -34,7 +34,10 @@ def test_pieces_add_up_to_the_text_and_are_whole_characters(s):
     assert s.count("\ufffd") or not any("\ufffd" in piece for piece in pieces)
 
 
-@given(st.text(alphabet="ab#\n", max_size=30), st.lists(st.text(alphabet="ab#\n", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.text(alphabet="ab#\n", max_size=30),
+    st.lists(st.text(alphabet="ab#\n", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 def test_the_text_ends_before_the_first_stop_string(s, stop):
     _, text = stream(ByteTokenizer(), s.encode(), stop)
     cuts = [s.find(x) for x in stop if x in s]

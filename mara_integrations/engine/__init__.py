@@ -1,0 +1,1 @@
+"""Gated decoding: token ids, states, candidates and heads; no text framework."""

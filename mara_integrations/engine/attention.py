@@ -1,4 +1,4 @@
-"""Attention over a packed row of tokens from many sequences, each seeing its own prefix and, among siblings, itself only.
+"""Attention over a packed row of tokens from many sequences; each sees its own prefix and, among siblings, itself only.
 
 Registered once with transformers under a name of its own; without our context it falls through to what the model used
 before, so a model we serve still works for everybody else who holds it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,13 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
 
 
 def _explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention with a soft cap on the scores (Gemma 2) or a sink a head (GPT-OSS), which no fused kernel has."""
     groups = q.shape[1] // k.shape[1]
@@ -200,7 +206,9 @@ def install(model: PreTrainedModel) -> None:
     name = _PREFIX + previous
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, packed_attention)
-        if previous in ALL_MASK_ATTENTION_FUNCTIONS:  # for calls without our context; ours bring a mask that is not read
+        if (
+            previous in ALL_MASK_ATTENTION_FUNCTIONS
+        ):  # for calls without our context; ours bring a mask that is not read
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
     model.set_attn_implementation(name)
 
@@ -218,7 +226,7 @@ def packed_attention(
     """The function transformers calls in every attention layer."""
     context: PackedContext | None = kwargs.pop(_CONTEXT, None)
     if context is None:
-        name = module.config._attn_implementation.removeprefix(_PREFIX)  # type: ignore[union-attr]  # a config, by contract
+        name = cast(Any, module.config)._attn_implementation.removeprefix(_PREFIX)
         if name == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:

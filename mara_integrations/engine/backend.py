@@ -10,13 +10,14 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from typing_extensions import override
 
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
@@ -62,7 +63,7 @@ class Backend(Protocol):
         """Next-token logits of hidden states, (N, d) to (N, V)."""
 
 
-class PackedBackend:
+class PackedBackend(Backend):
     """One forward for everything that waits: all segments in one packed row, with our attention and our cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -73,15 +74,19 @@ class PackedBackend:
         self._cache = KVCache()
 
     @property
+    @override
     def device(self) -> torch.device:
-        return self._model.get_input_embeddings().weight.device  # type: ignore[return-value]  # an embedding has one
+        return _embeddings(self._model).device
 
+    @override
     def open(self) -> int:
         return self._cache.open()
 
+    @override
     def close(self, row: int) -> None:
         self._cache.close(row)
 
+    @override
     def feed(self, segments: Sequence[Segment]) -> Tensor:
         layout = [(segment.row, len(segment.token_ids), segment.siblings) for segment in segments]
         context, positions = attention.PackedContext.build(self._cache, layout, self.device)
@@ -92,9 +97,11 @@ class PackedBackend:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
+    @override
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
         self._cache.commit(rows, branches)
 
+    @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
 
@@ -106,7 +113,7 @@ class _SerialRow:
     branches: list[Any] = field(default_factory=list)
 
 
-class SerialBackend:
+class SerialBackend(Backend):
     """One forward a segment, and one a sibling, each from a snapshot of its row's cache.
 
     Exact for every causal model transformers can run, and slow: for models whose attention takes no trees (position
@@ -121,17 +128,21 @@ class SerialBackend:
         self._next_row = 0
 
     @property
+    @override
     def device(self) -> torch.device:
-        return self._model.get_input_embeddings().weight.device  # type: ignore[return-value]  # an embedding has one
+        return _embeddings(self._model).device
 
+    @override
     def open(self) -> int:
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row] = _SerialRow(DynamicCache(config=self._model.config))
         return row
 
+    @override
     def close(self, row: int) -> None:
         del self._rows[row]
 
+    @override
     def feed(self, segments: Sequence[Segment]) -> Tensor:
         hidden = []
         for segment in segments:
@@ -146,12 +157,14 @@ class SerialBackend:
                 row.length += len(segment.token_ids)
         return torch.cat(hidden)
 
+    @override
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
         for handle, branch in zip(rows, branches, strict=True):
             row = self._rows[handle]
             row.cache, row.branches = row.branches[branch], []
             row.length += 1
 
+    @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
 
@@ -201,9 +214,7 @@ def _probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) 
 @torch.inference_mode()
 def _probe(backend: Backend, model: PreTrainedModel) -> str:
     """Compare a chain and three siblings with plain forwards of the whole sequence; returns what differs, or ''."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]  # an embedding's weight
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocab_size, (9,), generator=generator).tolist()
+    prompt = torch.randint(len(_embeddings(model)), (9,), generator=torch.Generator().manual_seed(0)).tolist()
     row = backend.open()
     try:
         chain = backend.feed([Segment(row, prompt[:4])])
@@ -231,15 +242,19 @@ def _probe(backend: Backend, model: PreTrainedModel) -> str:
     return ""
 
 
-def _logits_function(model: PreTrainedModel) -> Any:
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def _logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """`lm_head` alone where that is all there is, else the model's own code after its decoder (soft caps, scalings)."""
-    lm_head, embeddings = model.get_output_embeddings(), model.get_input_embeddings().weight
-    probe = torch.arange(embeddings.shape[0], device=embeddings.device)[None, -5:]  # type: ignore[index,arg-type,union-attr]
+    lm_head, embeddings = model.get_output_embeddings(), _embeddings(model)
+    probe = torch.arange(len(embeddings), device=embeddings.device)[None, -5:]
     with torch.inference_mode():
         output = model(input_ids=probe, output_hidden_states=True, use_cache=False)
         hidden, want = output.hidden_states[-1][0], output.logits[0]
         if lm_head is not None and torch.allclose(lm_head(hidden).float(), want.float(), rtol=1e-3, atol=1e-3):
-            return lm_head
+            return cast(Callable[[Tensor], Tensor], lm_head)
     decoder, tail = model.get_decoder(), copy.copy(model)
     tail._modules = dict(model._modules)  # a shallow copy: the user's model keeps its decoder, the weights are shared
     for name, child in model.named_children():
@@ -261,7 +276,7 @@ class _Finished(nn.Module):
         self.config = decoder.config
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]  # a plain Tensor will do
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _snapshot(cache: Any) -> Any:

@@ -32,6 +32,7 @@ class KVCache:
         self._lengths[handle] = self._branches[handle] = 0
         return handle
 
+    @torch.inference_mode()  # the tensors were made in it; a row may be closed after an error outside
     def close(self, handle: int) -> None:
         """Free a row; the last row moves into its place."""
         row, last = self._rows.pop(handle), len(self._handles) - 1
@@ -50,9 +51,11 @@ class KVCache:
 
     @property
     def num_open(self) -> int:
+        """Rows in use."""
         return len(self._handles)
 
     def row(self, handle: int) -> int:
+        """Where a sequence is now."""
         return self._rows[handle]
 
     def length(self, handle: int) -> int:
@@ -74,7 +77,9 @@ class KVCache:
 
     def commit(self, handles: Sequence[int], branches: Sequence[int]) -> None:
         """Keep one branch of each row and forget its siblings."""
-        moves = [(self._rows[h], self._lengths[h], self._lengths[h] + b) for h, b in zip(handles, branches, strict=True)]
+        moves = [
+            (self._rows[h], self._lengths[h], self._lengths[h] + b) for h, b in zip(handles, branches, strict=True)
+        ]
         moves = [(row, to, origin) for row, to, origin in moves if to != origin]
         if moves:
             device = next(iter(self._layers.values()))[0].device

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Where a float cumulative sum lands this close to the top-p boundary, the row is decided again on transformers' own sum.
+# Where a float sum lands this close to the top-p boundary, the row is decided again on transformers' own sum.
 _BOUNDARY_GUARD = 1e-5
 # A hazard of 1 - 1e-13: further out the accept logit would drown any head, and the last candidate's is infinite.
 MAX_HAZARD_LOGIT = 30.0
@@ -69,7 +69,7 @@ def rank_candidates(
     while True:
         values, token_ids = scores.topk(width)
         kth = values.gather(1, kept - 1)
-        if width == vocab_size or bool((values[:, -1:] < kth).all()):
+        if width == vocab_size or bool(((values[:, -1:] < kth) | kth.isneginf()).all()):  # -inf: fewer are allowed
             break
         width = min(2 * width, vocab_size)
     token_ids, by_id = token_ids.sort(dim=-1)  # topk leaves ties in any order: make it (value down, id up)

@@ -15,7 +15,7 @@ from mara_integrations.engine.sequence import Request, Sequence
 
 
 class Decoder:
-    """Runs requests on one backend, each with its own head, settings and length. Not thread-safe: see `worker.Worker`."""
+    """Runs requests on one backend, each with a head and settings of its own. Not thread-safe: see `worker.Worker`."""
 
     def __init__(self, backend: Backend, scheduler: Scheduler | None = None) -> None:
         self.backend = backend
@@ -29,6 +29,7 @@ class Decoder:
 
     @property
     def is_idle(self) -> bool:
+        """Nothing is live or waiting."""
         return not self.scheduler.waiting and not self.scheduler.live
 
     @torch.inference_mode()
@@ -79,6 +80,9 @@ class Decoder:
         if not settled:
             return
         logits = self.backend.logits(torch.stack([s.tip for s in settled]))  # type: ignore[misc]  # (B, V)
+        for row, sequence in zip(logits, settled, strict=True):
+            if sequence.request.constraint is not None:
+                sequence.request.constraint.mask(row)
         sampling = [sequence.request.sampling for sequence in settled]
         candidates = rank_candidates(
             logits,

@@ -1,7 +1,7 @@
 """The gate: from a head's scores to the token taken. Pure; decoding, training and tests all use these functions.
 
-Candidates are visited from the most probable down; candidate k is accepted with probability sigmoid(z_k), z_k its accept
-logit, and the last one is forced where the rule is a distribution.
+Candidates are visited from the most probable down; candidate k is accepted with probability sigmoid(z_k), z_k its
+accept logit, and the last one is forced where the rule is a distribution.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def decide(
         fallback: With `first`, what is taken when all are rejected.
         uniform: The position's random number in [0, 1), for `sample`: the first k with P(taken <= k) > uniform.
 
-    Source: Zhang et al. 2025 (arXiv 2505.19743), section 3, for `first`; the chain rule over the decisions for the others.
+    Source: Zhang et al. 2025 (arXiv 2505.19743), section 3, for `first`; chain rule over the decisions for the others.
     """
     last = num_candidates - 1
     if rule == "first":

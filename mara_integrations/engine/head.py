@@ -1,4 +1,4 @@
-"""The head: a three-layer perceptron that scores a candidate's hidden state; its folder on disk; published checkpoints."""
+"""The head: a three-layer perceptron on a candidate's hidden state; its folder on disk; published checkpoints."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class MARAHead(nn.Module):
         Returns:
             Shape (N,), float32.
         """
-        out = self(hidden.to(self.ln.weight.dtype))
+        out: Tensor = self(hidden.to(self.ln.weight.dtype))
         if self.config.form == "paper":
             return (out[:, 1] - out[:, 0]).float()
         if self.config.form == "value":
@@ -169,7 +169,7 @@ class MARAHead(nn.Module):
         return _read_folder(path)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the head's folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
+        """Upload the folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -188,7 +188,9 @@ def default_card(config: HeadConfig) -> str:
         f"---\nlibrary_name: mara_integrations\nbase_model: {base}\ntags: [mara, alignment]\n---\n\n# MARA head\n\n"
         f"A `{config.form}` head for hidden states of width {config.hidden_size}, trained on `{base}`"
         f"{f' by `{config.method}`' if config.method else ''}.\n\n"
-        '```python\nfrom mara_integrations import MARALLM\n\nllm = MARALLM(model="' + base + '", head="this-folder")\n```\n'
+        '```python\nfrom mara_integrations import MARALLM\n\nllm = MARALLM(model="'
+        + base
+        + '", head="this-folder")\n```\n'
     )
 
 
@@ -215,7 +217,9 @@ def _read_folder(folder: Path) -> MARAHead:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "json"
-        raise HeadError(f"{str(config_path)!r} is damaged: {place}: {first['msg']}", hint="save the head again") from None
+        raise HeadError(
+            f"{str(config_path)!r} is damaged: {place}: {first['msg']}", hint="save the head again"
+        ) from None
     weights = weights_path.read_bytes()
     try:
         tensors = load_tensors(weights)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from mara_integrations.engine.sequence import Request, Sequence
 
-# Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator (where a
-# step is bound by reading the weights). See benchmarks/.
+# Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator,
+# where a step is bound by reading the weights.
 CPU_KNEE, ACCELERATOR_KNEE = 8, 200
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from mara_integrations.engine.backend import Segment
@@ -19,6 +20,16 @@ FinishReason = Literal["stop", "length"]
 Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
 
 
+class Constraint(Protocol):
+    """What a reply may be, token by token."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
+
+    def accept(self, token_id: int) -> None:
+        """The gate took this token."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """What is asked of the decoder.
@@ -28,7 +39,9 @@ class Request:
         head: None for the base model.
         eos_token_ids: Tokens that end the reply; the one that did is part of it.
         text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.
+        constraint: Masks the logits before candidates are chosen; the head judges what is left.
         keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
+        keep_positions: Keep what the head was shown at each position it judged, for training.
     """
 
     prompt_ids: Seq[int]
@@ -37,7 +50,9 @@ class Request:
     head: MARAHead | None = None
     eos_token_ids: frozenset[int] = frozenset()
     text: TextStream | None = None
+    constraint: Constraint | None = None
     keep_states: bool = False
+    keep_positions: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,25 +131,45 @@ class Position:
     states: list[Tensor] = field(default_factory=list)  # of the candidates fed, each (d,)
 
 
+@dataclass(slots=True)
+class JudgedPosition:
+    """What a head was shown at one position.
+
+    Attributes:
+        index: Place of the position in the reply.
+        token_ids: Candidates, K of them.
+        hazard_logits: Of the candidates, K.
+        states: Of the candidates that were fed, in order, (F, d).
+        previous: Of the last token before, (d,).
+    """
+
+    index: int
+    token_ids: list[int]
+    hazard_logits: list[float]
+    states: Tensor
+    previous: Tensor
+
+
 class Sequence:
     """State of one live request.
 
-    It alternates between tokens that are settled but not yet fed (`pending`: the prompt, later a token taken unasked) and
-    a `position` whose candidates are being fed as siblings.
+    It alternates between tokens that are settled but not yet fed (`pending`: the prompt, later a token taken unasked)
+    and a `position` whose candidates are being fed as siblings.
     """
 
     def __init__(self, request: Request, row: int) -> None:
         self.request = request
         self.row = row
         self.gated = request.head is not None and request.gate.strength > 0
-        head = request.head if self.gated else None
-        self.rule: Rule = selection_rule(request.gate.selection if head else "auto", head and head.config.form, self.temperature)
+        form = request.head.config.form if request.head and self.gated else None
+        self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
         self.pending: list[int] = list(request.prompt_ids)
         self.position: Position | None = None
         self.tip: Tensor | None = None  # hidden state of the last committed token, (d,)
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
         self.states: list[Tensor] = []
+        self.positions: list[JudgedPosition] = []
         self.trace: list[TracePosition] = []
         self.stats = GateStats()
         self.finish_reason: FinishReason | None = None
@@ -177,7 +212,7 @@ class Sequence:
         self.pending = self.token_ids[-1:]
 
     def judge(self, scores: Seq[float], states: Tensor) -> int | None:
-        """Hear the head on candidates just fed: `scores` of N, `states` (N, d); returns the branch to keep, if decided."""
+        """Hear the head on N candidates just fed, `states` (N, d); returns the branch to keep, if decided."""
         position, head = self.position, self.request.head
         assert position is not None and head is not None
         form, strength = head.config.form, self.request.gate.strength * head.config.strength
@@ -199,6 +234,10 @@ class Sequence:
         else:
             outcome = "forced" if taken == len(position.token_ids) - 1 else "accepted"
         self.stats.rejected += visited - (outcome != "fallback")
+        if self.request.keep_positions:
+            assert self.tip is not None
+            shown = (position.token_ids, position.hazard_logits, torch.stack(position.states))
+            self.positions.append(JudgedPosition(len(self.token_ids), *shown, self.tip))
         self.tip, self.position = position.states[taken], None
         del position.accept_logits[visited:]  # fed ahead, never asked
         self._take(position, taken, outcome)
@@ -207,6 +246,8 @@ class Sequence:
         token_id = position.token_ids[taken]
         self.token_ids.append(token_id)
         self.log_probs.append(position.log_probs[taken])
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token_id)
         match outcome:
             case "accepted":
                 self.stats.accepted += 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.sequence import Generation, Request, Sequence
@@ -31,73 +33,86 @@ class Update:
     generation: Generation | None = None
 
 
-class Ticket:
-    """A submitted request, seen by the one who waits for it: iterate over its updates, from a thread or a coroutine.
+_Ticket = TypeVar("_Ticket", bound="Ticket")
+News: TypeAlias = "Update | BaseException"
 
-    Leaving the loop early, closing the iterator or cancelling the task stops the generation at its next token.
+
+class Ticket(ABC):
+    """A submitted request, seen by the one who waits for it.
+
+    Leaving the loop over it early, closing the iterator or cancelling the task stops the generation at its next token.
     """
 
     def __init__(self) -> None:
         self.is_cancelled = False
-        self._deliver: Callable[[Update | BaseException], None]
 
     def cancel(self) -> None:
         """Stop at the next token; no more updates come."""
         self.is_cancelled = True
 
-    def __iter__(self) -> Iterator[Update]:
+    @abstractmethod
+    def deliver(self, news: News) -> None:
+        """Pass on an update, or what went wrong; called in the decoder's thread."""
+
+
+class ThreadTicket(Ticket):
+    """A ticket to wait for with `for`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
+
+    def deliver(self, news: News) -> None:
+        """See `Ticket`."""
+        self._inbox.put(news)
+
+    def __iter__(self) -> Generator[Update, None, None]:
         """Wait for updates, blocking.
 
         Raises:
             Exception: What went wrong in the model, as raised there.
         """
-        inbox = self._inbox
         try:
             while True:
-                item = inbox.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.generation is not None:
+                update = _checked(self._inbox.get())
+                yield update
+                if update.generation is not None:
                     return
         finally:
             self.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Update]:
-        """Wait for updates without blocking the event loop; raises as `__iter__` does."""
+
+class LoopTicket(Ticket):
+    """A ticket to wait for with `async for`, in the event loop it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._inbox: asyncio.Queue[News] = asyncio.Queue()
+
+    def deliver(self, news: News) -> None:
+        """See `Ticket`."""
+        try:
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, news)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncGenerator[Update, None]:
+        """Wait for updates without blocking the event loop; raises as `ThreadTicket.__iter__` does."""
         try:
             while True:
-                item = await self._async_inbox.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.generation is not None:
+                update = _checked(await self._inbox.get())
+                yield update
+                if update.generation is not None:
                     return
         finally:
             self.cancel()
 
-    @classmethod
-    def for_thread(cls) -> Ticket:
-        """A ticket to wait for with `for`."""
-        ticket = cls()
-        ticket._inbox = queue.SimpleQueue[Update | BaseException]()
-        ticket._deliver = ticket._inbox.put
-        return ticket
 
-    @classmethod
-    def for_loop(cls) -> Ticket:
-        """A ticket to wait for with `async for`, in the running event loop."""
-        ticket, loop = cls(), asyncio.get_running_loop()
-        ticket._async_inbox = asyncio.Queue[Update | BaseException]()
-
-        def deliver(item: Update | BaseException) -> None:
-            try:
-                loop.call_soon_threadsafe(ticket._async_inbox.put_nowait, item)
-            except RuntimeError:  # the loop was closed: nobody waits any more
-                ticket.cancel()
-
-        ticket._deliver = deliver
-        return ticket
+def _checked(news: News) -> Update:
+    if isinstance(news, BaseException):
+        raise news
+    return news
 
 
 @dataclass(slots=True)
@@ -113,7 +128,7 @@ class _Delivery:
         new_text, new_tokens = text[self.sent_chars :], sequence.token_ids[self.sent_tokens :]
         generation = sequence.result() if sequence.finish_reason is not None else None
         if new_tokens or generation is not None:
-            self.ticket._deliver(Update(new_text, tuple(new_tokens), generation))
+            self.ticket.deliver(Update(new_text, tuple(new_tokens), generation))
             self.sent_chars, self.sent_tokens = len(text), len(sequence.token_ids)
 
 
@@ -127,7 +142,7 @@ class Worker:
         self._lock = threading.Lock()
         self._is_running = self._is_closed = False
 
-    def submit(self, request: Request, ticket: Ticket) -> Ticket:
+    def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
         """Queue a request; its updates go to the ticket.
 
         Raises:
@@ -160,7 +175,7 @@ class Worker:
                 self._decoder.abort()
                 failed, self._deliveries = self._deliveries, {}
                 for delivery in failed.values():
-                    delivery.ticket._deliver(error)
+                    delivery.ticket.deliver(error)
                 continue
             for sequence in (*self._decoder.scheduler.live, *done):
                 delivery = self._deliveries[id(sequence.request)]

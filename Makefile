@@ -1,0 +1,34 @@
+# Everything from a bare clone; needs Python 3.10 or newer. Set-up runs first, and does nothing when nothing has changed.
+PYTHON_BIN := .venv/bin
+
+.PHONY: help setup demo lint format test clean
+
+help:
+	@echo "make demo    train a head on the shipped preferences and see what it does (a few minutes)"
+	@echo "make test    lint, types, layers and tests"
+	@echo "make lint    lint, types and layers alone"
+	@echo "make format  put the code in order"
+	@echo "make setup   the virtual environment alone"
+	@echo "make clean   remove the virtual environment and all caches of this folder"
+
+setup:
+	@sh .ci/setup.sh
+
+demo: setup
+	@$(PYTHON_BIN)/python cookbook/demo.py
+
+lint: setup
+	$(PYTHON_BIN)/ruff check .
+	$(PYTHON_BIN)/ruff format --check .
+	$(PYTHON_BIN)/mypy
+	$(PYTHON_BIN)/lint-imports
+
+format: setup
+	$(PYTHON_BIN)/ruff check --fix .
+	$(PYTHON_BIN)/ruff format .
+
+test: lint
+	$(PYTHON_BIN)/python -m pytest
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -1,0 +1,117 @@
+"""A grammar as a mask on the logits (xgrammar): what it forbids is no candidate, so the head judges legal ones alone.
+
+Where it leaves one token, that is taken unasked; it moves on only with tokens that the gate took.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mara_integrations.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    import xgrammar
+
+# What closes something open in JSON, or is the shortest value, in the order in which they are tried.
+_CLOSERS = ('"', "}", "]", *"0123456789", "-", "null", "false", "[", "{", "a", ":", ",")
+_WATCHED = 64  # tokens before the end of the budget from which on the way out is looked for
+_MARGIN = 16  # tokens kept beside it: the next token may open something more
+_LONGEST_WAY_OUT = 500  # steps
+# by tokenizer: its compiler, and which of its tokens hold control characters
+_compilers: weakref.WeakKeyDictionary[Any, tuple[xgrammar.GrammarCompiler, Tensor]] = weakref.WeakKeyDictionary()
+
+
+class Grammar:
+    """The state of one reply in a grammar.
+
+    A budget is kept for the end: when the tokens left just suffice for the shortest way out, that way is taken.
+
+    Args:
+        structural_tag: Of xgrammar, as plain JSON.
+        tokenizer: Of the model.
+        vocab_size: Width of the logits.
+        eos_token_ids: Allowed where the grammar may end.
+        budget: Tokens the reply may have.
+
+    Raises:
+        ConfigError: If the grammar can't be compiled.
+        MissingExtraError: If xgrammar is absent.
+    """
+
+    def __init__(
+        self,
+        structural_tag: Mapping[str, Any],
+        *,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        budget: int,
+    ) -> None:
+        try:
+            import xgrammar
+        except ImportError:
+            raise MissingExtraError(
+                "tools and JSON schemas need the package xgrammar", hint="pip install 'mara-integrations[tools]'"
+            ) from None
+        if tokenizer not in _compilers:
+            stops = sorted(eos_token_ids) or None
+            info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=stops)
+            _compilers[tokenizer] = xgrammar.GrammarCompiler(info), _has_control(info.decoded_vocab)
+        compiler, has_control = _compilers[tokenizer]
+        try:
+            compiled = compiler.compile_structural_tag(json.dumps(structural_tag))
+        except Exception as error:  # its C++ side raises RuntimeError and its own; all mean a schema it can't express
+            reason = str(error).strip().splitlines()[-1]
+            raise ConfigError(f"the schema can't be made a grammar: {reason}") from error
+        self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)  # (1, V / 32), int32, on the CPU
+        is_free_text = structural_tag["format"]["type"] == "triggered_tags"
+        self._forbidden = torch.zeros_like(has_control) if is_free_text else has_control  # (V,)
+        self._tokenizer = tokenizer
+        self._left = budget
+        self._margin = min(_MARGIN, 1 + budget // 8)
+        self._watch_from = len(self._way_out() or ()) + _WATCHED
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
+        if self._matcher.is_terminated():
+            return
+        self._matcher.fill_next_token_bitmask(self._bitmask)
+        bits = self._bitmask[0][:, None] >> torch.arange(32, dtype=torch.int32)
+        allowed = (bits & 1).bool().flatten()[: logits.shape[-1]] & ~self._forbidden
+        way_out = self._way_out() if self._left <= self._watch_from else None
+        if way_out and self._left <= len(way_out) + self._margin and allowed[way_out[0]]:
+            allowed = torch.arange(len(allowed)) == way_out[0]
+        logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+
+    def accept(self, token_id: int) -> None:
+        """The gate took this token."""
+        self._left -= 1
+        self._matcher.accept_token(token_id)
+
+    def _way_out(self) -> list[int] | None:
+        """Tokens of a short text that completes the reply; None where none was found."""
+        matcher, text = self._matcher.fork(), ""
+        for _ in range(_LONGEST_WAY_OUT):
+            if matcher.is_completed():
+                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            step = matcher.find_jump_forward_string()
+            if step and matcher.accept_string(step):
+                text += step
+                continue
+            step = next((closer for closer in _CLOSERS if matcher.accept_string(closer)), "")
+            if not step:
+                return None
+            text += step
+        return None
+
+
+def _has_control(vocab: list[bytes]) -> Tensor:
+    """Which tokens hold a control character other than a newline, (V,): bounded strings let them in, JSON does not."""
+    return torch.tensor([any(byte < 32 and byte != 10 for byte in token) for token in vocab])

@@ -1,0 +1,251 @@
+"""An evaluation for the eye: an HTML page that needs nothing else, tables for the console, JSON for other programs.
+
+Whatever a model wrote is shown as text, never interpreted: escaped in HTML, without control characters in a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mara_integrations.errors import ConfigError
+from mara_integrations.evaluation.evaluate import Comparison, Evaluation, Example, Mark, Rejected, Reply
+from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.files import check_writable, write_atomically
+
+FORMATS = (".html", ".json")
+
+_MOST_REJECTED = 3  # shown before one token; a reply must stay readable
+
+FOOTNOTE = (
+    "In brackets: 95 % intervals, Wilson's for shares, a bootstrap over prompts for differences between the two sides. "
+    "An interval without width says that all prompts agree, not that there are enough of them. "
+    "Speed depends on the machine and its load."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """One measure, in words and numbers ready to show."""
+
+    measure: str
+    base: str
+    gated: str
+    change: str
+
+
+def summary_rows(evaluation: Evaluation) -> list[SummaryRow]:
+    """The table that every form of the report shows."""
+    base, gated = evaluation.base, evaluation.gated
+    rows = [row for name, comparison in evaluation.rewards.items() for row in _reward_rows(name, comparison)]
+    return [
+        *rows,
+        SummaryRow(
+            "perplexity under the base model",
+            f"{base.perplexity:.2f}",
+            f"{gated.perplexity:.2f}",
+            f"× {_interval(evaluation.perplexity_ratio, '.2f')}",
+        ),
+        SummaryRow("distinct-2", f"{base.distinct_2:.3f}", f"{gated.distinct_2:.3f}", ""),
+        SummaryRow("tokens a reply", f"{base.mean_length:.1f}", f"{gated.mean_length:.1f}", ""),
+        SummaryRow("replies that came to an end", f"{base.ended:.0%}", f"{gated.ended:.0%}", ""),
+        SummaryRow(
+            "forwards a token",
+            f"{base.forwards_per_token:.2f}",
+            f"{gated.forwards_per_token:.2f}",
+            f"{evaluation.extra_forwards:+.2f}",
+        ),
+        SummaryRow(
+            "tokens/s (noisy)",
+            f"{base.tokens_per_s:.1f}",
+            f"{gated.tokens_per_s:.1f}",
+            f"× {evaluation.speed_ratio:.2f}",
+        ),
+    ]
+
+
+def settings_line(evaluation: Evaluation) -> str:
+    """What was compared, in a line."""
+    sampling = evaluation.sampling
+    decoding = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
+    candidates = f"top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+    return (
+        f"{len(evaluation.examples)} prompts · {evaluation.form} head, strength {evaluation.strength:g} · {decoding}, "
+        f"{candidates}, up to {sampling.max_new_tokens} tokens, seed {sampling.seed}"
+    )
+
+
+def gate_line(evaluation: Evaluation) -> str:
+    """What the gate did, in a line."""
+    gate, total = evaluation.gate, evaluation.gated.num_tokens
+    taken = {"accepted": gate.accepted, "forced": gate.forced, "fallback": gate.fallbacks, "unasked": gate.single}
+    shares = ", ".join(f"{count} {name} ({count / total:.0%})" for name, count in taken.items() if count)
+    return f"{total} tokens: {shares or 'the gate was not asked'}; {gate.rejected} candidates visited and not taken"
+
+
+def render_html(evaluation: Evaluation) -> str:
+    """The page: one file, no script, nothing loaded from elsewhere."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_finalize
+    )
+    environment.filters.update(tooltip=_tooltip, strike=_struck_text, score=_score)
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        evaluation=evaluation,
+        rows=summary_rows(evaluation),
+        settings=settings_line(evaluation),
+        gate=gate_line(evaluation),
+        footnote=FOOTNOTE,
+        most_rejected=_MOST_REJECTED,
+    )
+
+
+def check_report_path(path: str | Path) -> None:
+    """Find out before the work whether a report can be written there.
+
+    Raises:
+        ConfigError: If its name ends in neither `.html` nor `.json`.
+        OutputError: If its folder can't be written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"report {str(path)!r} has no known format", hint=f"its name ends in {' or '.join(FORMATS)}")
+    if path.is_dir():
+        raise ConfigError(f"report {str(path)!r} is a folder", hint="name a file")
+    check_writable(path.parent)
+
+
+def write_report(evaluation: Evaluation, path: str | Path) -> None:
+    """Write the report in the form its name ends in; raises as `check_report_path`."""
+    check_report_path(path)
+    is_json = Path(path).suffix.lower() == ".json"
+    write_atomically(path, evaluation.to_json() if is_json else render_html(evaluation))
+
+
+def print_summary(console: Console, evaluation: Evaluation) -> None:
+    """Print the table, what the gate did, and how to read the intervals."""
+    table = Table(title=Text(visible(f"{evaluation.model} · {evaluation.head}")), caption=settings_line(evaluation))
+    for name in ("", "base", "gated", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in summary_rows(evaluation):
+        table.add_row(*(Text(visible(cell)) for cell in (row.measure, row.base, row.gated, row.change)))
+    console.print(table)
+    console.print(Text(gate_line(evaluation)))
+    console.print(Text(FOOTNOTE, style="dim"))
+
+
+def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None:
+    """Print the first `n` prompts with both replies side by side; what the head rejected is struck through."""
+    for example in evaluation.examples[:n]:
+        sides = Table.grid(expand=True, padding=(0, 1))
+        sides.add_column(ratio=1)
+        sides.add_column(ratio=1)
+        base = Panel(Group(Text(visible(example.base.text)), _scores(example.base)), title="base")
+        gated = Panel(Group(gated_text(example), _scores(example.gated)), title="gated")
+        sides.add_row(base, gated)
+        console.print(Text(visible(example.prompt[-1].content), style="bold"))
+        console.print(sides)
+    console.print(_legend())
+
+
+def gated_text(example: Example) -> Text:
+    """The gated reply with its marks, for a console; rejections that were the base model's own dice are left out."""
+    text = Text()
+    for mark in example.marks:
+        rejected = [item for item in mark.rejected if item.is_by_head]
+        for item in rejected[:_MOST_REJECTED]:
+            text.append(_struck_text(item), style="red strike")
+        if len(rejected) > _MOST_REJECTED:
+            text.append(f"+{len(rejected) - _MOST_REJECTED}", style="red dim")
+        is_forced = mark.outcome in ("forced", "fallback")
+        text.append(visible(mark.text), style="yellow underline" if is_forced else "green" if rejected else "")
+    return text
+
+
+def visible(text: str) -> str:
+    """Text whose control characters but line breaks and tabs are pictures of themselves."""
+    return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else _picture(c) for c in text)
+
+
+def _finalize(value: object) -> object:
+    """What the page does to every value before it is escaped; markup is the template's own."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def _struck_text(item: Rejected) -> str:
+    return visible(item.text).replace("\n", "⏎").replace("\t", "⇥")
+
+
+def _tooltip(item: Mark | Rejected) -> str:
+    """What the numbers of one candidate were."""
+    parts = [f"base probability {math.exp(item.log_prob):.3g}"]
+    if item.accept_logit is not None:
+        parts.append(f"accept logit {item.accept_logit:+.2f}")
+    if isinstance(item, Rejected) and item.push is not None:
+        parts.append(f"of which the head {item.push:+.2f}")
+    if isinstance(item, Mark):
+        parts.insert(0, _OUTCOMES[item.outcome])
+    return " · ".join(parts)
+
+
+_OUTCOMES = {
+    "base": "base model, no gate",
+    "single": "only candidate, taken unasked",
+    "accepted": "accepted",
+    "forced": "last candidate left, forced",
+    "fallback": "all candidates rejected, fallback",
+}
+
+
+def _legend() -> Text:
+    legend = Text.assemble(("struck", "red strike"), " rejected by the head  ", ("green", "green"), " taken instead  ")
+    return legend.append_text(Text.assemble(("underlined", "yellow underline"), " taken with no choice left"))
+
+
+def _scores(reply: Reply) -> Text:
+    return Text(visible("  ".join(f"{name} {_score(value)}" for name, value in reply.scores.items())), style="dim")
+
+
+def _score(value: float | None) -> str:
+    return "no opinion" if value is None else f"{value:.3g}"
+
+
+def _reward_rows(name: str, comparison: Comparison) -> list[SummaryRow]:
+    if comparison.difference is None or comparison.preference is None:
+        return [SummaryRow(name, "-", "-", f"no opinion on any of {comparison.num_dropped} prompts")]
+    if comparison.base_compliance is not None and comparison.gated_compliance is not None:
+        first = SummaryRow(
+            f"{name}: complies",
+            _share(comparison.base_compliance),
+            _share(comparison.gated_compliance),
+            f"{_interval(comparison.difference, '+.1f', 100)} points",
+        )
+    else:
+        means = f"{comparison.base_mean:.3g}", f"{comparison.gated_mean:.3g}"
+        first = SummaryRow(f"{name}: mean", *means, _interval(comparison.difference, "+.3g"))
+    dropped = f", {comparison.num_dropped} without opinion" if comparison.num_dropped else ""
+    record = f"{comparison.wins} wins, {comparison.ties} ties, {comparison.losses} losses{dropped}"
+    return [first, SummaryRow(f"{name}: preference", "", record, _interval(comparison.preference, "+.2f"))]
+
+
+def _share(interval: Interval) -> str:
+    return f"{_interval(interval, '.1f', 100)} %"
+
+
+def _interval(interval: Interval, form: str, scale: float = 1.0) -> str:
+    mean, low, high = (format(scale * value, form) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"

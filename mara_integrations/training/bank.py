@@ -1,0 +1,199 @@
+"""Replies with the hidden states of their tokens: what heads are fitted on.
+
+They come from two places: texts that were written already are fed to the model as they stand (`read_replies`); where
+there are none, the model writes some (`sample_replies`), through the same decoder that serves.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mara_integrations.engine.backend import Backend, Segment
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.sequence import JudgedPosition, Request
+from mara_integrations.engine.text import TextStream
+from mara_integrations.files import write_atomically
+from mara_integrations.messages import Message
+from mara_integrations.models import LoadedModel
+from mara_integrations.sampling import SamplingParams
+
+# Tokens in one forward while reading: past this a CPU gains nothing and memory grows.
+_READ_BUDGET = 1024
+
+OnReply = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class Reply:
+    """One reply and its states.
+
+    Attributes:
+        prompt: Which prompt it answers, an index.
+        text: Without special tokens.
+        token_ids: T tokens.
+        states: Of the last prompt token and of each reply token, half precision, (T + 1, d).
+        positions: What the gate saw while the reply was written; empty for replies that were read.
+    """
+
+    prompt: int
+    text: str
+    token_ids: tuple[int, ...]
+    states: Tensor
+    positions: list[JudgedPosition] = field(default_factory=list)
+
+
+def sample_replies(
+    model: LoadedModel,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    sampling: SamplingParams,
+    replies_each: int = 1,
+    seed: int = 0,
+    head: MARAHead | None = None,
+    keep_positions: bool = False,
+    on_reply: OnReply | None = None,
+) -> list[Reply]:
+    """Let the model write replies, gated where a head is given.
+
+    Args:
+        model: The base model.
+        decoder: On that model; idle.
+        prompts: Conversations.
+        sampling: Of every reply; its seed is replaced by one of each reply's own.
+        replies_each: Replies to each prompt.
+        seed: First of the seeds.
+        head: Gates the replies.
+        keep_positions: Keep the states of all candidates that were visited, for heads only.
+        on_reply: Called with 1 for each finished reply.
+
+    Returns:
+        Prompt by prompt.
+    """
+    requests = []
+    for i, prompt in enumerate(prompts):
+        prompt_ids = model.encoder.encode(prompt)
+        room = max(1, model.context_window - len(prompt_ids))
+        for j in range(replies_each):
+            own = sampling.updated(seed=seed + i * replies_each + j, max_new_tokens=min(sampling.max_new_tokens, room))
+            text = TextStream(model.tokenizer, model.encoder.stop_for(prompt))
+            requests.append(
+                Request(
+                    prompt_ids,
+                    own,
+                    head=head,
+                    eos_token_ids=model.eos_token_ids,
+                    text=text,
+                    keep_states=True,
+                    keep_positions=keep_positions,
+                )
+            )
+    done = decoder.run(requests, (lambda _: on_reply(1)) if on_reply else None)
+    return [
+        Reply(
+            index // replies_each,
+            sequence.request.text.text if sequence.request.text else "",
+            tuple(sequence.token_ids),
+            torch.stack(sequence.states).half().cpu(),
+            sequence.positions,
+        )
+        for index, sequence in enumerate(done)
+    ]
+
+
+@torch.inference_mode()
+def read_replies(
+    model: LoadedModel,
+    backend: Backend,
+    texts: Sequence[tuple[int, Sequence[Message], str]],
+    *,
+    max_tokens: int,
+    on_reply: OnReply | None = None,
+) -> list[Reply]:
+    """Feed replies that were written already.
+
+    Args:
+        model: The base model.
+        backend: On that model.
+        texts: Prompt index, prompt and reply of each.
+        max_tokens: Reply tokens read; a longer reply is cut there. Prompts keep their last tokens if they must.
+        on_reply: Called with the count of each batch.
+    """
+    encoded: list[tuple[list[int], list[int]]] = []
+    for _, prompt, text in texts:
+        prompt_ids = model.encoder.encode(prompt)
+        reply_ids = model.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]
+        encoded.append((prompt_ids[-(model.context_window - len(reply_ids)) :], reply_ids))
+    replies: dict[int, Reply] = {}
+    for batch in _batches([len(p) + len(r) for p, r in encoded]):
+        rows = [backend.open() for _ in batch]
+        try:
+            segments = [Segment(row, [*encoded[i][0], *encoded[i][1]]) for row, i in zip(rows, batch, strict=True)]
+            hidden = backend.feed(segments).split([len(segment.token_ids) for segment in segments])
+        finally:
+            for row in rows:
+                backend.close(row)
+        for i, states in zip(batch, hidden, strict=True):
+            reply_ids = encoded[i][1]
+            text = model.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            kept = states[len(states) - len(reply_ids) - 1 :].half().cpu()
+            replies[i] = Reply(texts[i][0], text, tuple(reply_ids), kept)
+        if on_reply is not None:
+            on_reply(len(batch))
+    return [replies[i] for i in range(len(texts))]
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in batches of bounded size, longest first so that memory is at its highest at once."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or lengths[i] > room:
+            batches.append([])
+            room = _READ_BUDGET
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
+    """Replies from a file of an interrupted run, or gathered now and written there; and whether they were kept."""
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        fields = ("index", "token_ids", "hazard_logits", "states", "previous")
+        for item in stored:
+            item["positions"] = [JudgedPosition(**dict(zip(fields, p, strict=True))) for p in item["positions"]]
+        return [Reply(**item) for item in stored], True
+    replies, buffer = gather(), io.BytesIO()
+    for reply in replies:
+        for position in reply.positions:  # half precision here too, so that a resumed run sees the same numbers
+            position.states, position.previous = position.states.half().cpu(), position.previous.half().cpu()
+    stored = [
+        {
+            "prompt": reply.prompt,
+            "text": reply.text,
+            "token_ids": reply.token_ids,
+            "states": reply.states,
+            "positions": [(p.index, p.token_ids, p.hazard_logits, p.states, p.previous) for p in reply.positions],
+        }
+        for reply in replies
+    ]
+    torch.save(stored, buffer)
+    write_atomically(path, buffer.getvalue())
+    return replies, False
+
+
+def token_texts(model: LoadedModel, token_ids: Sequence[int]) -> list[str]:
+    """The reply's text after each of its tokens; an unfinished character counts once it is whole."""
+    decode = model.tokenizer.decode
+    return [
+        decode(list(token_ids[: t + 1]), skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+        for t in range(len(token_ids))
+    ]

@@ -1,0 +1,88 @@
+"""What a training run may say; torch-free, so that a command line can check it before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from mara_integrations.sampling import Params
+
+Method = Literal["auto", "value", "rule"]
+
+
+class TrainConfig(Params):
+    """Settings of one run of `mara-tools train`.
+
+    Attributes:
+        model: Base model: Hub id, folder, `.gguf` file or alias.
+        data: Preference pairs, labelled replies or prompts, as JSONL, JSON, CSV or Parquet.
+        output: Folder of the head.
+        method: `auto` chooses by what the data and the flags say.
+        reward: `module:function` with TRL's signature; the model's own replies to the prompts are scored by it.
+        forbid: Words or phrases that must not appear.
+        system_prompt: Put before every prompt that brings none, as the application will.
+        max_reply_tokens: Replies are written, and read, up to here.
+        replies_each: Replies sampled for each prompt; None: as many as `max_replies` allows, at most 4.
+        max_replies: Replies sampled in all; further prompts are left out.
+        held_out: Share of the prompts that the head is not fitted on, for early stopping and the final evaluation.
+        eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
+        kl_budget: How far from the base model the head may go, in nats a token; None: 0.15 for `value`, whose strength
+            is calibrated to it, and no bound for `rule`, which holds or does not.
+        correction_rounds: Of the `rule` method.
+        top_k: Candidates, recorded with the head.
+        top_p: As `top_k`.
+        min_candidates: As `top_k`; None: 2 for `rule`, so that a lone survivor can be refused, else 1.
+        inner_size: Width of the head's first hidden layer; the second has a quarter.
+        epochs: At most, of each fit.
+        patience: Epochs without a better held-out loss before a fit stops.
+        learning_rate: Of AdamW.
+        weight_decay: Of AdamW.
+        batch_size: Tokens a step.
+        seed: Of everything.
+        device: `auto` is CUDA, then MPS, then CPU.
+        dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
+    """
+
+    model: str = "smollm2"
+    data: Path
+    output: Path
+    method: Method = "auto"
+    reward: str | None = None
+    forbid: tuple[str, ...] = ()
+    system_prompt: str | None = None
+    max_reply_tokens: int = Field(48, ge=2, le=4096)
+    replies_each: int | None = Field(None, ge=1, le=64)
+    max_replies: int = Field(384, ge=8)
+    held_out: float = Field(0.15, gt=0.0, lt=1.0)
+    eval_prompts: int = Field(64, ge=0)
+    kl_budget: float | None = Field(None, gt=0.0)
+    correction_rounds: int = Field(1, ge=0, le=10)
+    top_k: int = Field(40, ge=1)
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    min_candidates: int | None = Field(None, ge=1)
+    inner_size: int = Field(1024, ge=8)
+    epochs: int = Field(20, ge=1)
+    patience: int = Field(4, ge=1)
+    learning_rate: float | None = Field(None, gt=0.0)
+    weight_decay: float = Field(0.01, ge=0.0)
+    batch_size: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Self:
+        if self.reward is not None and self.forbid:
+            raise ValueError("give either a reward or forbidden words, not both")
+        if self.method == "rule" and not self.forbid:
+            raise ValueError("method 'rule' needs forbidden words")
+        if self.method == "value" and self.forbid:
+            raise ValueError("forbidden words are taught by method 'rule', not 'value'")
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
+        return self.model_dump(mode="json", exclude={"data", "output", "device"})

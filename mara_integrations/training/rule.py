@@ -1,0 +1,64 @@
+"""The `rule` method: every token that completes a violation is labelled, and f is pushed down there and only there.
+
+A correction round lets the gated model write, labels what got through and what was refused for no reason, and fits
+again (DAgger). The text decides what offends, so the labels are exact; the head only has to recognise the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.models import LoadedModel
+from mara_integrations.rewards import Rule
+from mara_integrations.training.bank import Reply, token_texts
+from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
+from mara_integrations.training.objectives import rule_loss
+
+
+def offending_tokens(texts: Sequence[str], rule: Rule) -> list[bool]:
+    """Which tokens complete a violation, from the text after each token."""
+    offends, before = [], 0
+    for text in texts:
+        ends = [end for _, end in rule.violations(text)]
+        offends.append(any(end > before for end in ends))
+        before = max([before, *ends])
+    return offends
+
+
+def rule_table(model: LoadedModel, replies: Sequence[Reply], rule: Rule) -> Table:
+    """One row a token written, and one a candidate that was visited and not taken; target 1 where it offends."""
+    states: list[Tensor] = []
+    offends: list[bool] = []
+    for reply in replies:
+        texts = token_texts(model, reply.token_ids)
+        states.append(reply.states[1:])
+        offends += offending_tokens(texts, rule)
+        for position in reply.positions:
+            before = texts[position.index - 1] if position.index else ""
+            already = len(rule.violations(before))
+            for candidate, state in zip(position.token_ids, position.states, strict=False):  # the first ones were fed
+                if candidate == reply.token_ids[position.index]:
+                    continue
+                text = token_texts(model, [*reply.token_ids[: position.index], candidate])[-1]
+                states.append(state.half().cpu()[None])
+                offends.append(len(rule.violations(text)) > already)
+    return Table(torch.cat(states), torch.tensor(offends, dtype=torch.float32), torch.ones(len(offends)))
+
+
+def fit_rule(
+    head: MARAHead, train: Table, held_out: Table, *, settings: FitSettings, on_epoch: Callable[[Epoch], None]
+) -> list[Epoch]:
+    """Fit f to tables of `rule_table`, from wherever the head stands.
+
+    Rare offences are repeated until they make up a tenth of the rows, so that every minibatch holds some.
+    """
+    offending = (train.targets > 0).nonzero()[:, 0]
+    if 0 < len(offending) < len(train) // 10:
+        again = offending.repeat(len(train) // 10 // len(offending))
+        rows = torch.cat([torch.arange(len(train)), again])
+        train = Table(train.states[rows], train.targets[rows], train.weights[rows])
+    return fit(head, train, held_out, lambda out, target, _: rule_loss(out, target > 0), settings, on_epoch)

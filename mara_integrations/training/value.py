@@ -1,0 +1,68 @@
+"""The `value` method: regress what a reply was worth on the states along it; the gate steps up that value.
+
+V(s) estimates the worth of a reply from any of its tokens on, so V(candidate) - V(last token) is what taking the
+candidate is expected to change. It needs only states of tokens that were really written: no pairs, no candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.training.bank import Reply
+from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
+from mara_integrations.training.objectives import value_loss
+
+
+def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:
+    """One row a state, the prompt's last token included; replies of any length count alike."""
+    lengths = [len(reply.states) for reply in replies]
+    repeats = torch.tensor(lengths)
+    return Table(
+        torch.cat([reply.states for reply in replies]),
+        torch.tensor(targets, dtype=torch.float32).repeat_interleave(repeats),
+        (1.0 / repeats.float()).repeat_interleave(repeats),
+    )
+
+
+def advantages(replies: Sequence[Reply], rewards: Sequence[float]) -> list[float]:
+    """Rewards as targets: less the mean of the same prompt's other replies, in standard deviations of what remains.
+
+    The value of a prompt cancels in V(candidate) - V(last token), so the head need not learn it; where prompts have one
+    reply each, the mean of all stands for it.
+    """
+    by_prompt: dict[int, list[float]] = {}
+    for reply, reward in zip(replies, rewards, strict=True):
+        by_prompt.setdefault(reply.prompt, []).append(reward)
+    overall = float(np.mean(rewards))
+    centred = []
+    for reply, reward in zip(replies, rewards, strict=True):
+        group = by_prompt[reply.prompt]
+        others = (sum(group) - reward) / (len(group) - 1) if len(group) > 1 else overall
+        centred.append(reward - others)
+    scale = float(np.std(centred))
+    return [value / scale if scale > 0 else 0.0 for value in centred]
+
+
+def fit_value(
+    head: MARAHead,
+    train: tuple[Sequence[Reply], Sequence[float]],
+    held_out: tuple[Sequence[Reply], Sequence[float]],
+    *,
+    is_binary: bool,
+    settings: FitSettings,
+    on_epoch: Callable[[Epoch], None],
+) -> list[Epoch]:
+    """Fit V to replies and what they were worth: 0 or 1 if binary, else `advantages`."""
+    loss = partial(value_loss, is_binary=is_binary)
+    return fit(head, value_table(*train), value_table(*held_out), loss, settings, on_epoch)
+
+
+@torch.inference_mode()
+def reply_values(head: MARAHead, replies: Sequence[Reply]) -> list[float]:
+    """Mean V along each reply, as a score of the whole."""
+    return [float(head(reply.states[1:].float()).mean()) if len(reply.states) > 1 else 0.0 for reply in replies]

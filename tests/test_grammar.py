@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from mara_integrations.engine.grammar import Grammar
+from mara_integrations.errors import ConfigError
+from mara_integrations.messages import Message, Tool
+from mara_integrations.runtime import MARAEngine
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.tool_calls import HERMES, CallParser, ReplyForm
+
+TAG = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
+JOKE = {
+    "type": "object",
+    "properties": {
+        "setup": {"type": "string"},
+        "rating": {"type": "integer", "minimum": 1, "maximum": 5},
+        "kind": {"enum": ["pun", "riddle"]},
+        "tags": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+        },
+    },
+    "required": ["setup", "rating", "kind", "tags"],
+    "additionalProperties": False,
+}
+TOOLS = (
+    Tool("add", "", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    Tool("now", "", {"type": "object", "properties": {}}),
+)
+ASK = [Message("user", "hi")]
+
+
+@pytest.fixture(scope="module")
+def engine() -> MARAEngine:
+    return MARAEngine((tiny_model(max_position_embeddings=2048), tiny_tokenizer()))
+
+
+def grammar(schema: dict[str, Any], budget: int = 100) -> Grammar:
+    form = ReplyForm(json_schema=schema).grammar(HERMES)
+    assert form is not None
+    return Grammar(form, tokenizer=tiny_tokenizer(), vocab_size=256, eos_token_ids=[0], budget=budget)
+
+
+def test_the_mask_leaves_what_the_schema_allows_and_the_end() -> None:
+    state, tokenizer = grammar({"enum": [True, 12]}), tiny_tokenizer()
+
+    def allowed() -> set[str]:
+        logits = torch.zeros(256)
+        state.mask(logits)
+        return {tokenizer.decode([i]) for i in logits.isfinite().nonzero()[:, 0].tolist()}
+
+    assert allowed() == {"t", "1"}
+    state.accept(tokenizer("1")["input_ids"][0])
+    assert allowed() == {"2"}
+    state.accept(tokenizer("2")["input_ids"][0])
+    assert allowed() == {"<eos>"}
+
+
+@pytest.mark.parametrize("head", [None, "paper", "residual"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_model_writes_json_of_the_schema(engine: MARAEngine, head: Any, seed: int) -> None:
+    given_head = random_head(32, head) if head else None
+
+    reply = engine.generate(
+        ASK,
+        form=ReplyForm(json_schema=JOKE),
+        head=given_head,
+        temperature=1.5,
+        top_p=1.0,
+        seed=seed,
+        max_new_tokens=150,
+    )
+
+    joke = json.loads(reply.text)
+    assert reply.finish_reason == "stop"
+    assert set(joke) == set(JOKE["properties"])
+    assert joke["rating"] in range(1, 6) and joke["kind"] in ("pun", "riddle")
+    assert all(set(tag) == {"x"} for tag in joke["tags"])
+
+
+def test_a_token_that_is_forced_is_taken_unasked(engine: MARAEngine) -> None:
+    form = ReplyForm(TOOLS, "now")
+
+    reply = engine.generate(ASK, form=form, head=random_head(32, accept_rate=0.01), trace=True, max_new_tokens=100)
+
+    assert reply.stats.single >= len('<tool_call>\n{"name": "now", "arguments": {')
+    assert reply.trace is not None
+    assert all(not position.accept_logits for position in reply.trace if len(position.token_ids) == 1)
+
+
+@pytest.mark.parametrize("choice", ["any", "add", "now"])
+def test_a_forced_call_is_one_call(engine: MARAEngine, choice: str) -> None:
+    reply = engine.generate(ASK, form=ReplyForm(TOOLS, choice), temperature=1.5, seed=1, max_new_tokens=120)
+
+    parser = CallParser(HERMES)
+    assert parser.push(reply.text, final=True)[0].text == ""
+    (call,) = parser.calls
+    assert call.parsed is not None
+    assert choice in ("any", call.name)
+    assert set(call.parsed) == ({"a"} if call.name == "add" else set())
+
+
+def test_a_budget_too_small_is_said(engine: MARAEngine) -> None:
+    reply = engine.generate(ASK, form=ReplyForm(json_schema=JOKE), max_new_tokens=10)
+
+    assert reply.finish_reason == "length"
+    assert len(reply.token_ids) == 10
+
+
+def test_a_schema_that_is_none_is_refused(engine: MARAEngine) -> None:
+    with pytest.raises(ConfigError, match="can't be made a grammar"):
+        engine.generate(ASK, form=ReplyForm(json_schema={"type": "nonsense"}))
+
+
+async def test_constrained_and_free_requests_share_a_batch(engine: MARAEngine) -> None:
+    forms = [None, ReplyForm(json_schema=JOKE), ReplyForm(TOOLS, "any"), None]
+    settings = [{"form": form, "max_new_tokens": 60, "seed": i} for i, form in enumerate(forms)]
+    alone = [engine.generate(ASK, **each).text for each in settings]
+
+    together = await asyncio.gather(*(engine.agenerate(ASK, **each) for each in settings))
+
+    assert [generation.text for generation in together] == alone

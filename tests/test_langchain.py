@@ -1,0 +1,438 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+
+from mara_integrations import ChatMARA
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.langchain import as_conversation
+from mara_integrations.messages import Message, ToolCall
+from mara_integrations.runtime import worker_for
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+
+LONG = 300  # tokens; the tiny model's context is 512
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return tiny_model(), tiny_tokenizer()
+
+
+@pytest.fixture
+def llm(loaded: tuple[Any, Any]) -> ChatMARA:
+    return ChatMARA(loaded, head=random_head(32), max_tokens=12)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise TimeoutError
+
+
+class Forwards:
+    """Counts the forwards of a model."""
+
+    def __init__(self, llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.widest = 0  # sequences in one forward
+        backend = worker_for(llm.engine.model)._decoder.backend
+        feed = backend.feed
+
+        def counting(segments: Any) -> torch.Tensor:
+            self.count += 1
+            self.widest = max(self.widest, len(segments))
+            return feed(segments)
+
+        monkeypatch.setattr(backend, "feed", counting)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ({"temperature": -1}, "temperature=-1.0"),
+        ({"top_k": "many"}, "top_k='many'"),
+        ({"top_p": 0}, "top_p=0.0"),
+        ({"selection": "worst"}, "selection='worst'"),
+        ({"max_tokens": 0}, "max_new_tokens=0"),
+        ({"stop": ["a", ""]}, "stop="),
+        ({"head": 3}, "head=3"),
+        ({"hed": "heads/x"}, "did you mean head"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_the_constructor(setting: dict[str, Any], shown: str) -> None:
+    with pytest.raises(ConfigError, match=shown):
+        ChatMARA("smollm2", **setting)
+
+
+def test_the_constructor_loads_nothing() -> None:
+    llm = ChatMARA("no/such-model", head="no/such/head")
+
+    assert llm.model_name == "no/such-model"
+    with pytest.raises(HeadError):
+        llm.invoke("hi")
+
+
+def test_settings_of_a_call_win_over_those_of_the_object(llm: ChatMARA) -> None:
+    head, other = random_head(32, seed=5), random_head(32, seed=6)
+    base = llm.invoke("hi", head=None).content
+
+    assert len(llm.invoke("hi", max_tokens=3).response_metadata["token_ids"]) == 3
+    assert len(llm.invoke("hi", max_new_tokens=4).response_metadata["token_ids"]) == 4
+    assert llm.invoke("hi", strength=0).content == base != llm.invoke("hi").content
+    assert llm.invoke("hi", head=head).content != llm.invoke("hi", head=other).content
+    assert llm.invoke("hi", head=None, top_k=1, temperature=9.0).content == base
+    sampled = {llm.invoke("hi", head=None, temperature=3.0, top_p=1.0, seed=seed).content for seed in (1, 1, 2)}
+    assert len(sampled) == 2
+    assert "trace" not in llm.invoke("hi").response_metadata
+    assert "trace" in llm.invoke("hi", trace=True).response_metadata
+    with pytest.raises(ConfigError, match="temprature=1"):
+        llm.invoke("hi", temprature=1)
+
+
+def test_a_bound_setting_takes_effect(llm: ChatMARA) -> None:
+    assert len(llm.bind(max_tokens=2).invoke("hi").response_metadata["token_ids"]) == 2
+
+
+def test_a_changed_field_takes_effect(llm: ChatMARA) -> None:
+    llm.invoke("hi")
+
+    assert len(llm.model_copy(update={"max_tokens": 3}).invoke("hi").response_metadata["token_ids"]) == 3
+    llm.max_tokens = 5
+    assert len(llm.invoke("hi").response_metadata["token_ids"]) == 5
+    llm.model = (tiny_model(seed=1), tiny_tokenizer())
+    assert llm.engine.model.model is llm.model[0]
+
+
+def test_copies_share_the_weights(llm: ChatMARA) -> None:
+    answer = llm.invoke("hi").content
+
+    for twin in (copy.copy(llm), copy.deepcopy(llm), llm.model_copy(deep=True)):
+        assert twin.model[0] is llm.model[0] and twin.head is llm.head
+        assert twin.invoke("hi").content == answer
+
+
+def test_pickling_keeps_the_settings_and_refuses_weights(llm: ChatMARA) -> None:
+    named = ChatMARA("smollm2", temperature=0.5, stop=["x"])
+
+    assert pickle.loads(pickle.dumps(named)) == named
+    with pytest.raises(ConfigError, match="not pickled"):
+        pickle.dumps(llm)
+
+
+# --- answers
+
+
+def test_an_answer_says_what_the_gate_did(llm: ChatMARA) -> None:
+    message = llm.invoke("hi", trace=True)
+    report = message.response_metadata
+
+    assert report["model_name"] and report["finish_reason"] == "length"
+    assert len(report["token_ids"]) == 12
+    assert report["gate"]["accepted"] + report["gate"]["fallbacks"] + report["gate"]["single"] == 12
+    assert report["gate"]["rejected"] > 0
+    assert message.usage_metadata is not None
+    assert message.usage_metadata["output_tokens"] == 12
+    for position, token_id in zip(report["trace"], report["token_ids"], strict=True):
+        assert position["candidates"][position["taken"]]["token_id"] == token_id
+    first = report["trace"][0]["candidates"][0]
+    assert set(first) == {"token_id", "token", "log_prob", "accept_logit"}
+    json.dumps(report)
+
+
+def test_a_chain_runs_through_parser_stream_and_batch(llm: ChatMARA) -> None:
+    chain = ChatPromptTemplate.from_messages([("system", "Be brief."), ("human", "{q}")]) | llm | StrOutputParser()
+    answer = chain.invoke({"q": "hi"})
+
+    assert answer
+    assert "".join(chain.stream({"q": "hi"})) == answer
+    assert chain.batch([{"q": "hi"}, {"q": "hi"}]) == [answer, answer]
+
+
+async def test_the_async_chain_gives_the_same(llm: ChatMARA) -> None:
+    chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | llm | StrOutputParser()
+    answer = chain.invoke({"q": "hi"})
+
+    assert await chain.ainvoke({"q": "hi"}) == answer
+    assert "".join([piece async for piece in chain.astream({"q": "hi"})]) == answer
+    assert await chain.abatch([{"q": "hi"}]) == [answer]
+
+
+def test_chunks_add_up_to_the_answer_with_one_usage(llm: ChatMARA) -> None:
+    message = llm.invoke("hi", trace=True)
+    chunks = list(llm.stream("hi", trace=True))
+
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert isinstance(whole, AIMessageChunk)
+    assert whole.content == message.content
+    assert whole.usage_metadata == message.usage_metadata
+    for report in (whole.response_metadata, message.response_metadata):
+        report["gate"].pop("fed")  # what was fed ahead depends on what came before, and so do the last digits
+        report["trace"] = [position["taken"] for position in report["trace"]]
+    assert whole.response_metadata == message.response_metadata
+    assert [chunk.usage_metadata is not None for chunk in chunks].count(True) == 1
+
+
+def test_usage_reaches_the_usage_callback(llm: ChatMARA) -> None:
+    usage = UsageMetadataCallbackHandler()
+
+    llm.invoke("hi", config={"callbacks": [usage]})
+
+    (counts,) = usage.usage_metadata.values()
+    assert counts["output_tokens"] == 12
+
+
+def test_streaming_true_fires_a_callback_a_chunk(llm: ChatMARA) -> None:
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Tokens(BaseCallbackHandler):
+        seen: str = ""
+
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            self.seen += token
+
+    tokens = Tokens()
+    answer = llm.model_copy(update={"streaming": True}).invoke("hi", config={"callbacks": [tokens]})
+
+    assert tokens.seen == answer.content
+
+
+def test_a_stop_string_over_several_tokens_is_held_back_in_a_stream(llm: ChatMARA) -> None:
+    whole = llm.invoke("hi").content
+    stop = whole[2:5]
+    expected = whole[: whole.find(stop)]
+
+    chunks = list(llm.stream("hi", stop=[stop]))
+
+    assert "".join(chunk.content for chunk in chunks) == expected  # nothing of the stop string was shown
+    assert chunks[-1].response_metadata["finish_reason"] == "stop"
+    assert llm.invoke("hi", stop=[stop]).content == expected
+    assert llm.model_copy(update={"stop": [stop]}).invoke("hi").content == expected
+
+
+# --- messages
+
+
+def test_messages_become_ours() -> None:
+    call = {"name": "add", "args": {"a": 1}, "id": "c1"}
+
+    assert as_conversation(
+        [
+            SystemMessage("s"),
+            HumanMessage([{"type": "text", "text": "a"}, "b"], name="ann"),
+            AIMessage([{"type": "text", "text": "t"}, {"type": "tool_use", "id": "c1"}], tool_calls=[call]),
+            ToolMessage("2", tool_call_id="c1"),
+        ]
+    ) == [
+        Message("system", "s"),
+        Message("user", "ab"),
+        Message("assistant", "t", tool_calls=(ToolCall("c1", "add", {"a": 1}),)),
+        Message("tool", "2", tool_call_id="c1"),
+    ]
+
+
+def test_content_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'image_url' is not text"):
+        as_conversation([HumanMessage([{"type": "image_url", "image_url": {"url": "data:"}}])])
+
+
+def test_tokens_are_counted_with_the_models_own_tokenizer(llm: ChatMARA) -> None:
+    message = HumanMessage("four")
+    usage = llm.invoke([message]).usage_metadata
+
+    assert llm.get_num_tokens("four") == 4  # a byte each
+    assert usage is not None
+    assert llm.get_num_tokens_from_messages([message]) == usage["input_tokens"]
+
+
+# --- cache
+
+
+def test_a_cached_answer_is_not_shared_between_heads(loaded: tuple[Any, Any], tmp_path: Any) -> None:
+    cache = InMemoryCache()
+    heads = [random_head(32, seed=seed) for seed in (5, 6)]
+    paths = [head.save_pretrained(tmp_path / str(i)) for i, head in enumerate(heads)]
+    fresh = [ChatMARA(loaded, head=head, max_tokens=12).invoke("hi").content for head in heads]
+    assert fresh[0] != fresh[1]
+
+    for head in (*heads, *paths):
+        llm = ChatMARA(loaded, head=head, max_tokens=12, cache=cache)
+        assert llm.invoke("hi").content == llm.invoke("hi").content == fresh[[*heads, *paths].index(head) % 2]
+    assert ChatMARA(loaded, max_tokens=12, cache=cache).invoke("hi", head=heads[1]).content == fresh[1]
+    retrained = MARAHead.from_pretrained(paths[1])
+    retrained.save_pretrained(paths[0])
+    assert ChatMARA(loaded, head=paths[0], max_tokens=12, cache=cache).invoke("hi").content == fresh[1]
+
+
+def test_a_cached_answer_is_used_again(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.cache = InMemoryCache()
+    answer = llm.invoke("hi").content
+    forwards = Forwards(llm, monkeypatch)
+
+    assert llm.invoke("hi").content == answer
+    assert forwards.count == 0
+    llm.invoke("hi", max_tokens=3)
+    assert forwards.count > 0
+
+
+# --- many at once
+
+
+def test_a_batch_is_decoded_together(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [f"question {i}" for i in range(20)]
+    alone = [llm.invoke(text).content for text in inputs]
+    forwards = Forwards(llm, monkeypatch)
+
+    assert [message.content for message in llm.batch(inputs)] == alone
+    assert forwards.widest > 8  # more than the six threads LangChain would use on two cores
+    assert sorted(llm.batch_as_completed(inputs[:3]))[1][1].content == alone[1]
+
+
+async def test_an_async_batch_is_decoded_together(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [f"question {i}" for i in range(20)]
+    alone = [llm.invoke(text).content for text in inputs]
+    forwards = Forwards(llm, monkeypatch)
+
+    assert [message.content for message in await llm.abatch(inputs)] == alone
+    assert forwards.widest == 20
+
+
+def test_max_concurrency_is_respected(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(llm, monkeypatch)
+
+    llm.batch(["a", "b", "c", "d"], config={"max_concurrency": 2})
+
+    assert forwards.widest <= 2
+
+
+def test_a_failing_input_of_a_batch_leaves_the_others(llm: ChatMARA) -> None:
+    good, bad = llm.batch(["hi", "x" * 600], return_exceptions=True)
+
+    assert isinstance(good, AIMessage)
+    assert isinstance(bad, ConfigError)
+
+
+def test_a_hundred_calls_from_threads_and_tasks_give_the_answers_of_one_by_one(llm: ChatMARA) -> None:
+    inputs = [f"question {i}" for i in range(100)]
+    settings = [{"temperature": 1.0, "seed": i, "head": [None, llm.head][i % 2]} for i in range(100)]
+    alone = [llm.invoke(text, **each).content for text, each in zip(inputs, settings, strict=True)]
+    answers: dict[int, Any] = {}
+
+    def call(i: int) -> None:
+        answers[i] = llm.invoke(inputs[i], **settings[i]).content
+
+    async def tasks() -> None:
+        messages = await asyncio.gather(*(llm.ainvoke(inputs[i], **settings[i]) for i in range(50)))
+        answers.update(enumerate(message.content for message in messages))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(50, 100)]
+    for thread in threads:
+        thread.start()
+    asyncio.run(tasks())
+    for thread in threads:
+        thread.join()
+
+    assert [answers[i] for i in range(100)] == alone
+
+
+# --- async and cancellation, counted in forwards
+
+
+async def test_the_event_loop_stays_responsive(llm: ChatMARA) -> None:
+    llm.load()
+    gaps = []
+
+    async def tick() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.002)
+            gaps.append(time.perf_counter() - before)
+
+    ticker = asyncio.create_task(tick())
+    await asyncio.gather(*(llm.ainvoke(f"q{i}", max_tokens=100) for i in range(4)))
+    ticker.cancel()
+
+    assert len(gaps) > 20
+
+
+async def _settled(forwards: Forwards, llm: ChatMARA) -> int:
+    """How many more forwards there were."""
+    before = forwards.count
+    decoder = worker_for(llm.engine.model)._decoder
+    await until(lambda: decoder.is_idle)
+    return forwards.count - before
+
+
+async def test_cancelling_ainvoke_stops_within_a_token(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(llm, monkeypatch)
+    task = asyncio.create_task(llm.ainvoke("hi", max_tokens=LONG, head=None))
+    await until(lambda: forwards.count >= 10)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await _settled(forwards, llm) <= 2
+    assert forwards.count < LONG / 2
+
+
+async def test_leaving_an_async_stream_stops_within_a_token(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(llm, monkeypatch)
+
+    async for _ in llm.astream("hi", max_tokens=LONG, head=None):
+        break
+    await asyncio.sleep(0)
+
+    await _settled(forwards, llm)
+    assert forwards.count < LONG / 4
+
+
+@pytest.mark.parametrize("how", ["break", "close"])
+async def test_leaving_a_stream_stops_within_a_token(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    forwards = Forwards(llm, monkeypatch)
+    stream = llm.stream("hi", max_tokens=LONG, head=None)
+
+    next(stream)
+    if how == "close":
+        stream.close()
+    del stream
+
+    assert await _settled(forwards, llm) <= 2
+    assert forwards.count < LONG / 4
+
+
+def test_an_error_in_the_model_reaches_the_caller_and_leaves_the_engine_clean(
+    llm: ChatMARA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = llm.invoke("hi").content
+
+    def broken(segments: Any) -> torch.Tensor:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_for(llm.engine.model)._decoder.backend, "feed", broken)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            llm.invoke("hi")
+
+    assert llm.invoke("hi").content == answer

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from llama_index.core import Document, Settings, SummaryIndex
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.base.llms.types import ImageBlock, TextBlock, ToolCallBlock
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import ChatMessage, MessageRole
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.prompts import PromptTemplate
+
+from mara_integrations.errors import ConfigError
+from mara_integrations.llama_index import GatedLLM, as_conversation
+from mara_integrations.messages import Message, ToolCall
+from mara_integrations.runtime import worker_for
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+
+LONG = 300  # tokens
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
+
+
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.fixture
+def llm(loaded: tuple[Any, Any]) -> GatedLLM:
+    return GatedLLM(loaded, head=random_head(32), max_tokens=12)
+
+
+@pytest.fixture
+def events() -> Any:
+    """Names of the instrumentation events that were fired."""
+    seen: list[str] = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event: Any, **kwargs: Any) -> None:
+            seen.append(event.class_name())
+
+    handler, root = Handler(), get_dispatcher()
+    root.add_event_handler(handler)
+    yield seen
+    root.event_handlers.remove(handler)
+
+
+def test_it_is_a_function_calling_llm() -> None:
+    names = [base.__name__ for base in GatedLLM.__mro__]
+
+    assert BaseLLM.__name__ in names and FunctionCallingLLM.__name__ in names
+
+
+def test_all_eight_calls_give_one_answer(llm: GatedLLM) -> None:
+    messages = [ChatMessage("hi")]
+    answer = llm.complete("hi").text
+
+    async def asynchronous() -> list[str]:
+        return [
+            (await llm.acomplete("hi")).text,
+            (await llm.achat(messages)).message.content,
+            "".join([part.delta async for part in await llm.astream_complete("hi")]),
+            "".join([part.delta async for part in await llm.astream_chat(messages)]),
+        ]
+
+    assert answer == llm.chat(messages).message.content
+    assert answer == "".join(part.delta for part in llm.stream_complete("hi"))
+    assert answer == "".join(part.delta for part in llm.stream_chat(messages))
+    assert asyncio.run(asynchronous()) == [answer] * 4
+
+
+def test_streams_carry_the_whole_text_so_far_and_the_report_last(llm: GatedLLM) -> None:
+    *parts, last = llm.stream_chat([ChatMessage("hi")])
+
+    text = ""
+    for part in (*parts, last):
+        text += part.delta
+        assert part.message.content == text
+        assert part.message.role == MessageRole.ASSISTANT
+    assert all(part.raw is None for part in parts)
+    assert last.raw["finish_reason"] == "length"
+    assert last.raw["usage"]["completion_tokens"] == len(last.raw["token_ids"]) == 12
+    assert last.raw["gate"]["rejected"] > 0
+    assert list(llm.stream_complete("hi"))[-1].text == text
+
+
+def test_formatted_text_is_fed_raw(llm: GatedLLM) -> None:
+    raw = llm.complete("hi", formatted=True)
+
+    assert raw.raw["usage"]["prompt_tokens"] == 2  # no chat template, no system prompt
+    assert raw.text != llm.complete("hi").text
+    assert raw.text == llm.engine.generate("hi", head=llm.head, max_new_tokens=12).text
+    assert "".join(part.delta for part in llm.stream_complete("hi", formatted=True)) == raw.text
+
+
+def test_a_system_prompt_stands_before_conversations_once(llm: GatedLLM) -> None:
+    plain = llm.complete("hi").raw["usage"]["prompt_tokens"]
+    llm.system_prompt = "Be brief."
+    system = len("[system] Be brief.\n")
+
+    assert llm.complete("hi").raw["usage"]["prompt_tokens"] == plain + system
+    assert llm.complete("hi", formatted=True).raw["usage"]["prompt_tokens"] == 2
+    own = [ChatMessage("Be brief.", role="system"), ChatMessage("hi")]
+    assert llm.chat(own).raw["usage"]["prompt_tokens"] == plain + system
+    assert llm.predict(PromptTemplate("hi")) == llm.chat(own).message.content
+
+
+def test_templates_of_the_users_own_are_used(loaded: tuple[Any, Any]) -> None:
+    llm = GatedLLM(
+        loaded,
+        max_tokens=4,
+        messages_to_prompt=lambda messages: "".join(m.content for m in messages),
+        completion_to_prompt=lambda prompt: f">{prompt}",
+    )
+
+    assert llm.chat([ChatMessage("hi")]).raw["usage"]["prompt_tokens"] == 2
+    assert llm.complete("hi").raw["usage"]["prompt_tokens"] == 3
+
+
+def test_settings_of_a_call_take_effect(llm: GatedLLM) -> None:
+    messages = [ChatMessage("hi")]
+    base = llm.chat(messages, head=None).message.content
+
+    assert len(llm.chat(messages, max_tokens=3).raw["token_ids"]) == 3
+    assert len(llm.complete("hi", max_new_tokens=3).raw["token_ids"]) == 3
+    assert llm.chat(messages, strength=0).message.content == base != llm.chat(messages).message.content
+    assert llm.complete("hi", stop=[base[2:5]], head=None).text == base[: base.find(base[2:5])]
+    assert "trace" in llm.complete("hi", trace=True).raw
+    sampled = {llm.complete("hi", head=None, temperature=3.0, top_p=1.0, seed=seed).text for seed in (1, 1, 2)}
+    assert len(sampled) == 2
+    with pytest.raises(ConfigError, match="temprature"):
+        llm.complete("hi", temprature=1)
+
+
+def test_metadata_tells_the_true_context_window(llm: GatedLLM) -> None:
+    assert llm.metadata.context_window == 2048
+    assert llm.metadata.num_output == 12
+    assert llm.metadata.is_chat_model
+
+
+@pytest.mark.parametrize("call", ["chat", "complete", "stream_chat", "stream_complete"])
+def test_a_call_is_one_pair_of_events(llm: GatedLLM, events: list[str], call: str) -> None:
+    answer = getattr(llm, call)([ChatMessage("hi")] if "chat" in call else "hi")
+    if "stream" in call:
+        list(answer)
+
+    kind = "LLMChat" if "chat" in call else "LLMCompletion"
+    assert [event for event in events if "InProgress" not in event] == [f"{kind}StartEvent", f"{kind}EndEvent"]
+
+
+def test_the_rate_limiter_is_asked_once_a_call(llm: GatedLLM) -> None:
+    class Limiter:
+        count = 0
+
+        def acquire(self) -> None:
+            self.count += 1
+
+    llm.rate_limiter = Limiter()
+    llm.complete("hi")
+    llm.chat([ChatMessage("hi")])
+
+    assert llm.rate_limiter.count == 2
+
+
+def test_tokens_reach_the_token_counter(llm: GatedLLM) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: list(text))
+    llm.callback_manager = CallbackManager([counter])
+
+    llm.chat([ChatMessage("hi")])
+
+    assert counter.completion_llm_token_count == 12
+
+
+@pytest.mark.usefixtures("event_loop")
+def test_a_query_engine_answers_with_it(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_llm", None)
+    index = SummaryIndex.from_documents([Document(text="Support answers by email.")])
+
+    answer = index.as_query_engine(llm=llm).query("How?")
+    streamed = index.as_query_engine(llm=llm, streaming=True).query("How?")
+
+    assert str(answer) == "".join(streamed.response_gen) != ""
+
+
+def test_settings_keep_it(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_llm", None)
+
+    Settings.llm = llm
+
+    assert Settings.llm is llm
+
+
+def test_messages_become_ours() -> None:
+    call = ToolCallBlock(tool_call_id="c1", tool_name="add", tool_kwargs='{"a": 1}')
+
+    assert as_conversation(
+        [
+            ChatMessage("s", role="system"),
+            ChatMessage([TextBlock(text="a"), TextBlock(text="b")]),
+            ChatMessage([TextBlock(text="t"), call], role="assistant"),
+            ChatMessage("2", role="tool", additional_kwargs={"tool_call_id": "c1"}),
+        ]
+    ) == [
+        Message("system", "s"),
+        Message("user", "a\nb"),
+        Message("assistant", "t", tool_calls=(ToolCall("c1", "add", {"a": 1}),)),
+        Message("tool", "2", tool_call_id="c1"),
+    ]
+
+
+def test_a_block_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ImageBlock is not text"):
+        as_conversation([ChatMessage([ImageBlock(image=b"png")])])
+
+
+# --- cancellation, counted in forwards
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise TimeoutError
+
+
+class Forwards:
+    """Counts the forwards of a model."""
+
+    def __init__(self, llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._decoder = worker_for(llm.engine.model)._decoder
+        feed = self._decoder.backend.feed
+
+        def counting(segments: Any) -> torch.Tensor:
+            self.count += 1
+            return feed(segments)
+
+        monkeypatch.setattr(self._decoder.backend, "feed", counting)
+
+    async def settled(self) -> int:
+        """How many more there were."""
+        before = self.count
+        await until(lambda: self._decoder.is_idle)
+        return self.count - before
+
+
+@pytest.mark.parametrize("call", ["achat", "acomplete"])
+async def test_cancelling_stops_within_a_token(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    forwards = Forwards(llm, monkeypatch)
+    prompt: Any = [ChatMessage("hi")] if call == "achat" else "hi"
+    task = asyncio.create_task(getattr(llm, call)(prompt, max_tokens=LONG, head=None))
+    await until(lambda: forwards.count >= 10)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await forwards.settled() <= 2
+    assert forwards.count < LONG / 2
+
+
+async def test_leaving_a_stream_stops_within_a_token(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = Forwards(llm, monkeypatch)
+
+    for _ in llm.stream_complete("hi", max_tokens=LONG, head=None):
+        break
+    assert await forwards.settled() <= 2
+    async for _ in await llm.astream_chat([ChatMessage("hi")], max_tokens=LONG, head=None):
+        break
+    await forwards.settled()
+
+    assert forwards.count < LONG / 2

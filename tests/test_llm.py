@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableLambda
+from llama_index.core import Document, Settings, SummaryIndex
+from llama_index.core.llms import ChatMessage
+from llama_index.core.prompts import PromptTemplate
+
+import mara_integrations
+from mara_integrations import MARALLM, ChatMARA, MARAEngine
+from mara_integrations.errors import ConfigError
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
+
+
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.fixture
+def llm(loaded: tuple[Any, Any]) -> MARALLM:
+    return MARALLM(loaded, head=random_head(32), max_tokens=12)
+
+
+def test_both_frameworks_and_the_engine_give_one_answer(llm: MARALLM) -> None:
+    answer = llm.invoke("hi").content
+
+    assert answer == llm.complete("hi").text
+    assert answer == llm.chat([ChatMessage("hi")]).message.content
+    assert answer == llm.as_langchain().invoke("hi").content
+    engine = MARAEngine(llm.model, llm.head, max_new_tokens=12)
+    assert answer == engine.generate([mara_integrations.messages.Message("user", "hi")]).text
+
+
+def test_it_is_a_runnable_and_settings_keep_it(llm: MARALLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_llm", None)
+
+    Settings.llm = llm
+
+    assert isinstance(llm, Runnable)
+    assert Settings.llm is llm
+
+
+@pytest.mark.usefixtures("event_loop")
+def test_a_chain_and_a_query_engine_run_on_it(llm: MARALLM) -> None:
+    chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | llm | StrOutputParser()
+    answer = chain.invoke({"q": "hi"})
+
+    assert answer == llm.complete("hi").text
+    assert "".join(chain.stream({"q": "hi"})) == answer
+    assert chain.batch([{"q": "hi"}] * 2) == [answer] * 2
+    index = SummaryIndex.from_documents([Document(text="Support answers by email.")])
+    assert str(index.as_query_engine(llm=llm).query("How?"))
+
+
+async def test_async_chains_and_query_engines_run_on_it(llm: MARALLM) -> None:
+    chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | llm | StrOutputParser()
+    answer = llm.complete("hi").text
+
+    assert await chain.ainvoke({"q": "hi"}) == answer
+    assert "".join([piece async for piece in chain.astream({"q": "hi"})]) == answer
+    assert await chain.abatch([{"q": "hi"}]) == [answer]
+    index = SummaryIndex.from_documents([Document(text="Support answers by email.")])
+    assert str(await index.as_query_engine(llm=llm).aquery("How?"))
+
+
+def test_stream_serves_both_frameworks(llm: MARALLM) -> None:
+    answer = llm.complete("hi").text
+    template = PromptTemplate("hi")
+
+    assert "".join(llm.stream(template)) == "".join(llm.stream(prompt=template)) == answer
+    chunks = list(llm.stream("hi"))
+    assert all(isinstance(chunk, AIMessageChunk) for chunk in chunks)
+    assert "".join(chunk.text for chunk in chunks) == answer
+    assert "".join(chunk.text for chunk in llm.stream(input="hi", config={"tags": ["t"]})) == answer
+
+
+async def test_astream_is_awaited_by_one_framework_and_iterated_by_the_other(llm: MARALLM) -> None:
+    answer = llm.complete("hi").text
+
+    assert "".join([piece async for piece in await llm.astream(PromptTemplate("hi"))]) == answer
+    assert "".join([chunk.text async for chunk in llm.astream("hi")]) == answer
+    assert "".join([chunk.text async for chunk in llm.astream(input="hi", config=None)]) == answer
+
+
+async def test_template_variables_may_be_called_config_and_input(llm: MARALLM) -> None:
+    template = PromptTemplate("{config} and {input}")
+    answer = llm.complete("a and b").text
+
+    assert "".join(llm.stream(template, config="a", input="b")) == answer
+    assert "".join([piece async for piece in await llm.astream(template, config="a", input="b")]) == answer
+    assert llm.predict(template, config="a", input="b") == answer
+
+
+def test_a_changed_field_takes_effect_in_both_halves(llm: MARALLM) -> None:
+    llm.invoke("hi")
+    short = llm.model_copy(update={"max_tokens": 3})
+    llm.max_tokens = 5
+
+    for each, length in ((short, 3), (llm, 5)):
+        assert len(each.invoke("hi").response_metadata["token_ids"]) == length
+        assert len(each.complete("hi").raw["token_ids"]) == length
+    assert short.engine is llm.engine
+
+
+def test_copies_share_the_weights(llm: MARALLM) -> None:
+    answer = llm.complete("hi").text
+
+    for twin in (copy.copy(llm), copy.deepcopy(llm), llm.model_copy(deep=True)):
+        assert twin.model[0] is llm.model[0] and twin.head is llm.head
+        assert twin.complete("hi").text == twin.invoke("hi").content == answer
+
+
+def test_pickling_keeps_the_settings_and_refuses_weights(llm: MARALLM) -> None:
+    named = MARALLM("smollm2", temperature=0.5, stop=["x"], system_prompt="s")
+    twin = pickle.loads(pickle.dumps(named))
+
+    assert isinstance(twin, MARALLM)
+    assert (twin.model, twin.temperature, twin.stop, twin.system_prompt) == ("smollm2", 0.5, ["x"], "s")
+    with pytest.raises(ConfigError, match="not pickled"):
+        pickle.dumps(llm)
+
+
+def test_settings_survive_llama_indexs_dict() -> None:
+    named = MARALLM("smollm2", temperature=0.5, head="heads/x")
+
+    assert MARALLM.from_dict(named.to_dict()).head == "heads/x"
+
+
+def test_runnable_methods_reach_the_chat_model(llm: MARALLM) -> None:
+    answer = llm.invoke("hi").content
+
+    assert llm.bind(max_tokens=2).invoke("hi").response_metadata["gate"]
+    assert llm.with_retry().invoke("hi").content == answer
+    assert llm.with_fallbacks([llm]).invoke("hi").content == answer
+    assert llm.map().invoke(["hi", "hi"])[1].content == answer
+    assert (RunnableLambda(str.lower) | llm).invoke("HI").content == answer
+    assert [i for i, _ in sorted(llm.batch_as_completed(["hi", "hi"]))] == [0, 1]
+    chat = llm.configurable_fields(max_tokens=ConfigurableField("length"))
+    short = chat.invoke("hi", config={"configurable": {"length": 3}})
+    assert isinstance(short, AIMessage)
+    assert len(short.response_metadata["token_ids"]) == 3
+    assert llm._llm_type == "mara"
+
+
+async def test_events_are_streamed(llm: MARALLM) -> None:
+    kinds = [event["event"] async for event in llm.astream_events("hi", version="v2")]
+
+    assert kinds[0] == "on_chat_model_start" and kinds[-1] == "on_chat_model_end"
+    assert "on_chat_model_stream" in kinds
+
+
+def test_as_langchain_is_a_chat_model_on_the_same_engine(llm: MARALLM) -> None:
+    chat = llm.as_langchain()
+
+    assert isinstance(chat, ChatMARA)
+    assert chat.engine is llm.engine
+
+
+def test_the_package_imports_neither_torch_nor_a_framework() -> None:
+    heavy = "{'torch', 'transformers', 'langchain_core', 'llama_index'}"
+    code = f"import sys, mara_integrations; assert not {heavy} & set(sys.modules); assert mara_integrations.__version__"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_there() -> None:
+    assert all(hasattr(mara_integrations, name) for name in mara_integrations.__all__)
+    assert set(dir(mara_integrations)) >= set(mara_integrations.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'MARALM'"):
+        mara_integrations.MARALM  # noqa: B018

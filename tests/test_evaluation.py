@@ -330,8 +330,15 @@ def test_the_console_interprets_no_markup_and_no_control_characters(nasty):
 
 
 def test_the_console_strikes_what_the_head_rejected_and_marks_what_was_forced(nasty):
-    spans = gated_text(nasty.examples[0]).spans
+    spans = gated_text(nasty.examples[0].marks).spans
     assert [span.style for span in spans] == ["red strike"] * 3 + ["red dim", "green", "yellow underline"]
+
+
+def test_where_no_style_shows_rejected_tokens_stand_between_tildes(nasty):
+    console = Console(file=io.StringIO(), width=100)
+    print_examples(console, nasty, 1)
+    assert "~~" in console.file.getvalue()
+    assert "~~" not in printed(print_examples, nasty, 1)
 
 
 def test_the_summary_tells_base_gated_and_change(sampled):

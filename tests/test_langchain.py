@@ -7,7 +7,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,9 @@ from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
 
 from mara_integrations import ChatMARA
 from mara_integrations.engine.head import MARAHead
@@ -25,12 +28,12 @@ from mara_integrations.messages import Message, ToolCall
 from mara_integrations.runtime import worker_for
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
-LONG = 300  # tokens; the tiny model's context is 512
+LONG = 300  # tokens
 
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    return tiny_model(), tiny_tokenizer()
+    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
 
 
 @pytest.fixture
@@ -266,6 +269,105 @@ def test_tokens_are_counted_with_the_models_own_tokenizer(llm: ChatMARA) -> None
     assert llm.get_num_tokens_from_messages([message]) == usage["input_tokens"]
 
 
+# --- tools and schemas: the tiny model writes nonsense, the grammar makes it legal
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=10)
+    age: int = Field(ge=0, le=150)
+
+
+@pytest.fixture
+def caller(llm: ChatMARA) -> ChatMARA:
+    return llm.model_copy(update={"max_tokens": 150})
+
+
+def test_a_forced_call_reaches_the_message_whole_and_streamed(caller: ChatMARA) -> None:
+    model = caller.bind_tools([add], tool_choice="any")
+
+    message = model.invoke("hi")
+    (call,) = message.tool_calls
+    assert call["name"] == "add" and set(call["args"]) == {"a", "b"} and call["id"]
+    assert message.content == ""
+    chunks = list(model.stream("hi"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert [(each["name"], each["args"]) for each in whole.tool_calls] == [("add", call["args"])]
+    assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) > 3  # as it is written, not at the end
+
+
+async def test_a_forced_call_reaches_the_async_forms(caller: ChatMARA) -> None:
+    model = caller.bind_tools([add], tool_choice="add")
+    expected = model.invoke("hi").tool_calls[0]["args"]
+
+    assert (await model.ainvoke("hi")).tool_calls[0]["args"] == expected
+    chunks = [chunk async for chunk in model.astream("hi")]
+    assert "".join(part["args"] or "" for chunk in chunks for part in chunk.tool_call_chunks).startswith("{")
+
+
+def test_a_call_cut_short_is_invalid_not_an_error(caller: ChatMARA) -> None:
+    message = caller.bind_tools([add], tool_choice="any", max_tokens=50).invoke("hi")
+
+    assert message.tool_calls == []
+    (call,) = message.invalid_tool_calls
+    assert call["name"] == "add" and "length" in str(call["error"])
+
+
+def test_a_wrong_choice_is_refused_when_it_is_bound(caller: ChatMARA) -> None:
+    with pytest.raises(ConfigError, match="tool_choice='sub'"):
+        caller.bind_tools([add], tool_choice="sub")
+
+
+def test_bound_tools_are_part_of_the_prompt(caller: ChatMARA) -> None:
+    message = HumanMessage("hi")
+    usage = caller.bind_tools([add]).invoke([message], max_tokens=1).usage_metadata
+
+    assert usage is not None
+    assert usage["input_tokens"] == caller.get_num_tokens_from_messages([message], [add])
+    assert usage["input_tokens"] > caller.get_num_tokens_from_messages([message]) + 50
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_structured_output_is_an_object_of_the_class(caller: ChatMARA, method: Any) -> None:
+    model = caller.with_structured_output(Person, method=method)
+
+    assert isinstance(model.invoke("hi"), Person)
+    assert isinstance(list(model.stream("hi"))[-1], Person)
+    raw = caller.with_structured_output(Person, method=method, include_raw=True).invoke("hi")
+    assert isinstance(raw["parsed"], Person) and raw["parsing_error"] is None and isinstance(raw["raw"], AIMessage)
+
+
+def test_structured_output_takes_json_schemas_and_typed_dicts(caller: ChatMARA) -> None:
+    class Place(TypedDict):
+        """A place."""
+
+        city: Literal["Rome", "Bonn"]
+
+    schema = {"title": "Place", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+    assert caller.with_structured_output(Place).invoke("hi")["city"] in ("Rome", "Bonn")
+    assert isinstance(caller.with_structured_output(schema).invoke("hi")["n"], int)
+
+
+def test_the_profile_tells_what_it_can_do(llm: ChatMARA) -> None:
+    assert ChatMARA("smollm2").profile["structured_output"]
+    assert llm.load().profile["max_input_tokens"] == 2048
+
+
+def test_two_tools_share_no_cached_answer(caller: ChatMARA) -> None:
+    caller.cache = InMemoryCache()
+
+    assert caller.bind_tools([add], tool_choice="add").invoke("hi").tool_calls
+    assert not caller.invoke("hi").tool_calls
+
+
 # --- cache
 
 
@@ -327,7 +429,7 @@ def test_max_concurrency_is_respected(llm: ChatMARA, monkeypatch: pytest.MonkeyP
 
 
 def test_a_failing_input_of_a_batch_leaves_the_others(llm: ChatMARA) -> None:
-    good, bad = llm.batch(["hi", "x" * 600], return_exceptions=True)
+    good, bad = llm.batch(["hi", "x" * 3000], return_exceptions=True)
 
     assert isinstance(good, AIMessage)
     assert isinstance(bad, ConfigError)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from llama_index.core import Document, Settings, SummaryIndex
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.base.llms.types import ImageBlock, TextBlock, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
@@ -15,6 +16,8 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel, Field
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.llama_index import GatedLLM, as_conversation
@@ -226,6 +229,86 @@ def test_messages_become_ours() -> None:
 def test_a_block_that_is_no_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="ImageBlock is not text"):
         as_conversation([ChatMessage([ImageBlock(image=b"png")])])
+
+
+# --- tools and schemas: the tiny model writes nonsense, the grammar makes it legal
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+TOOL = FunctionTool.from_defaults(add)
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=10)
+    age: int = Field(ge=0, le=150)
+
+
+@pytest.fixture
+def caller(llm: GatedLLM) -> GatedLLM:
+    return llm.model_copy(update={"max_tokens": 150})
+
+
+def test_a_required_call_is_made_and_run(caller: GatedLLM) -> None:
+    response = caller.chat_with_tools([TOOL], "hi", tool_required=True)
+
+    (call,) = caller.get_tool_calls_from_response(response)
+    assert call.tool_name == "add" and set(call.tool_kwargs) == {"a", "b"} and call.tool_id
+    result = caller.predict_and_call([TOOL], "hi", tool_required=True)
+    assert result.response == str(sum(call.tool_kwargs.values()))
+
+
+def test_calls_can_be_read_while_they_are_written(caller: GatedLLM) -> None:
+    seen = [
+        caller.get_tool_calls_from_response(response, error_on_no_tool_call=False)
+        for response in caller.stream_chat_with_tools([TOOL], "hi", tool_choice="add")
+    ]
+
+    assert seen[0] == []
+    assert any(calls and calls[0].tool_kwargs == {} for calls in seen)
+    assert set(seen[-1][0].tool_kwargs) == {"a", "b"}
+
+
+def test_an_answer_without_a_call_is_an_error_where_one_is_needed(caller: GatedLLM) -> None:
+    with pytest.raises(ValueError, match="calls no tool"):
+        caller.get_tool_calls_from_response(caller.chat([ChatMessage("hi")]))
+
+
+async def test_structured_prediction_gives_the_class(caller: GatedLLM) -> None:
+    template = PromptTemplate("{config}")
+
+    assert isinstance(caller.structured_predict(Person, template, config="hi"), Person)
+    assert isinstance(await caller.astructured_predict(Person, template, config="hi"), Person)
+    assert isinstance(caller.as_structured_llm(Person).complete("hi").raw, Person)
+
+
+async def test_structured_prediction_streams_objects_that_grow(caller: GatedLLM) -> None:
+    template = PromptTemplate("{config}")
+
+    *partial, last = caller.stream_structured_predict(Person, template, config="hi")
+    objects = [each async for each in await caller.astream_structured_predict(Person, template, config="hi")]
+
+    assert partial and isinstance(last, Person)
+    assert objects[-1] == last
+    assert any(getattr(each, "age", None) is None and each.name for each in partial)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it looks at all attributes
+async def test_an_agent_calls_its_tool(caller: GatedLLM) -> None:
+    called = []
+
+    def note(text: str) -> str:
+        """Note a text."""
+        called.append(text)
+        return "noted"
+
+    agent = FunctionAgent(llm=caller, tools=[FunctionTool.from_defaults(note)], initial_tool_choice="note")
+    await agent.run("hi")
+
+    assert len(called) == 1 and called[0]
 
 
 # --- cancellation, counted in forwards

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import xgrammar
 
 # What closes something open in JSON, or is the shortest value, in the order in which they are tried.
-_CLOSERS = ('"', "}", "]", *"0123456789", "-", "null", "false", "[", "{", "a", ":", ",")
+_CLOSERS = ('"', "}", "]", "0", "null", "[", "{", ":", ",")
 _WATCHED = 64  # tokens before the end of the budget from which on the way out is looked for
 _MARGIN = 16  # tokens kept beside it: the next token may open something more
 _LONGEST_WAY_OUT = 500  # steps
@@ -82,9 +82,7 @@ class Grammar:
         """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
         if self._matcher.is_terminated():
             return
-        self._matcher.fill_next_token_bitmask(self._bitmask)
-        bits = self._bitmask[0][:, None] >> torch.arange(32, dtype=torch.int32)
-        allowed = (bits & 1).bool().flatten()[: logits.shape[-1]] & ~self._forbidden
+        allowed = self._allowed(self._matcher)
         way_out = self._way_out() if self._left <= self._watch_from else None
         if way_out and self._left <= len(way_out) + self._margin and allowed[way_out[0]]:
             allowed = torch.arange(len(allowed)) == way_out[0]
@@ -95,20 +93,27 @@ class Grammar:
         self._left -= 1
         self._matcher.accept_token(token_id)
 
+    def _allowed(self, matcher: xgrammar.GrammarMatcher) -> Tensor:
+        """Which tokens may come next, (V,), on the CPU."""
+        self._bitmask.fill_(-1)  # all of them, which it need not say
+        matcher.fill_next_token_bitmask(self._bitmask)
+        bits = self._bitmask[0][:, None] >> torch.arange(32, dtype=torch.int32)
+        return (bits & 1).bool().flatten()[: len(self._forbidden)] & ~self._forbidden
+
     def _way_out(self) -> list[int] | None:
-        """Tokens of a short text that completes the reply; None where none was found."""
-        matcher, text = self._matcher.fork(), ""
+        """Tokens that complete the reply, few if not the fewest; None where there are too many."""
+        matcher, token_ids = self._matcher.fork(), list[int]()
         for _ in range(_LONGEST_WAY_OUT):
             if matcher.is_completed():
-                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-            step = matcher.find_jump_forward_string()
-            if step and matcher.accept_string(step):
-                text += step
-                continue
-            step = next((closer for closer in _CLOSERS if matcher.accept_string(closer)), "")
-            if not step:
-                return None
-            text += step
+                return token_ids
+            certain = matcher.find_jump_forward_string()
+            step = next((text for text in (certain, *_CLOSERS) if text and matcher.accept_string(text)), None)
+            if step is not None:
+                token_ids += self._tokenizer(step, add_special_tokens=False)["input_ids"]
+            else:  # inside an enum, a pattern, a character of several bytes
+                token_ids.append(int(self._allowed(matcher).int().argmax()))
+                if not matcher.accept_token(token_ids[-1]):
+                    return None
         return None
 
 

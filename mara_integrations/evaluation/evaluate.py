@@ -288,7 +288,7 @@ def evaluate(
         base = _scored(named, batch, base_replies[start:], conversational)
         gated = _scored(named, batch, gated_replies[start:], conversational)
         for i, row in enumerate(batch):
-            marks = _marks(engine.model.tokenizer, pairs[start + i][1], gated_replies[start + i])
+            marks = token_marks(engine.model.tokenizer, pairs[start + i][1], gated_replies[start + i])
             examples.append(Example(row.prompt, row.source, seed + start + i, base[i], gated[i], marks))
 
     source = overrides.get("head", engine.head_source)
@@ -432,7 +432,8 @@ def _speed_ratio(
     return statistics.median(ratios)
 
 
-def _marks(tokenizer: Any, request: Request, generation: Generation) -> tuple[Mark, ...]:
+def token_marks(tokenizer: Any, request: Request, generation: Generation) -> tuple[Mark, ...]:
+    """What the gate did, token by token, in a reply generated with a head and `trace=True`."""
     assert generation.trace is not None
     assert request.head is not None
     form, temperature = request.head.config.form, request.sampling.temperature

@@ -6,6 +6,7 @@ Whatever a model wrote is shown as text, never interpreted: escaped in HTML, wit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,8 +18,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mara_integrations.engine.sequence import GateStats
 from mara_integrations.errors import ConfigError
-from mara_integrations.evaluation.evaluate import Comparison, Evaluation, Example, Mark, Rejected, Reply
+from mara_integrations.evaluation.evaluate import Comparison, Evaluation, Mark, Rejected, Reply
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.files import check_writable, write_atomically
 
@@ -85,8 +87,12 @@ def settings_line(evaluation: Evaluation) -> str:
 
 
 def gate_line(evaluation: Evaluation) -> str:
-    """What the gate did, in a line."""
-    gate, total = evaluation.gate, evaluation.gated.num_tokens
+    """What the gate did in all replies, in a line."""
+    return stats_line(evaluation.gate, evaluation.gated.num_tokens)
+
+
+def stats_line(gate: GateStats, total: int) -> str:
+    """What the gate did in `total` tokens, in a line."""
     taken = {"accepted": gate.accepted, "forced": gate.forced, "fallback": gate.fallbacks, "unasked": gate.single}
     shares = ", ".join(f"{count} {name} ({count / total:.0%})" for name, count in taken.items() if count)
     return f"{total} tokens: {shares or 'the gate was not asked'}; {gate.rejected} candidates visited and not taken"
@@ -145,25 +151,32 @@ def print_summary(console: Console, evaluation: Evaluation) -> None:
 
 def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None:
     """Print the first `n` prompts with both replies side by side; what the head rejected is struck through."""
+    is_styled = console.color_system is not None
     for example in evaluation.examples[:n]:
         sides = Table.grid(expand=True, padding=(0, 1))
         sides.add_column(ratio=1)
         sides.add_column(ratio=1)
         base = Panel(Group(Text(visible(example.base.text)), _scores(example.base)), title="base")
-        gated = Panel(Group(gated_text(example), _scores(example.gated)), title="gated")
+        gated = Panel(Group(gated_text(example.marks, is_styled=is_styled), _scores(example.gated)), title="gated")
         sides.add_row(base, gated)
         console.print(Text(visible(example.prompt[-1].content), style="bold"))
         console.print(sides)
-    console.print(_legend())
+    console.print(legend(is_styled=is_styled))
 
 
-def gated_text(example: Example) -> Text:
-    """The gated reply with its marks, for a console; rejections that were the base model's own dice are left out."""
+def gated_text(marks: Sequence[Mark], *, is_styled: bool = True) -> Text:
+    """A gated reply with its marks, for a console; rejections that were the base model's own dice are left out.
+
+    Args:
+        marks: Of the reply's tokens.
+        is_styled: Whether the console shows styles; in a file or a pipe, rejected tokens stand between tildes instead.
+    """
     text = Text()
-    for mark in example.marks:
+    for mark in marks:
         rejected = [item for item in mark.rejected if item.is_by_head]
         for item in rejected[:_MOST_REJECTED]:
-            text.append(_struck_text(item), style="red strike")
+            struck = _struck_text(item)
+            text.append(struck if is_styled else f"~~{struck}~~", style="red strike")
         if len(rejected) > _MOST_REJECTED:
             text.append(f"+{len(rejected) - _MOST_REJECTED}", style="red dim")
         is_forced = mark.outcome in ("forced", "fallback")
@@ -211,9 +224,15 @@ _OUTCOMES = {
 }
 
 
-def _legend() -> Text:
-    legend = Text.assemble(("struck", "red strike"), " rejected by the head  ", ("green", "green"), " taken instead  ")
-    return legend.append_text(Text.assemble(("underlined", "yellow underline"), " taken with no choice left"))
+def legend(*, is_styled: bool = True) -> Text:
+    """How to read `gated_text`."""
+    if not is_styled:
+        return Text("~~struck~~ rejected by the head, for the text that follows it")
+    return Text.assemble(
+        *(("struck", "red strike"), " rejected by the head  "),
+        *(("green", "green"), " taken instead  "),
+        *(("underlined", "yellow underline"), " taken with no choice left"),
+    )
 
 
 def _scores(reply: Reply) -> Text:

@@ -164,6 +164,7 @@ class MARAEngine:
         Returns:
             The tokens of both; equal unless a decision was closer than floating point noise.
         """
+        overrides = {"seed": 0, **self.defaults, **overrides}
         request = self.request(prompt, **overrides)
         reference = generate_reference(
             self.model.model, request.prompt_ids, request.head, request.sampling, request.gate, request.eos_token_ids

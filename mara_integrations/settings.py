@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,8 @@ class EngineSettings(BaseModel):
         return {name: value for name, value in values.items() if value is not None or name == "head"}
 
     def _described(self) -> dict[str, Any]:
-        """The settings as plain values, for traces and logs."""
-        values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST)}
+        """The settings as plain values, for traces and logs; without `model_kwargs`, which may hold an access token."""
+        values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST) if name != "model_kwargs"}
         values.update(model=self.model_name, head=_head_name(self.head), device=str(self.device), dtype=str(self.dtype))
         return values
 
@@ -161,6 +162,7 @@ class EngineSettings(BaseModel):
         values = {**self._described(), **self._request_settings(call)}
         if not isinstance(self.model, str | os.PathLike):  # objects of one name may have different weights
             values["model"] = f"{self.model_name}@{id(self.model):x}"
+        values["model_kwargs"] = sha256(repr(self.model_kwargs).encode()).hexdigest()
         return str(sorted({**values, "head": head_fingerprint(values["head"])}.items()))
 
     def __repr_args__(self) -> list[tuple[str, Any]]:

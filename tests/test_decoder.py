@@ -80,6 +80,13 @@ def test_models_without_trees_take_the_serial_path_and_say_so(family):
     assert [s.token_ids for s in Decoder(backend).run(requests)] == references(model, requests)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_the_serial_path_is_exact_with_sliding_windows(family):
+    model = tiny_model(family, **FAMILIES[family])
+    requests = list(mixed_requests(model, count=3))
+    assert [s.token_ids for s in Decoder(SerialBackend(model)).run(requests)] == references(model, requests)
+
+
 @pytest.mark.parametrize("knee", [1, 8, 200])
 def test_the_schedule_changes_no_token(knee):
     model = tiny_model()

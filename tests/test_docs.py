@@ -1,4 +1,4 @@
-"""README and cookbook do what they say: their code is run, on the real model, with a stand-in head where none is trained."""
+"""README and cookbook do what they say: their code is run, on the real model; a stand-in head where none is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mara_integrations.testing import random_head
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [line[2:] for language, code in BLOCKS if language == "console" for line in code.splitlines() if line[:2] == "$ "]
+COMMANDS = [
+    line[2:] for language, code in BLOCKS if language == "console" for line in code.splitlines() if line[:2] == "$ "
+]
 
 
 @pytest.fixture

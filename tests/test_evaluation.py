@@ -334,11 +334,11 @@ def test_the_console_strikes_what_the_head_rejected_and_marks_what_was_forced(na
     assert [span.style for span in spans] == ["red strike"] * 3 + ["red dim", "green", "yellow underline"]
 
 
-def test_where_no_style_shows_rejected_tokens_stand_between_tildes(nasty):
+def test_where_no_style_shows_rejected_tokens_stand_in_brackets(nasty):
     console = Console(file=io.StringIO(), width=100)
     print_examples(console, nasty, 1)
-    assert "~~" in console.file.getvalue()
-    assert "~~" not in printed(print_examples, nasty, 1)
+    assert "[-" in console.file.getvalue()
+    assert "[-" not in printed(print_examples, nasty, 1)
 
 
 def test_the_summary_tells_base_gated_and_change(sampled):

@@ -62,6 +62,16 @@ def test_the_mask_leaves_what_the_schema_allows_and_the_end() -> None:
     assert allowed() == {"<eos>"}
 
 
+def test_one_tokenizer_serves_models_of_several_widths() -> None:
+    form, tokenizer = ReplyForm(json_schema={"enum": [True]}).grammar(HERMES), tiny_tokenizer()
+    assert form is not None
+
+    for width in (256, 320):
+        logits = torch.zeros(width)
+        Grammar(form, tokenizer=tokenizer, vocab_size=width, eos_token_ids=[0], budget=9).mask(logits)
+        assert logits.isfinite().sum() == 1
+
+
 @pytest.mark.parametrize("head", [None, "paper", "residual"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_model_writes_json_of_the_schema(engine: MARAEngine, head: Any, seed: int) -> None:

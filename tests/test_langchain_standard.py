@@ -52,17 +52,9 @@ class TestIntegration(ChatModelIntegrationTests):
     def supports_model_override(self) -> bool:
         return False  # which model runs is a setting of the object: it may have to be loaded
 
-    @pytest.mark.xfail(
-        not LARGE, reason="no tool_choice is given, and 135M parameters do not call a tool unasked", strict=False
-    )
+    @pytest.mark.xfail(not LARGE, reason="no tool_choice is given, and 135M parameters do not call a tool unasked")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
-
-    @pytest.mark.xfail(not LARGE, reason="135M parameters do not copy Chinese and Japanese names", strict=False)
-    def test_unicode_tool_call_integration(
-        self, model: BaseChatModel, *, tool_choice: str | None = None, force_tool_call: bool = True
-    ) -> None:
-        super().test_unicode_tool_call_integration(model, tool_choice=tool_choice, force_tool_call=force_tool_call)
 
 
 class _Headed(TestIntegration):

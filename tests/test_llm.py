@@ -148,6 +148,13 @@ def test_settings_survive_llama_indexs_dict() -> None:
     assert MARALLM.from_dict(named.to_dict()).head == "heads/x"
 
 
+def test_an_access_token_reaches_no_trace() -> None:
+    named = MARALLM("smollm2", model_kwargs={"token": "secret"})
+
+    seen = (named.to_payload(), named.as_langchain()._identifying_params, named.as_langchain()._get_llm_string(), named)
+    assert "secret" not in repr(seen)
+
+
 def test_runnable_methods_reach_the_chat_model(llm: MARALLM) -> None:
     answer = llm.invoke("hi").content
 

@@ -94,8 +94,7 @@ class PackedBackend(Backend):
         output = self._decoder(input_ids=token_ids, **attention.forward_arguments(context, positions))
         for row, width, siblings in layout:
             (self._cache.branch if siblings else self._cache.extend)(row, width)
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return cast(Tensor, output.last_hidden_state[0])
 
     @override
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
@@ -175,7 +174,7 @@ class SerialBackend(Backend):
         if _takes_position_ids(self._decoder):
             arguments["position_ids"] = positions
         hidden: Tensor = self._decoder(**arguments).last_hidden_state[0]
-        return hidden
+        return hidden.to(self.device)  # of a model spread over devices, the last one's
 
 
 def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:

@@ -23,8 +23,9 @@ _CLOSERS = ('"', "}", "]", "0", "null", "[", "{", ":", ",")
 _WATCHED = 64  # tokens before the end of the budget from which on the way out is looked for
 _MARGIN = 16  # tokens kept beside it: the next token may open something more
 _LONGEST_WAY_OUT = 500  # steps
-# by tokenizer: its compiler, and which of its tokens hold control characters
-_compilers: weakref.WeakKeyDictionary[Any, tuple[xgrammar.GrammarCompiler, Tensor]] = weakref.WeakKeyDictionary()
+# by tokenizer, and by width and end of the models that use it: the compiler, and which tokens hold control characters
+_Compilers = dict[tuple[int, str], "tuple[xgrammar.GrammarCompiler, Tensor]"]
+_compilers: weakref.WeakKeyDictionary[Any, _Compilers] = weakref.WeakKeyDictionary()
 
 
 class Grammar:
@@ -59,11 +60,12 @@ class Grammar:
             raise MissingExtraError(
                 "tools and JSON schemas need the package xgrammar", hint="pip install 'mara-integrations[tools]'"
             ) from None
-        if tokenizer not in _compilers:
-            stops = sorted(eos_token_ids) or None
+        stops = sorted(eos_token_ids) or None
+        known, key = _compilers.setdefault(tokenizer, {}), (vocab_size, str(stops))
+        if key not in known:
             info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=stops)
-            _compilers[tokenizer] = xgrammar.GrammarCompiler(info), _has_control(info.decoded_vocab)
-        compiler, has_control = _compilers[tokenizer]
+            known[key] = xgrammar.GrammarCompiler(info), _has_control(info.decoded_vocab)
+        compiler, has_control = known[key]
         try:
             compiled = compiler.compile_structural_tag(json.dumps(structural_tag))
         except Exception as error:  # its C++ side raises RuntimeError and its own; all mean a schema it can't express

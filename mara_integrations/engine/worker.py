@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from mara_integrations.errors import EngineClosedError
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
 _IDLE_S = 5.0
+# At the end of the process, a thread gets this long to finish its step.
+_EXIT_S = 10.0
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +143,12 @@ class Worker:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._inbox: queue.SimpleQueue[tuple[Request, Ticket]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Request, Ticket] | None] = queue.SimpleQueue()  # None wakes the thread
         self._deliveries: dict[int, _Delivery] = {}  # by id of the request
         self._lock = threading.Lock()
         self._is_running = self._is_closed = False
+        self._thread: threading.Thread | None = None
+        _workers.add(self)
 
     def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
         """Queue a request; its updates go to the ticket.
@@ -154,7 +162,8 @@ class Worker:
             self._inbox.put((request, ticket))
             if not self._is_running:
                 self._is_running = True
-                threading.Thread(target=self._run, name="mara-decoder", daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name="mara-decoder", daemon=True)
+                self._thread.start()
         return ticket
 
     def close(self) -> None:
@@ -163,6 +172,7 @@ class Worker:
             self._is_closed = True
         for delivery in list(self._deliveries.values()):
             delivery.ticket.cancel()
+        self._inbox.put(None)
 
     def _run(self) -> None:
         while self._receive():
@@ -187,8 +197,9 @@ class Worker:
     def _receive(self) -> bool:
         """Take in new requests, waiting for one when there is nothing to do; False: the thread may end."""
         try:
-            item = self._inbox.get(timeout=_IDLE_S) if self._decoder.is_idle else self._inbox.get_nowait()
-            while True:
+            wait_s = _IDLE_S if self._decoder.is_idle and not self._is_closed else 0.0
+            item = self._inbox.get(timeout=wait_s)
+            while item is not None:
                 request, ticket = item
                 self._deliveries[id(request)] = _Delivery(ticket)
                 self._decoder.submit(request)
@@ -206,3 +217,14 @@ class Worker:
         for request in [r for r in scheduler.waiting if self._deliveries[id(r)].ticket.is_cancelled]:
             scheduler.waiting.remove(request)
             del self._deliveries[id(request)]
+
+
+@atexit.register
+def _end_threads() -> None:
+    """A thread that is inside torch when the interpreter goes would abort the process."""
+    workers = list(_workers)
+    for worker in workers:
+        worker.close()
+    for worker in workers:
+        if worker._thread is not None:
+            worker._thread.join(_EXIT_S)

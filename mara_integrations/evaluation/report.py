@@ -141,7 +141,7 @@ def print_summary(console: Console, evaluation: Evaluation) -> None:
     """Print the table, what the gate did, and how to read the intervals."""
     table = Table(title=Text(visible(f"{evaluation.model} · {evaluation.head}")), caption=settings_line(evaluation))
     for name in ("", "base", "gated", "change"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
     for row in summary_rows(evaluation):
         table.add_row(*(Text(visible(cell)) for cell in (row.measure, row.base, row.gated, row.change)))
     console.print(table)
@@ -154,8 +154,8 @@ def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None
     is_styled = console.color_system is not None
     for example in evaluation.examples[:n]:
         sides = Table.grid(expand=True, padding=(0, 1))
-        sides.add_column(ratio=1)
-        sides.add_column(ratio=1)
+        for _ in range(2):
+            sides.add_column(ratio=1, overflow="fold")
         base = Panel(Group(Text(visible(example.base.text)), _scores(example.base)), title="base")
         gated = Panel(Group(gated_text(example.marks, is_styled=is_styled), _scores(example.gated)), title="gated")
         sides.add_row(base, gated)
@@ -169,16 +169,19 @@ def gated_text(marks: Sequence[Mark], *, is_styled: bool = True) -> Text:
 
     Args:
         marks: Of the reply's tokens.
-        is_styled: Whether the console shows styles; in a file or a pipe, rejected tokens stand between tildes instead.
+        is_styled: Whether the console shows styles; else, as in a file, rejected tokens stand in brackets: `[-a|b-]`.
     """
     text = Text()
     for mark in marks:
         rejected = [item for item in mark.rejected if item.is_by_head]
-        for item in rejected[:_MOST_REJECTED]:
-            struck = _struck_text(item)
-            text.append(struck if is_styled else f"~~{struck}~~", style="red strike")
-        if len(rejected) > _MOST_REJECTED:
-            text.append(f"+{len(rejected) - _MOST_REJECTED}", style="red dim")
+        shown = [_struck_text(item) for item in rejected[:_MOST_REJECTED]]
+        more = f"+{len(rejected) - len(shown)}" if len(rejected) > len(shown) else ""
+        if rejected and not is_styled:
+            text.append(f"[-{'|'.join(filter(None, [*shown, more]))}-]")
+        elif rejected:
+            for struck in shown:
+                text.append(struck, style="red strike")
+            text.append(more, style="red dim")
         is_forced = mark.outcome in ("forced", "fallback")
         text.append(visible(mark.text), style="yellow underline" if is_forced else "green" if rejected else "")
     return text
@@ -227,7 +230,7 @@ _OUTCOMES = {
 def legend(*, is_styled: bool = True) -> Text:
     """How to read `gated_text`."""
     if not is_styled:
-        return Text("~~struck~~ rejected by the head, for the text that follows it")
+        return Text("[-struck|out-] rejected by the head, for what follows")
     return Text.assemble(
         *(("struck", "red strike"), " rejected by the head  "),
         *(("green", "green"), " taken instead  "),

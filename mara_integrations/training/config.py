@@ -20,28 +20,29 @@ class TrainConfig(Params):
         model: Base model: Hub id, folder, `.gguf` file or alias.
         data: Preference pairs, labelled replies or prompts, as JSONL, JSON, CSV or Parquet.
         output: Folder of the head.
-        method: `auto` chooses by what the data and the flags say.
+        method: `auto` chooses by what the data and the other settings say.
         reward: `module:function` with TRL's signature; the model's own replies to the prompts are scored by it.
-        forbid: Words or phrases that must not appear.
+        forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
         system_prompt: Put before every prompt that brings none, as the application will.
-        max_reply_tokens: Replies are written, and read, up to here.
-        replies_each: Replies sampled for each prompt; None: as many as `max_replies` allows, at most 4.
+        max_reply_tokens: Replies are written, and read, up to this many tokens.
+        replies_each: Replies sampled for each prompt; left out, as many as `max_replies` allows, at most 4.
         max_replies: Replies sampled in all; further prompts are left out.
         held_out: Share of the prompts that the head is not fitted on, for early stopping and the final evaluation.
         eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
-        kl_budget: How far from the base model the head may go, in nats a token; None: 0.15 for `value`, whose strength
-            is calibrated to it, and no bound for `rule`, which holds or does not.
-        correction_rounds: Of the `rule` method.
-        top_k: Candidates, recorded with the head.
-        top_p: As `top_k`.
-        min_candidates: As `top_k`; None: 2 for `rule`, so that a lone survivor can be refused, else 1.
+        kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
+            strength is calibrated to it, and no bound for `rule`, which holds or does not.
+        correction_rounds: Times that `rule` learns from what the gated model still writes.
+        top_k: Candidates kept by probability; recorded with the head.
+        top_p: Of those, the smallest set with this share of the probability; recorded with the head.
+        min_candidates: Candidates kept whatever `top_p` says; left out, 2 for `rule`, so that a lone survivor can be
+            refused, else 1.
         inner_size: Width of the head's first hidden layer; the second has a quarter.
-        epochs: At most, of each fit.
+        epochs: Of each fit, at most.
         patience: Epochs without a better held-out loss before a fit stops.
-        learning_rate: Of AdamW.
+        learning_rate: Of AdamW; left out, what suits the method.
         weight_decay: Of AdamW.
-        batch_size: Tokens a step.
-        seed: Of everything.
+        batch_size: Tokens a step of a fit.
+        seed: Of everything random.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
     """

@@ -66,13 +66,15 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # outputs (N,), targets (N,),
 def fit(
     head: MARAHead, train: Table, held_out: Table, loss: Loss, settings: FitSettings, on_epoch: Callable[[Epoch], None]
 ) -> list[Epoch]:
-    """Fit in place and leave the head as it was after its best epoch on the held-out rows; returns all epochs."""
+    """Fit in place and leave the head as it was after its best epoch on the held-out rows; returns all epochs.
+
+    Epoch 0, the head as it came, is no choice: whether fitting helped at all is for the caller to judge and to say.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history = [Epoch(0, _evaluate(head, train, loss), _evaluate(head, held_out, loss))]
     on_epoch(history[0])
-    best, best_weights = history[0].held_out_loss, _weights(head)
-    since_best = 0
+    best, best_weights, since_best = math.inf, _weights(head), 0
     head.train().requires_grad_(True)
     for number in range(1, settings.epochs + 1):
         total = 0.0

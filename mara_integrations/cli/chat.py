@@ -1,0 +1,164 @@
+"""`mara-tools chat`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mara_integrations.cli.app import dim, show_error
+from mara_integrations.cli.generate import show_verdicts, stream_reply
+from mara_integrations.cli.options import (
+    AnyHead,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Seed,
+    Stop,
+    Strength,
+    SystemPrompt,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+)
+from mara_integrations.errors import ConfigError, MaraError
+from mara_integrations.messages import Message
+from mara_integrations.sampling import GateParams
+
+if TYPE_CHECKING:
+    from mara_integrations.engine.sequence import Generation
+    from mara_integrations.runtime import MARAEngine
+
+
+def chat(
+    model: Model = "smollm2",
+    head: AnyHead = None,
+    strength: Strength = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = 512,
+    stop: Stop = None,
+    seed: Seed = None,
+    system_prompt: SystemPrompt = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with the model; /help lists what can be asked of the chat itself."""
+    from mara_integrations.runtime import MARAEngine
+
+    settings = given(top_k=top_k, top_p=top_p, stop=stop, seed=seed)
+    settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "trace": True}
+    engine = MARAEngine(model, head, device=device, dtype=dtype, system_prompt=system_prompt, **settings).load()
+    conversation = _Chat(engine)
+    if strength is not None:
+        conversation.set_strength(str(strength))
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # not everywhere
+            import readline  # noqa: F401  # gives input() a history and line editing
+        dim(f"{engine.model.name}{f' with {head}' if head else ''}. /help lists commands, Ctrl-D leaves.")
+    conversation.run()
+
+
+@dataclass
+class _Chat:
+    """A conversation at the console.
+
+    Attributes:
+        engine: With its model loaded.
+        history: Turns so far.
+        asked: The turns up to the last question.
+        answer: To it; None where it was stopped.
+        strength: Dial on the head.
+    """
+
+    engine: MARAEngine
+    history: list[Message] = field(default_factory=list)
+    asked: list[Message] = field(default_factory=list)
+    answer: Generation | None = None
+    strength: float = 1.0
+
+    def run(self) -> None:
+        """Answer until the input ends."""
+        ask = "\nyou> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                line = input(ask).strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                dim("\n/exit or Ctrl-D leaves")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self.obey(*line.partition(" ")[::2])
+                elif line:
+                    self.reply_to(line)
+            except MaraError as error:
+                show_error(error)
+
+    def obey(self, command: str, argument: str) -> None:
+        """Do what a command says."""
+        match command:
+            case "/strength":
+                self.set_strength(argument)
+                dim(f"strength {self.strength:g}")
+            case "/base":
+                if not self.asked:
+                    raise ConfigError("there is no question yet")
+                self.write(self.asked, strength=0.0)
+            case "/gate":
+                if self.answer is None or self.engine.head is None:
+                    raise ConfigError("there is no gated answer yet", hint="ask something, with --head")
+                show_verdicts(self.engine, self.asked, self.answer)
+            case "/reset":
+                self.history, self.asked, self.answer = [], [], None
+                dim("a new conversation")
+            case "/help":
+                dim(_CHAT_HELP)
+            case _:
+                raise ConfigError(f"{command!r} is no command", hint="/help lists them")
+
+    def set_strength(self, value: str) -> None:
+        """Turn the dial.
+
+        Raises:
+            ConfigError: If the head has no such setting.
+        """
+        from mara_integrations.engine.gate import check_strength
+
+        gate = GateParams.of(strength=value.strip())
+        if self.engine.head is None:
+            raise ConfigError("strength is a dial on a head, and there is none", hint="start with --head")
+        check_strength(self.engine.head.config.form, gate)
+        self.strength = gate.strength
+
+    def reply_to(self, question: str) -> None:
+        """Answer, and remember both."""
+        turns = [*self.history, Message("user", question)]
+        answer, text = self.write(turns, strength=self.strength)
+        self.asked, self.answer = turns, answer
+        self.history = [*turns, Message("assistant", text)]
+
+    def write(self, turns: list[Message], **overrides: Any) -> tuple[Generation | None, str]:
+        """Stream an answer; None and what there is of it when it was stopped."""
+        heard: list[str] = []
+        try:
+            generation = stream_reply(self.engine, turns, heard, **overrides)
+        except KeyboardInterrupt:
+            dim(" (stopped)")
+            return None, "".join(heard)
+        return generation, generation.text
+
+
+_CHAT_HELP = """\
+/strength X   dial on the head: 0 is the base model, 1 what it was trained to
+/base         the base model's answer to the last question
+/gate         the last answer, with the tokens that the head rejected
+/reset        forget the conversation
+/exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""

@@ -1,0 +1,152 @@
+"""`mara-tools eval`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mara_integrations.cli.app import say
+from mara_integrations.cli.options import Device, Dtype, MaxNewTokens, Model, Strength, SystemPrompt, Temperature, given
+from mara_integrations.errors import DataError, MaraError
+from mara_integrations.progress import ConsoleReporter
+
+if TYPE_CHECKING:
+    from mara_integrations.data import Dataset
+    from mara_integrations.engine.head import HeadConfig
+    from mara_integrations.rewards import Reward
+
+
+def evaluate_head(
+    head: Annotated[str, typer.Option(help="Head: its folder, a published .pth actor, or a Hub id.")],
+    data: Annotated[Path, typer.Option(help="Prompts, or pairs or labelled replies, whose prompts are taken.")],
+    model: Model = "smollm2",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A reward with TRL's signature; may be repeated.",
+            show_default="the head's own",
+        ),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD",
+            help="A word or phrase that must not appear; may be repeated.",
+            show_default="the head's own",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A page to look at (.html), or everything for other programs (.json).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first prompts only.", show_default="all")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Pairs of replies to show.")] = 3,
+    strength: Strength = None,
+    temperature: Temperature = 0.0,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the intervals.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 16,
+    system_prompt: SystemPrompt = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare base model and head on the same prompts with the same random numbers."""
+    from mara_integrations.data import read_prompts
+    from mara_integrations.rewards import ForbiddenWords, load_reward, reward_name
+
+    prompts = read_prompts(data)
+    rewards: list[Reward] = [load_reward(path) for path in reward or ()]
+    if forbid:
+        rewards.append(ForbiddenWords(forbid))
+
+    from mara_integrations.evaluation import report as reports
+    from mara_integrations.evaluation.evaluate import evaluate
+    from mara_integrations.runtime import MARAEngine
+
+    if report is not None:
+        reports.check_report_path(report)
+    settings = given(strength=strength)
+    engine = MARAEngine(model, head, device=device, dtype=dtype, system_prompt=system_prompt, **settings).load()
+    assert engine.head is not None, "load() refuses to go without the head it was given"
+    console, why = Console(), ""
+    held_out = _held_out(data, engine.head.config)
+    if held_out is not None:
+        prompts, why = held_out, "; the head was trained on this file, so only those held out then"
+    if limit is not None:
+        prompts = replace(prompts, rows=prompts.rows[:limit])
+    say(console, "Prompts", f"{len(prompts)} of {data}{why}")
+    origin = ""
+    if not rewards:
+        rewards, origin = list(_recorded_rewards(engine.head.config)), " (recorded with the head)"
+    named = {reward_name(item): item for item in rewards}
+    say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
+    say(console, "Model", f"{engine.model.name} on {engine.model.device}, {str(engine.model.dtype)[6:]}")
+    with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
+        done = 0
+
+        def on_progress(count: int, _: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        evaluation = evaluate(
+            engine,
+            prompts,
+            named,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
+    if report is not None:
+        reports.write_report(evaluation, report)
+    if examples:
+        reports.print_examples(console, evaluation, examples)
+    reports.print_summary(console, evaluation)
+    if report is not None:
+        say(console, "Report", str(report))
+
+
+def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
+    """Where a file is the one that a head was trained on: the prompts that it was not fitted on."""
+    from mara_integrations.data import read_dataset, split
+
+    share, seed = config.training.get("held_out"), config.training.get("seed")
+    if share is None or seed is None:
+        return None
+    try:
+        fitted, held_out = split(read_dataset(path), share, seed)
+    except DataError:  # one prompt alone can't be split: another file
+        return None
+    if fitted.fingerprint != config.data_fingerprint:
+        return None
+    return replace(held_out, rows=tuple({row.prompt: row for row in held_out.rows}.values()))
+
+
+def _described(reward: Reward) -> str:
+    from mara_integrations.rewards import ForbiddenWords, reward_name
+
+    if isinstance(reward, ForbiddenWords):
+        return f"forbidden {', '.join(map(repr, reward.words))}"
+    return reward_name(reward)
+
+
+def _recorded_rewards(config: HeadConfig) -> Iterator[Reward]:
+    """What a head was trained for, as far as it can be built here."""
+    from mara_integrations.rewards import reward_from_spec
+
+    for spec in config.rewards:
+        try:
+            yield reward_from_spec(spec)
+        except MaraError as error:
+            warnings.warn(
+                f"a reward that the head was trained for is left out: {error.message}; --reward names another place",
+                stacklevel=2,
+            )

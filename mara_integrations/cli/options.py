@@ -1,0 +1,82 @@
+"""Options of `mara-tools`: those that several commands share, and those made of a settings class."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+
+_AS_TRAINED = "as the head was trained"
+
+Model = Annotated[str, typer.Option(help="Base model: Hub id, folder, .gguf file or alias.")]
+AnyHead = Annotated[
+    str | None, typer.Option(help="Head: its folder, a published .pth actor, or a Hub id; without one, the base model.")
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(help="Dial on the head: 0 is the base model, 1 what it was trained to.", show_default="1"),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Candidates kept by probability.", show_default=_AS_TRAINED)]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Of those, the smallest set with this share of the probability.", show_default=_AS_TRAINED),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of a reply, in tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the reply; may be repeated.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="Put before every conversation that brings none.")]
+Device = Annotated[str, typer.Option(help="auto is CUDA, then MPS, then CPU.")]
+Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on GPUs that have it, float32 on CPU.")]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """The settings that were given; the others are left to the head and the engine."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+_METAVARS = {"forbid": "WORD", "reward": "MODULE:FUNCTION"}
+
+
+def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:
+    """Give a command the fields of a settings class as options, with the help texts of its docstring.
+
+    Args:
+        settings: The class; a tuple becomes an option that may be repeated.
+        common: Fields to show first; the others are shown in a panel of their own.
+    """
+    helps = _attributes(settings)
+
+    def option(name: str) -> inspect.Parameter:
+        declared = settings.model_fields[name]
+        annotation: Any = declared.annotation
+        default = inspect.Parameter.empty if declared.is_required() else declared.default
+        if get_origin(annotation) is tuple:
+            annotation, default = list[get_args(annotation)[0]], []  # type: ignore[misc]  # a type made at run time
+        info = typer.Option(
+            help=helps.get(name),
+            metavar=_METAVARS.get(name),
+            show_default=default not in (None, [], inspect.Parameter.empty),
+            rich_help_panel="Options" if name in common else "Fine tuning",
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=default, annotation=Annotated[annotation, info])
+
+    def declare(command: _Command) -> _Command:
+        names = [*common, *(name for name in settings.model_fields if name not in common)]
+        command.__signature__ = inspect.Signature([option(name) for name in names])  # type: ignore[attr-defined]
+        return command
+
+    return declare
+
+
+def _attributes(documented: type) -> dict[str, str]:
+    """The texts of a docstring's `Attributes:` section by name, each in one line."""
+    section = (inspect.getdoc(documented) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}

@@ -1,0 +1,54 @@
+"""`mara-tools train`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from mara_integrations.cli.app import INTERRUPTED, print_err, say
+from mara_integrations.cli.options import takes
+from mara_integrations.progress import ConsoleReporter
+from mara_integrations.training.config import TrainConfig
+
+
+@takes(
+    TrainConfig,
+    common=("model", "data", "output", "reward", "forbid", "system_prompt", "method", "seed", "device", "dtype"),
+)
+def train(**options: Any) -> None:
+    """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
+    config = TrainConfig.of(**options)
+    print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
+    from mara_integrations.evaluation.report import print_summary
+    from mara_integrations.training import run
+
+    console = Console()
+    try:
+        result = run.train(config, ConsoleReporter(console))
+    except KeyboardInterrupt:
+        print_err("interrupted: the replies gathered so far are kept, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    if result.evaluation is not None:
+        print_summary(console, result.evaluation)
+    say(console, "Head", f"{result.output}: strength {result.head.config.strength:.3g}")
+    _show_next_steps(config)
+
+
+def _show_next_steps(config: TrainConfig) -> None:
+    given = {name: getattr(config, name) for name in ("system_prompt", "device", "dtype")}
+    used = {"model": config.model, "head": str(config.output)}
+    used |= {name: value for name, value in given.items() if value not in (None, "auto")}
+    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
+    keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
+    print(
+        "\nTry it\n"
+        f"  mara-tools chat {flags}\n"
+        f"  mara-tools eval {flags} --data {shlex.quote(str(config.data))} --report report.html\n"
+        "\n"
+        "  from mara_integrations import MARALLM\n"
+        f"  llm = MARALLM({keywords})\n"
+        '  print(llm.complete("What can you do?").text)  # or prompt | llm | parser, index.as_query_engine(llm=llm)'
+    )

@@ -1,4 +1,4 @@
-"""From preferences to a chain in a few minutes on a laptop: train a head, see what it does, plug it into both frameworks.
+"""From preferences to a chain in minutes on a laptop: train a head, see what it does, plug it into both frameworks.
 
 The taste is a house style: a help desk that never says "you" to its reader. The base model, SmolLM2-135M-Instruct,
 keeps to it in about half of its answers. Nothing of the model is changed; a head of a few MB refuses single tokens.

@@ -33,7 +33,7 @@ class ConsoleReporter(Reporter):
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

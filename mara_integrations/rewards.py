@@ -66,6 +66,8 @@ class ForbiddenWords:
             raise ConfigError(
                 f"forbidden words {given!r} are not allowed", hint="give at least one, none of them blank"
             )
+        shown = [*self.words[:3], *(["…"] if len(self.words) > 3 else [])]
+        self.__name__ = f"without {', '.join(shown)}"
         self._patterns = [re.compile(_whole_word(word), re.IGNORECASE) for word in self.words]
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
@@ -154,7 +156,7 @@ def load_reward(path: str) -> FunctionReward:
 def reward_name(reward: Reward) -> str:
     """What to call a reward in messages, metrics and charts."""
     if isinstance(reward, FunctionReward):
-        return reward.path
+        return reward.path.rpartition(":")[2]
     return getattr(reward, "__name__", None) or type(reward).__name__
 
 

@@ -49,8 +49,10 @@ def in_the_folder(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def rewarded(folder):
     """What training on a reward said, and the head it left."""
-    data, output = folder / "prompts.jsonl", folder / "rewarded"
-    return run("train", "--model", folder / "model", "--data", data, "--output", output, "--reward", VOWELS, *QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data = ("--data", "prompts.jsonl", "--reward", VOWELS)
+        return run("train", "--model", "model", "--output", "rewarded", "--system-prompt", "be kind", *data, *QUICK)
 
 
 def write_rows(path, rows):
@@ -111,12 +113,12 @@ def test_train_takes_every_setting_and_says_what_each_is_for(monkeypatch):
 
 def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folder):
     said = rewarded.stdout
-    assert said.startswith(f"Training a head for {folder / 'model'} on {folder / 'prompts.jsonl'}")
+    assert said.startswith("Training a head for model on prompts.jsonl, into rewarded\n")
     assert "tokens/s (noisy)" in said
     for line in (
-        f"mara-tools chat --model {folder / 'model'} --head {folder / 'rewarded'}",
-        f"--data {folder / 'prompts.jsonl'} --report report.html",
-        f"llm = MARALLM(model={str(folder / 'model')!r}, head={str(folder / 'rewarded')!r})",
+        "mara-tools chat --model model --head rewarded --system-prompt 'be kind'\n",
+        "--data prompts.jsonl --report report.html\n",
+        "llm = MARALLM(model='model', head='rewarded', system_prompt='be kind')\n",
     ):
         assert line in said
     assert MARAHead.from_pretrained(folder / "rewarded").config.method == "value"
@@ -165,7 +167,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
 
 def test_eval_takes_the_heads_own_reward_and_of_its_training_file_only_what_was_held_out(rewarded, folder):
     result = run(
-        *("eval", "--model", folder / "model", "--head", "rewarded", "--data", "prompts.jsonl"),
+        *("eval", "--model", "model", "--head", "rewarded", "--data", "prompts.jsonl"),
         *("--max-new-tokens", 5, "--report", "report.html", "--examples", 1),
     )
     assert "Prompts 2 of prompts.jsonl; the head was trained on this file" in result.stdout

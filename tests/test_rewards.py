@@ -156,7 +156,7 @@ class TestLoading:
         (folder / "rewards.py").write_text("def brand(completions, **kw):\n    return [1.0 for _ in completions]\n")
         reward = load_reward(path)
         assert score(reward, PROMPTS, REPLIES) == [1.0, 1.0]
-        assert reward_name(reward) == path
+        assert reward_name(reward) == "brand" and reward_spec(reward) == {"kind": "function", "path": path}
 
     def test_a_files_neighbours_can_be_imported_and_its_dataclasses_work(self, folder: Path) -> None:
         (folder / "app").mkdir()

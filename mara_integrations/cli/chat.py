@@ -88,6 +88,7 @@ class _Chat:
             try:
                 line = input(ask).strip()
             except EOFError:
+                print(end="\n" if ask else "")
                 return
             except KeyboardInterrupt:
                 dim("\n/exit or Ctrl-D leaves")

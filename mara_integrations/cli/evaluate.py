@@ -131,11 +131,11 @@ def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
 
 
 def _described(reward: Reward) -> str:
-    from mara_integrations.rewards import ForbiddenWords, reward_name
+    from mara_integrations.rewards import ForbiddenWords, FunctionReward, reward_name
 
     if isinstance(reward, ForbiddenWords):
         return f"forbidden {', '.join(map(repr, reward.words))}"
-    return reward_name(reward)
+    return reward.path if isinstance(reward, FunctionReward) else reward_name(reward)
 
 
 def _recorded_rewards(config: HeadConfig) -> Iterator[Reward]:

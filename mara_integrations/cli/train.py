@@ -22,11 +22,11 @@ def train(**options: Any) -> None:
     """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
     config = TrainConfig.of(**options)
     print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
-    from mara_integrations.evaluation.report import print_summary
-    from mara_integrations.training import run
-
     console = Console()
     try:
+        from mara_integrations.evaluation.report import print_summary
+        from mara_integrations.training import run
+
         result = run.train(config, ConsoleReporter(console))
     except KeyboardInterrupt:
         print_err("interrupted: the replies gathered so far are kept, and the same command goes on from there")

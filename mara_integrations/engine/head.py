@@ -125,9 +125,10 @@ class MARAHead(nn.Module):
                 hint="train a head for this model, or name the model the head was trained on"
                 + (f" ({self.config.base_model})" if self.config.base_model else ""),
             )
-        if self.config.base_model not in (None, model_name):
+        trained_on = self.config.base_model
+        if trained_on is not None and Path(trained_on).resolve() != Path(model_name).resolve():  # `./m` is `m`
             warnings.warn(
-                f"{name} was trained on {self.config.base_model!r} and now judges {model_name!r}: "
+                f"{name} was trained on {trained_on!r} and now judges {model_name!r}: "
                 "heads do transfer between models of one width, but check it with `mara-tools eval`",
                 stacklevel=3,
             )
@@ -264,7 +265,7 @@ def _build(config: HeadConfig, tensors: Mapping[str, Tensor], path: Path) -> MAR
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
-        name = next(iter({key for key in expected | found if expected.get(key) != found.get(key)}))
+        name = next(key for key in expected | found if expected.get(key) != found.get(key))
         raise HeadError(
             f"{str(path)!r} does not hold a {config.form!r} head of hidden size {config.hidden_size}: "
             f"{name} has shape {found.get(name)}, expected {expected.get(name)}"

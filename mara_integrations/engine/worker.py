@@ -167,11 +167,12 @@ class Worker:
         return ticket
 
     def close(self) -> None:
-        """Take no more requests, and end what runs at its next token."""
+        """Take no more requests, and end what runs at its next token; whoever waits for it gets `EngineClosedError`."""
         with self._lock:
             self._is_closed = True
         for delivery in list(self._deliveries.values()):
             delivery.ticket.cancel()
+            delivery.ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))
         self._inbox.put(None)
 
     def _run(self) -> None:

@@ -42,7 +42,7 @@ from mara_integrations.training.value import advantages, fit_value, reply_values
 
 METRICS_FILE, BANK_FOLDER = "metrics.jsonl", ".bank"
 _DEFAULT_KL_BUDGET = 0.15
-_CALIBRATION_REPLIES, _CALIBRATION_TOKENS = 16, 20
+_CALIBRATION_REPLIES, _CALIBRATION_TOKENS = 12, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,14 @@ class _Run:
     def train(self) -> TrainResult:
         """Everything, in order."""
         config, plan = self.config, self.plan
-        self.reporter.say(f"[bold]Method[/] {plan.method}: {plan.why}")
+        self.reporter.say(f"[bold]Method[/] {plan.method}: {escape(plan.why)}")
         count = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out, split by prompt"
-        self.reporter.say(f"[bold]Data[/]   {config.data}: {count}")
+        self.reporter.say(f"[bold]Data[/]   {escape(str(config.data))}: {count}")
         self.model = load_model(ModelSpec(config.model, device=config.device, dtype=config.dtype))
         self.decoder = Decoder(make_backend(self.model.model, self.model.name))
-        self.reporter.say(f"[bold]Model[/]  {self.model.name} on {self.model.device}, {str(self.model.dtype)[6:]}")
+        self.reporter.say(
+            f"[bold]Model[/]  {escape(self.model.name)} on {self.model.device}, {str(self.model.dtype)[6:]}"
+        )
         self._try_reward()
         self.bank = config.output / BANK_FOLDER / self._fingerprint()
         self._begin_metrics()

@@ -137,11 +137,20 @@ class ScriptedBackend:
         """Rows not closed yet."""
         return len(self._rows)
 
-    def open(self) -> int:
-        """A new, empty row."""
+    def open(self, kept: Any = None, length: int = 0) -> int:
+        """A new row, empty: no prefix is ever kept."""
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row], self._branches[row] = [], []
         return row
+
+    def keep(self, row: int, length: int) -> None:
+        """Keep nothing, so that `fed` shows every token."""
+
+    def fork(self, row: int) -> int:
+        """A new row with the same tokens."""
+        copied = self.open()
+        self._rows[copied] = list(self._rows[row])
+        return copied
 
     def close(self, row: int) -> None:
         """Forget a row."""

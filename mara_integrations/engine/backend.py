@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
+from mara_integrations.engine.prefix import Prefix
 from mara_integrations.errors import ModelError
 
 
@@ -40,8 +41,14 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where hidden states and logits are."""
 
-    def open(self) -> int:
-        """A new, empty row."""
+    def open(self, kept: Any = None, length: int = 0) -> int:
+        """A new row, empty or with the first `length` tokens of what `keep` returned."""
+
+    def keep(self, row: int, length: int) -> Prefix | None:
+        """A copy of a row's first tokens to open others with; None where the model's state can't be cut."""
+
+    def fork(self, row: int) -> int:
+        """A new row with the same tokens."""
 
     def close(self, row: int) -> None:
         """Forget a row."""
@@ -79,8 +86,17 @@ class PackedBackend(Backend):
         return _embeddings(self._model).device
 
     @override
-    def open(self) -> int:
-        return self._cache.open()
+    def open(self, kept: Any = None, length: int = 0) -> int:
+        return self._cache.open(kept, length)
+
+    @override
+    def keep(self, row: int, length: int) -> Prefix | None:
+        return self._cache.keep(row, length)
+
+    @override
+    def fork(self, row: int) -> int:
+        length = self._cache.length(row)
+        return self._cache.open(self._cache.keep(row, length), length)
 
     @override
     def close(self, row: int) -> None:
@@ -132,10 +148,21 @@ class SerialBackend(Backend):
         return _embeddings(self._model).device
 
     @override
-    def open(self) -> int:
+    def keep(self, row: int, length: int) -> Prefix | None:
+        return None
+
+    @override
+    def open(self, kept: Any = None, length: int = 0) -> int:
+        assert kept is None, "this backend keeps no prefixes"
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row] = _SerialRow(DynamicCache(config=self._model.config))
         return row
+
+    @override
+    def fork(self, row: int) -> int:
+        copied, source = self.open(), self._rows[row]
+        self._rows[copied] = _SerialRow(_snapshot(source.cache), source.length)
+        return copied
 
     @override
     def close(self, row: int) -> None:

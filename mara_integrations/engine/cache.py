@@ -7,9 +7,22 @@ handles, which stay valid while rows move.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """Keys and values of a row's first tokens by layer, (Hkv, length, D) each."""
+
+    layers: dict[int, tuple[Tensor, Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
 
 
 class KVCache:
@@ -24,13 +37,30 @@ class KVCache:
         self._next_handle = 0
         self._num_rows = self._num_slots = 0
 
-    def open(self) -> int:
-        """A handle on a new, empty row."""
+    def open(self, kept: KeptRow | None = None, length: int = 0) -> int:
+        """A handle on a new row, empty or with the first `length` tokens of a kept one."""
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._rows[handle] = len(self._handles)
         self._handles.append(handle)
         self._lengths[handle] = self._branches[handle] = 0
+        if kept is not None:
+            self.reserve(length)
+            for layer, (keys, values) in kept.layers.items():
+                stored_keys, stored_values = self._store(layer, keys.transpose(0, 1), values.transpose(0, 1))
+                stored_keys[self._rows[handle], :, :length] = keys[:, :length]
+                stored_values[self._rows[handle], :, :length] = values[:, :length]
+            self._lengths[handle] = length
         return handle
+
+    def keep(self, handle: int, length: int) -> KeptRow:
+        """A copy of a row's first tokens."""
+        row = self._rows[handle]
+        return KeptRow(
+            {
+                layer: (keys[row, :, :length].clone(), values[row, :, :length].clone())
+                for layer, (keys, values) in self._layers.items()
+            }
+        )
 
     @torch.inference_mode()  # the tensors were made in it; a row may be closed after an error outside
     def close(self, handle: int) -> None:
@@ -108,13 +138,17 @@ class KVCache:
 
     def write(self, layer: int, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store T tokens, keys and values of shape (T, Hkv, D); returns the layer's whole store."""
-        if layer not in self._layers:
-            room = (self._num_rows, keys.shape[1], self._num_slots)
-            self._layers[layer] = (keys.new_zeros(*room, keys.shape[2]), values.new_zeros(*room, values.shape[2]))
-        stored_keys, stored_values = self._layers[layer]
+        stored_keys, stored_values = self._store(layer, keys, values)
         stored_keys[rows, :, slots] = keys
         stored_values[rows, :, slots] = values
         return stored_keys, stored_values
+
+    def _store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's store, made like these tensors of shape (T, Hkv, D) when it is first written to."""
+        if layer not in self._layers:
+            room = (self._num_rows, keys.shape[1], self._num_slots)
+            self._layers[layer] = (keys.new_zeros(*room, keys.shape[2]), values.new_zeros(*room, values.shape[2]))
+        return self._layers[layer]
 
     @property
     def num_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import rank_candidates
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.prefix import PrefixCache
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
 from mara_integrations.engine.sequence import Request, Sequence
 
@@ -21,6 +23,7 @@ class Decoder:
         self.backend = backend
         knee = CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
         self.scheduler = scheduler or Scheduler(knee=knee)
+        self.prefixes = PrefixCache()
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
@@ -39,7 +42,7 @@ class Decoder:
         Each feeds the tokens it has settled, or the next candidates of its position as siblings. The head looks at the
         siblings' states; the one the gate takes is kept, and its forward has already computed what comes after it.
         """
-        self.scheduler.admit(lambda request: Sequence(request, self.backend.open()))
+        self.scheduler.admit(self._start, self.prefixes)
         live = self.scheduler.live
         if live:
             segments = [s.propose(self.scheduler.width(s), self.scheduler.prefill_chunk) for s in live]  # propose
@@ -47,6 +50,10 @@ class Decoder:
             self._judge(live, segments, hidden)  # judge, commit
             self._look_ahead([s for s in live if s.position is None and not s.pending])
         return self._retire()
+
+    def _start(self, request: Request) -> Sequence:
+        kept, length = self.prefixes.longest(request.prompt_ids)
+        return Sequence(request, self.backend.open(kept, length), num_known=length)
 
     def _judge(self, live: list[Sequence], segments: list[Segment], hidden: Tensor) -> None:
         """Show the new siblings to their heads, and keep the branches taken."""
@@ -58,6 +65,8 @@ class Decoder:
                 asked.setdefault(sequence.request.head, []).append(index)
             else:
                 _settle_chain(sequence, len(segment.token_ids), states[index])
+                if not sequence.pending and not sequence.token_ids:  # the prompt has just been read
+                    self._keep_prefix(sequence, sequence.request.prompt_ids)
         rows, branches = [], []
         for head, indices in asked.items():
             previous = torch.cat([live[i].tip.expand_as(states[i]) for i in indices])  # type: ignore[union-attr]  # fed
@@ -99,8 +108,13 @@ class Decoder:
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
         for sequence in done:
+            if sequence.finish_reason is not None:  # all but its last token was fed: the next turn may begin with it
+                self._keep_prefix(sequence, [*sequence.request.prompt_ids, *sequence.token_ids[:-1]])
             self.backend.close(sequence.row)
         return done
+
+    def _keep_prefix(self, sequence: Sequence, token_ids: Seq[int]) -> None:
+        self.prefixes.add(token_ids, lambda: self.backend.keep(sequence.row, len(token_ids)))
 
     def abort(self) -> list[Sequence]:
         """Drop everything that is live or waiting, as after an error in the model; returns the live ones."""

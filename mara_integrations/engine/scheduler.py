@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from mara_integrations.engine.prefix import MIN_TOKENS, PrefixCache, shared
 from mara_integrations.engine.sequence import Request, Sequence
 
 # Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator,
@@ -29,10 +30,20 @@ class Scheduler:
         self.live: list[Sequence] = []
         self._first_accepted = 0.9  # running share of positions whose first candidate was taken
 
-    def admit(self, start: Callable[[Request], Sequence]) -> None:
-        """Make waiting requests live while there is room, first come first served."""
-        while self.waiting and len(self.live) < self.max_live:
-            self.live.append(start(self.waiting.popleft()))
+    def admit(self, start: Callable[[Request], Sequence], prefixes: PrefixCache) -> None:
+        """Make waiting requests live while there is room, first come first served.
+
+        One whose prompt begins like one that is being read right now waits until that is kept.
+        """
+        for request in list(self.waiting):
+            if len(self.live) >= self.max_live:
+                return
+            known = prefixes.longest(request.prompt_ids)[1]
+            reading = [sequence.request.prompt_ids for sequence in self.live if sequence.is_prefilling]
+            if any(shared(request.prompt_ids, prompt_ids) - known >= MIN_TOKENS for prompt_ids in reading):
+                continue
+            self.waiting.remove(request)
+            self.live.append(start(request))
 
     def retire(self) -> list[Sequence]:
         """Take out the sequences that need no more forwards."""

@@ -61,7 +61,8 @@ class TracePosition:
 
     Attributes:
         token_ids: Candidates, most probable first.
-        log_probs: Of the candidates under the base model, whole vocabulary, in nats.
+        log_probs: Of the candidates under the base model, whole vocabulary, in nats; under a `Constraint` renormalised
+            over the tokens it allows.
         accept_logits: Of the candidates visited, in visiting order; empty where the gate was not asked.
         taken: Index of the candidate taken.
         outcome: `base`: no gate. `single`: the only candidate, taken unasked. `accepted`. `forced`: the last one left.
@@ -103,7 +104,8 @@ class Generation:
     Attributes:
         text: Without special tokens and stop strings; empty where the request followed no text.
         token_ids: Of the reply, its end-of-sequence token included.
-        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats.
+        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
+            `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
         prompt_tokens: Length of the prompt.
         finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`.
         stats: What the gate did.
@@ -157,13 +159,13 @@ class Sequence:
     and a `position` whose candidates are being fed as siblings.
     """
 
-    def __init__(self, request: Request, row: int) -> None:
+    def __init__(self, request: Request, row: int, num_known: int = 0) -> None:
         self.request = request
         self.row = row
         self.gated = request.head is not None and request.gate.strength > 0
         form = request.head.config.form if request.head and self.gated else None
         self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
-        self.pending: list[int] = list(request.prompt_ids)
+        self.pending: list[int] = list(request.prompt_ids[num_known:])  # the row was opened with the others
         self.position: Position | None = None
         self.tip: Tensor | None = None  # hidden state of the last committed token, (d,)
         self.token_ids: list[int] = []
@@ -181,6 +183,11 @@ class Sequence:
         """That of the candidates; inert for a head of the paper's form, as published."""
         head = self.request.head
         return 0.0 if self.gated and head and head.config.form == "paper" else self.request.sampling.temperature
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Its prompt is not all fed yet."""
+        return bool(self.pending) and not self.token_ids
 
     @property
     def is_waiting(self) -> bool:

@@ -131,30 +131,46 @@ def read_replies(
         prompt_ids = model.encoder.encode(prompt)
         reply_ids = model.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]
         encoded.append((prompt_ids[-(model.context_window - len(reply_ids)) :], reply_ids))
-    replies: dict[int, Reply] = {}
+    states: dict[int, Tensor] = {}
     for batch in _batches([len(p) + len(r) for p, r in encoded]):
-        rows = [backend.open() for _ in batch]
-        try:
-            segments = [Segment(row, [*encoded[i][0], *encoded[i][1]]) for row, i in zip(rows, batch, strict=True)]
-            hidden = backend.feed(segments).split([len(segment.token_ids) for segment in segments])
-        finally:
-            for row in rows:
-                backend.close(row)
-        for i, states in zip(batch, hidden, strict=True):
-            reply_ids = encoded[i][1]
-            text = model.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            kept = states[len(states) - len(reply_ids) - 1 :].half().cpu()
-            replies[i] = Reply(texts[i][0], text, tuple(reply_ids), kept)
+        states.update(zip(batch, _read(backend, [encoded[i] for i in batch]), strict=True))
         if on_reply is not None:
             on_reply(len(batch))
-    return [replies[i] for i in range(len(texts))]
+    replies = []
+    for i, (_, reply_ids) in enumerate(encoded):
+        text = model.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        replies.append(Reply(texts[i][0], text, tuple(reply_ids), states[i]))
+    return replies
+
+
+def _read(backend: Backend, encoded: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """States of prompts' last and replies' tokens, (T + 1, d) each; a prompt of several replies is fed once."""
+    rows: list[int] = []
+    try:
+        prompts = {tuple(prompt_ids): len(prompt_ids) for prompt_ids, _ in encoded}
+        sources = {prompt: backend.open() for prompt in prompts}
+        rows += sources.values()
+        fed = backend.feed([Segment(sources[prompt], prompt) for prompt in prompts]).split(list(prompts.values()))
+        tips = {prompt: hidden[-1:] for prompt, hidden in zip(prompts, fed, strict=True)}
+        segments = []
+        for prompt_ids, reply_ids in encoded:
+            prompt = tuple(prompt_ids)
+            row = backend.fork(sources[prompt])
+            rows.append(row)
+            segments.append(Segment(row, reply_ids))
+        hidden = backend.feed(segments).split([len(segment.token_ids) for segment in segments])
+    finally:
+        for row in rows:
+            backend.close(row)
+    pairs = zip(encoded, hidden, strict=True)
+    return [torch.cat([tips[tuple(prompt_ids)], states]).half().cpu() for (prompt_ids, _), states in pairs]
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of bounded size, longest first so that memory is at its highest at once."""
+    """Indices in batches of bounded size, in order, so that replies to one prompt stay together."""
     batches: list[list[int]] = []
     room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in range(len(lengths)):
         if not batches or lengths[i] > room:
             batches.append([])
             room = _READ_BUDGET

@@ -158,6 +158,7 @@ class _Run:
                 chunk = prompts[start : start + part]
 
                 def write(chunk: Sequence[Sequence[Message]] = chunk, start: int = start) -> list[Reply]:
+                    self.decoder.prefixes.clear()  # a resumed run has none, and has to see the same last digits
                     return sample_replies(
                         self.model,
                         self.decoder,

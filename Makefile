@@ -28,7 +28,7 @@ format: setup
 	$(PYTHON_BIN)/ruff format .
 
 test: lint
-	$(PYTHON_BIN)/python -m pytest
+	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

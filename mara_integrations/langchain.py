@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
+from dataclasses import replace
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 from typing_extensions import Self
@@ -36,7 +39,15 @@ from mara_integrations.engine.sequence import Generation
 from mara_integrations.engine.worker import Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, ToolCall
-from mara_integrations.settings import EngineSettings, answer_report, call_parser
+from mara_integrations.reasoning import ThoughtSplitter
+from mara_integrations.runtime import MARAEngine
+from mara_integrations.settings import (
+    EngineSettings,
+    answer_report,
+    call_parser,
+    log_prob_report,
+    thought_splitter,
+)
 from mara_integrations.tool_calls import CallParser, Piece, ReplyForm
 
 # Arguments of a call that LangChain gives to itself.
@@ -61,7 +72,12 @@ class ChatMARA(EngineSettings, BaseChatModel):
     ```
 
     Response metadata: `model_name`, `finish_reason`, `token_ids`, and under `gate` how many candidates were accepted
-    and rejected; with `trace=True` also what the gate saw at each position. Usage metadata counts tokens.
+    and rejected; with `trace=True` also what the gate saw at each position. With `logprobs=True` or `top_logprobs=n`,
+    per call or bound, `logprobs` in the form of OpenAI's API, with each token's `accept_logit` and `outcome` beside it;
+    a stream brings them with its last chunk. Usage metadata counts tokens.
+
+    Reasoning: thoughts that a reply begins with, between `<think>` and `</think>`, are no part of its text; they are
+    the `reasoning` block of its `content_blocks`, and `additional_kwargs["reasoning_content"]`.
     """
 
     streaming: bool = False
@@ -92,8 +108,8 @@ class ChatMARA(EngineSettings, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        settings = self._call_settings(stop, kwargs)
-        return self._result(self.engine.generate(as_conversation(messages), **settings), settings)
+        reply = self._reply(stop, kwargs)
+        return reply.result(self.engine.generate(as_conversation(messages), **reply.settings))
 
     async def _agenerate(
         self,
@@ -102,8 +118,8 @@ class ChatMARA(EngineSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        settings = self._call_settings(stop, kwargs)
-        return self._result(await self.engine.agenerate(as_conversation(messages), **settings), settings)
+        reply = self._reply(stop, kwargs)
+        return reply.result(await self.engine.agenerate(as_conversation(messages), **reply.settings))
 
     def _stream(
         self,
@@ -112,11 +128,10 @@ class ChatMARA(EngineSettings, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        settings = self._call_settings(stop, kwargs)
-        with closing(self.engine.stream(as_conversation(messages), **settings)) as updates:
-            parser = call_parser(settings, self.engine.model)
+        reply = self._reply(stop, kwargs)
+        with closing(self.engine.stream(as_conversation(messages), **reply.settings)) as updates:
             for update in updates:
-                for chunk in self._chunks(update, parser):
+                for chunk in reply.chunks(update):
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -128,12 +143,10 @@ class ChatMARA(EngineSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        settings = self._call_settings(stop, kwargs)
-        async with aclosing(self.engine.astream(as_conversation(messages), **settings)) as updates:
-            parser: CallParser | None = None
-            async for update in updates:  # the model is loaded once the first is here
-                parser = parser or call_parser(settings, self.engine.model)
-                for chunk in self._chunks(update, parser):
+        reply = self._reply(stop, kwargs)
+        async with aclosing(self.engine.astream(as_conversation(messages), **reply.settings)) as updates:
+            async for update in updates:
+                for chunk in reply.chunks(update):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -252,38 +265,65 @@ class ChatMARA(EngineSettings, BaseChatModel):
         self.profile = self._resolve_model_profile()
         return self
 
-    def _call_settings(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, stop: list[str] | None, call: dict[str, Any]) -> _Reply:
         call = {name: value for name, value in call.items() if name not in _LANGCHAINS_OWN}
-        return self._request_settings({**call, "stop": stop})
+        top_logprobs = _top_logprobs(call)
+        settings = self._request_settings({**call, "stop": stop})
+        return _Reply(self.engine, settings, top_logprobs)
 
-    def _result(self, generation: Generation, settings: dict[str, Any]) -> ChatResult:
-        report = answer_report(generation, self.engine.model)
+
+class _Reply:
+    """Makes LangChain's messages of what the engine writes to one request; all of it after the model was loaded."""
+
+    def __init__(self, engine: MARAEngine, settings: dict[str, Any], top_logprobs: int | None) -> None:
+        self.settings = settings
+        self._engine = engine
+        self._top_logprobs = top_logprobs
+        self._has_trace = settings["trace"]
+        if top_logprobs is not None:
+            settings["trace"] = True  # the log-probabilities are read from it
+
+    @cached_property
+    def _parser(self) -> CallParser | None:
+        return call_parser(self.settings, self._engine.model)
+
+    @cached_property
+    def _splitter(self) -> ThoughtSplitter:
+        return thought_splitter(self.settings, self._engine.model)
+
+    def result(self, generation: Generation) -> ChatResult:
+        """The whole reply."""
+        thoughts, text = self._splitter.push(generation.text, final=True)
         message = AIMessage(
-            content=generation.text,
-            response_metadata=report,
+            content=text,
+            additional_kwargs={"reasoning_content": thoughts} if thoughts else {},
+            response_metadata=self._report(generation),
             usage_metadata=_usage(generation),
         )
-        parser = call_parser(settings, self.engine.model)
-        if parser is not None:
-            message.content = "".join(piece.text for piece in parser.push(generation.text, final=True))
-            for call in parser.calls:
+        if self._parser is not None:
+            message.content = "".join(piece.text for piece in self._parser.push(text, final=True))
+            for call in self._parser.calls:
                 arguments = call.parsed
                 if arguments is not None:
                     message.tool_calls.append(tool_call(name=call.name, args=arguments, id=call.id))
                 else:
-                    error = f"the reply ended inside the call ({generation.finish_reason})"
+                    error = f"{call.error} (finish_reason {generation.finish_reason!r})"
                     invalid = invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error)
                     message.invalid_tool_calls.append(invalid)
         generation_info = {"finish_reason": generation.finish_reason}
         return ChatResult(
             generations=[ChatGeneration(message=message, generation_info=generation_info)],
-            llm_output={"model_name": report["model_name"]},
+            llm_output={"model_name": message.response_metadata["model_name"]},
         )
 
-    def _chunks(self, update: Update, parser: CallParser | None) -> Iterator[ChatGenerationChunk]:
+    def chunks(self, update: Update) -> Iterator[ChatGenerationChunk]:
         """Chunks of one update; usage and report come once, with the last."""
         is_last = update.generation is not None
-        for piece in parser.push(update.text, final=is_last) if parser else [Piece(update.text)]:
+        thoughts, text = self._splitter.push(update.text, final=is_last)
+        if thoughts:
+            message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": thoughts})
+            yield ChatGenerationChunk(message=message)
+        for piece in self._parser.push(text, final=is_last) if self._parser else [Piece(text)]:
             if piece.call is not None:
                 call = piece.call
                 is_first = not call.arguments
@@ -298,13 +338,52 @@ class ChatMARA(EngineSettings, BaseChatModel):
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
         if update.generation is None:
             return
+        for call in self._parser.calls if self._parser else ():
+            if call.error is not None:
+                chunk = tool_call_chunk(name=None, args=_spoiled(call.arguments), id=None, index=call.index)
+                yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
         message = AIMessageChunk(
             content="",
-            response_metadata=answer_report(update.generation, self.engine.model),
+            response_metadata=self._report(update.generation),
             usage_metadata=_usage(update.generation),
             chunk_position="last",
         )
         yield ChatGenerationChunk(message=message, generation_info={"finish_reason": update.generation.finish_reason})
+
+    def _report(self, generation: Generation) -> dict[str, Any]:
+        shown = generation if self._has_trace else replace(generation, trace=None)
+        report = answer_report(shown, self._engine.model)
+        if self._top_logprobs is not None:
+            report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
+        return report
+
+
+def _top_logprobs(call: dict[str, Any]) -> int | None:
+    """Take the wish for log-probabilities out of a call's arguments; None: there is none."""
+    is_wanted, count = call.pop("logprobs", None), call.pop("top_logprobs", None)
+    if is_wanted not in (None, True, False):
+        raise ConfigError(f"logprobs={is_wanted!r} is not allowed", hint="it is True or False; see top_logprobs")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise ConfigError(f"top_logprobs={count!r} is not allowed", hint="it is a number of tokens, 0 or more")
+    if is_wanted is False or (is_wanted is None and count is None):
+        return None
+    return count or 0
+
+
+def _spoiled(arguments: str) -> str:
+    """What to add to the arguments of a call that can't be read, for chunks that add up to an invalid call.
+
+    LangChain completes JSON that is cut short when it adds chunks; half a call would be made. A bracket that does not
+    match is what it does not complete.
+    """
+    for end in ("", "]", "}", '"]', '"}', '""]', '""}'):  # in an object, in a list, in a string, after a backslash
+        try:
+            read = parse_partial_json(arguments + end) if arguments + end else {}
+        except ValueError:
+            return end
+        if not isinstance(read, dict):
+            return end
+    return ""
 
 
 def as_conversation(messages: Sequence[BaseMessage]) -> list[Message]:

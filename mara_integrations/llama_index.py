@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any, TypeVar
 
+import llama_index.core
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     CachePoint,
@@ -25,14 +27,15 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
-from llama_index.core.llms.utils import parse_partial_json
 from llama_index.core.program.utils import create_flexible_model
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
+from llama_index.core.utils import set_global_tokenizer
 from pydantic import BaseModel
+from pydantic_core import from_json
 
 from mara_integrations.engine.sequence import Generation
-from mara_integrations.engine.worker import Update
+from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Prompt, Role, ToolCall
 from mara_integrations.sampling import SamplingParams
@@ -59,9 +62,15 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The true context window, which is known once the model is loaded."""
+        """What LlamaIndex packs prompts by; weights are not loaded for it.
+
+        It counts prompts with one tokenizer a process, `Settings.tokenizer`: GPT-3.5's, unless somebody chose another.
+        Reading this puts the model's own in place of that default, so that packed prompts fit; a choice is left alone.
+        """
+        outline = self.engine.outline
+        _count_with(outline.tokenizer)
         return LLMMetadata(
-            context_window=self.engine.model.context_window,
+            context_window=outline.context_window,
             num_output=self.max_tokens or SamplingParams.model_fields["max_new_tokens"].default,
             is_chat_model=True,
             is_function_calling_model=True,
@@ -82,15 +91,28 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         """`chat` without blocking the event loop; cancelling the task stops the generation."""
         return await self._agenerate(self._of_chat(messages), kwargs, self._chat_answers)
 
-    @llm_chat_callback()
+    # The framework's events are told around the answers of a stream, and ours is the outermost generator again: its
+    # handlers may keep the exception that a generator is closed with, and by it all generators inside (`AsyncStream`).
+
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, as it is written; closing the generator stops the generation."""
-        return self._stream(self._of_chat(messages), kwargs, self._chat_answers)
+        answers = self._stream(self._of_chat(messages), kwargs, self._chat_answers)
 
-    @llm_chat_callback()
-    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        @llm_chat_callback()
+        def told(_: GatedLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+            return answers
+
+        return _closing(told(self, messages, **kwargs), answers)
+
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> AsyncStream[ChatResponse]:
         """`stream_chat` without blocking the event loop."""
-        return self._astream(self._of_chat(messages), kwargs, self._chat_answers)
+        answers = self._astream(self._of_chat(messages), kwargs, self._chat_answers)
+
+        @llm_chat_callback()
+        async def told(_: GatedLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+            return answers
+
+        return AsyncStream(await told(self, messages, **kwargs), answers.cancel)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -102,15 +124,27 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         """`complete` without blocking the event loop; cancelling the task stops the generation."""
         return await self._agenerate(self._of_completion(prompt, formatted), kwargs, self._completions)
 
-    @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, as it is written; closing the generator stops the generation."""
-        return self._stream(self._of_completion(prompt, formatted), kwargs, self._completions)
+        answers = self._stream(self._of_completion(prompt, formatted), kwargs, self._completions)
 
-    @llm_completion_callback()
-    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        @llm_completion_callback()
+        def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseGen:
+            return answers
+
+        return _closing(told(self, prompt, **kwargs), answers)
+
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> AsyncStream[CompletionResponse]:
         """`stream_complete` without blocking the event loop."""
-        return self._astream(self._of_completion(prompt, formatted), kwargs, self._completions)
+        answers = self._astream(self._of_completion(prompt, formatted), kwargs, self._completions)
+
+        @llm_completion_callback()
+        async def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseAsyncGen:
+            return answers
+
+        return AsyncStream(await told(self, prompt, **kwargs), answers.cancel)
 
     def _prepare_chat_with_tools(
         self,
@@ -173,11 +207,12 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         prompt: PromptTemplate,
         llm_kwargs: dict[str, Any] | None = None,
         **variables: Any,
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncStream[Any]:
         as_object = _objects_of(output_cls)
         messages = self._get_messages(prompt, **variables)
         responses = await self.astream_chat(messages, **_answering(output_cls, llm_kwargs))
-        return (found async for response in responses if (found := as_object(response)) is not None)
+        objects = (found async for response in responses if (found := as_object(response)) is not None)
+        return AsyncStream(objects, responses.cancel)
 
     def _of_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         render = self.messages_to_prompt
@@ -213,15 +248,18 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
                 if update.text or update.generation is not None:
                     yield answer(update)
 
-    async def _astream(
-        self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]
-    ) -> AsyncGenerator[Answer, None]:
+    def _astream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> AsyncStream[Answer]:
         settings = self._request_settings(call)
-        answer = answers(settings)
-        async with aclosing(self.engine.astream(prompt, **settings)) as updates:
-            async for update in updates:
-                if update.text or update.generation is not None:
-                    yield answer(update)
+        updates = self.engine.astream(prompt, **settings)
+
+        async def written() -> AsyncGenerator[Answer, None]:
+            answer = answers(settings)
+            async with aclosing(updates):
+                async for update in updates:
+                    if update.text or update.generation is not None:
+                        yield answer(update)
+
+        return AsyncStream(written(), updates.cancel)
 
     def _chat_answers(self, settings: dict[str, Any]) -> Callable[..., ChatResponse]:
         """Makes the responses of one request, each with all that was written so far."""
@@ -269,6 +307,37 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         return {"raw": {**answer_report(generation, self.engine.model), "usage": usage}}
 
 
+def _closing(
+    outer: Generator[Answer, None, None], inner: Generator[Answer, None, None]
+) -> Generator[Answer, None, None]:
+    """What `outer` gives; left early, it closes `inner` too."""
+    try:
+        yield from outer
+    finally:
+        inner.close()
+
+
+class TokenCount:
+    """A model's tokenizer as LlamaIndex counts with it: from text to token ids, without special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _count_with(tokenizer: Any) -> None:
+    """Make this the tokenizer of LlamaIndex, unless the user has chosen one."""
+    current = llama_index.core.global_tokenizer
+    is_default = isinstance(current, partial) and current.keywords == {"allowed_special": "all"}  # `get_tokenizer` sets
+    if isinstance(current, TokenCount):
+        is_default = current.tokenizer is not tokenizer  # another model's
+    if current is None or is_default:
+        set_global_tokenizer(TokenCount(tokenizer))
+
+
 def as_conversation(messages: Sequence[ChatMessage]) -> list[Message]:
     """LlamaIndex' messages as ours.
 
@@ -313,7 +382,7 @@ def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(arguments, dict):
         return arguments
     try:
-        parsed = parse_partial_json(arguments)
+        parsed = from_json(arguments, allow_partial="trailing-strings")
     except ValueError:
         return {}
     return parsed if isinstance(parsed, dict) else {}

@@ -110,6 +110,14 @@ class LoadedModel:
     encoder: PromptEncoder
 
 
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What is known of a base model without its weights; see `LoadedModel` for the attributes."""
+
+    tokenizer: Any
+    context_window: int
+
+
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.WeakValueDictionary()
 # One lock, not one a model: from_pretrained sets process-wide state (default dtype, initialisers) while it works.
 _loading = threading.RLock()
@@ -147,6 +155,32 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             if found is None:
                 found = _loaded[key] = _load(name, source, spec, device, dtype)
     return found
+
+
+def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
+    """Tokenizer and context window, read from small files where they lie on this disk; else the model is loaded.
+
+    Raises:
+        MaraError: See `load_model`.
+    """
+    if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs:
+        return load_model(spec)
+    _, source = _resolve(os.fspath(spec.model))
+    path, settings = Path(source), {**spec.model_kwargs, "local_files_only": True}
+    if path.suffix == ".gguf":
+        source = str(_copy_of(path))
+    elif not path.exists() and spec.revision is not None:
+        settings["revision"] = spec.revision
+    if not Path(source).is_dir() and not _is_cached(source, settings):
+        return load_model(spec)
+    shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(source, **settings)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+    except Exception:  # `load_model` says what is wrong, if anything is
+        return load_model(spec)
+    return Outline(tokenizer, _context_window(config.get_text_config(), tokenizer))
 
 
 def _adopt(spec: ModelSpec) -> LoadedModel:
@@ -379,7 +413,7 @@ def _converted(gguf: Path) -> Path:
 
     The copy appears under its name when it is whole; of two processes that want it, the second waits.
     """
-    folder = cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
+    folder = _copy_of(gguf)
     if folder.is_dir():
         return folder
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
@@ -405,6 +439,10 @@ def _converted(gguf: Path) -> Path:
             hint="MARA_CACHE_DIR names another folder; the copy takes 4 bytes a weight",
         ) from error
     return folder
+
+
+def _copy_of(gguf: Path) -> Path:
+    return cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

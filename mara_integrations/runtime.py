@@ -20,10 +20,10 @@ from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
-from mara_integrations.engine.worker import LoopTicket, ThreadTicket, Update, Worker
+from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Update, Worker
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Prompt, Tool
-from mara_integrations.models import LoadedModel, ModelSpec, load_model
+from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.tool_calls import ReplyForm, syntax_of
 
@@ -76,6 +76,7 @@ class MARAEngine:
         self.defaults = defaults
         _split(defaults)
         self._loaded: LoadedModel | None = None
+        self._outline: LoadedModel | Outline | None = None
         self._lock = threading.Lock()
 
     def load(self) -> MARAEngine:
@@ -100,6 +101,15 @@ class MARAEngine:
                     )  # a missing head is found out before a model is loaded
                 self._loaded = load_model(self.spec)
         return self._loaded
+
+    @property
+    def outline(self) -> LoadedModel | Outline:
+        """Tokenizer and context window: of the loaded model, else without its weights where small files tell them."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._outline is None:
+            self._outline = read_outline(self.spec)
+        return self._outline
 
     @property
     def is_loaded(self) -> bool:
@@ -145,11 +155,17 @@ class MARAEngine:
                 return update.generation
         raise AssertionError("a stream ends with its generation")
 
-    async def astream(self, prompt: Prompt, **overrides: Any) -> AsyncGenerator[Update, None]:
-        """`stream` without blocking the event loop."""
+    def astream(self, prompt: Prompt, **overrides: Any) -> AsyncStream[Update]:
+        """`stream` without blocking the event loop; dropped or closed, it stops the generation at its next token."""
+        ticket = LoopTicket()
+        return AsyncStream(self._updates(prompt, overrides, ticket), ticket.cancel)
+
+    async def _updates(
+        self, prompt: Prompt, overrides: dict[str, Any], ticket: LoopTicket
+    ) -> AsyncGenerator[Update, None]:
         import asyncio
 
-        ticket = LoopTicket()
+        ticket.bind()
         request = await asyncio.to_thread(self.request, prompt, **overrides)  # may load, read a head, compile a grammar
         updates = aiter(worker_for(self.model).submit(request, ticket))
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
@@ -19,7 +20,9 @@ from typing_extensions import Self
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.sequence import Generation, TracePosition
 from mara_integrations.errors import ConfigError, MaraError
+from mara_integrations.messages import Message
 from mara_integrations.models import LoadedModel, ModelSpec
+from mara_integrations.reasoning import OPEN, ThoughtSplitter
 from mara_integrations.runtime import MARAEngine, head_fingerprint
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
 from mara_integrations.tool_calls import CallParser, ReplyForm, syntax_of
@@ -203,7 +206,51 @@ def call_parser(settings: Mapping[str, Any], model: LoadedModel) -> CallParser |
     form = settings.get("form")
     if form is None or not form.tools:
         return None
-    return CallParser(syntax_of(getattr(model.tokenizer, "chat_template", None)))
+    return CallParser(syntax_of(getattr(model.tokenizer, "chat_template", None)), [tool.name for tool in form.tools])
+
+
+def thought_splitter(settings: Mapping[str, Any], model: LoadedModel) -> ThoughtSplitter:
+    """Parts the thoughts from a reply to a request with these settings."""
+    form, template = settings.get("form") or ReplyForm(), getattr(model.tokenizer, "chat_template", None)
+    is_open = False
+    if OPEN in str(template) and form.is_free:  # some templates begin the thoughts themselves
+        is_open = model.encoder.render([Message("user", "?")]).rstrip().endswith(OPEN)
+    return ThoughtSplitter(is_open)
+
+
+def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:
+    """Log-probabilities of a reply in the form of OpenAI's API, as plain JSON; needs a reply with a trace.
+
+    Each of `content` is a token of `token_ids`: `token`, `bytes`, `logprob` and `top_logprobs`, the most probable of
+    the candidates that were left for the gate. Beyond that form: `accept_logit` of the token taken (None where the
+    gate was not asked) and the `outcome`; see `TracePosition`.
+    """
+    assert generation.trace is not None
+    content = []
+    for position in generation.trace:
+        tokens = [
+            {**_token(token_id, model.tokenizer), "logprob": log_prob}
+            for token_id, log_prob in zip(position.token_ids, position.log_probs, strict=True)
+        ]
+        logits = dict(enumerate(position.accept_logits))
+        gate = {"accept_logit": logits.get(position.taken), "outcome": position.outcome}
+        content.append({**tokens[position.taken], "top_logprobs": tokens[:top_logprobs], **gate})
+    return {"content": content}
+
+
+def _token(token_id: int, tokenizer: Any) -> dict[str, Any]:
+    """A token's text and bytes; None for bytes that can't be told, where the token is a part of a character."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" not in text:
+        return {"token": text, "bytes": list(text.encode())}
+    written = str(tokenizer.convert_ids_to_tokens(token_id))
+    if re.fullmatch("<0x[0-9A-F]{2}>", written):  # sentencepiece
+        return {"token": text, "bytes": [int(written[3:5], 16)]}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    table = {character: byte for byte, character in bytes_to_unicode().items()}
+    is_byte_level = all(character in table for character in written)
+    return {"token": text, "bytes": [table[character] for character in written] if is_byte_level else None}
 
 
 def _plain(position: TracePosition, tokenizer: Any) -> dict[str, Any]:

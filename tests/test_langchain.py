@@ -26,7 +26,7 @@ from mara_integrations.errors import ConfigError, HeadError
 from mara_integrations.langchain import as_conversation
 from mara_integrations.messages import Message, ToolCall
 from mara_integrations.runtime import worker_for
-from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.testing import ScriptedBackend, random_head, tiny_model, tiny_tokenizer
 
 LONG = 300  # tokens
 
@@ -64,6 +64,35 @@ class Forwards:
             return feed(segments)
 
         monkeypatch.setattr(backend, "feed", counting)
+
+
+def total(chunks: Any) -> AIMessageChunk:
+    whole: Any = None
+    for chunk in chunks:
+        whole = chunk if whole is None else whole + chunk
+    assert isinstance(whole, AIMessageChunk)
+    return whole
+
+
+@pytest.fixture
+def says(llm: ChatMARA, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ChatMARA]:
+    """Makes the model prefer to write a given reply."""
+    tokenizer = llm.engine.model.tokenizer
+
+    def scripted(reply: str, **settings: Any) -> ChatMARA:
+        wanted, turn = ([*tokenizer(text)["input_ids"]] for text in (reply, "[assistant] "))
+        wanted.append(tokenizer.eos_token_id)
+
+        def script(tokens: Any) -> list[float]:
+            ends = [i + len(turn) for i in range(len(tokens)) if list(tokens[i : i + len(turn)]) == turn]
+            written = len(tokens) - max(ends, default=len(tokens))
+            return [30.0 * (token_id == wanted[min(written, len(wanted) - 1)]) for token_id in range(256)]
+
+        decoder = worker_for(llm.engine.model)._decoder
+        monkeypatch.setattr(decoder, "backend", ScriptedBackend(script, 256))
+        return llm.model_copy(update={"head": None, "max_tokens": 300, **settings})
+
+    return scripted
 
 
 # --- settings
@@ -234,6 +263,101 @@ def test_a_stop_string_over_several_tokens_is_held_back_in_a_stream(llm: ChatMAR
     assert llm.model_copy(update={"stop": [stop]}).invoke("hi").content == expected
 
 
+# --- log-probabilities
+
+
+def test_log_probs_come_in_the_form_of_openai_with_what_the_gate_did(llm: ChatMARA) -> None:
+    message = llm.invoke("hi", logprobs=True, top_logprobs=3)
+    report = message.response_metadata
+
+    assert "trace" not in report
+    trace = llm.invoke("hi", trace=True).response_metadata["trace"]
+    assert len(report["logprobs"]["content"]) == len(report["token_ids"]) == 12
+    for token, token_id, seen in zip(report["logprobs"]["content"], report["token_ids"], trace, strict=True):
+        taken = seen["candidates"][seen["taken"]]
+        assert taken["token_id"] == token_id
+        assert token["logprob"] == pytest.approx(taken["log_prob"], abs=1e-4)
+        assert token["accept_logit"] == pytest.approx(taken["accept_logit"], abs=1e-4)
+        assert token["outcome"] == seen["outcome"]
+        assert [top["token"] for top in token["top_logprobs"]] == [each["token"] for each in seen["candidates"][:3]]
+        assert set(token["top_logprobs"][0]) == {"token", "bytes", "logprob"}
+    assert b"".join(bytes(token["bytes"]) for token in report["logprobs"]["content"]).decode(errors="replace")
+    json.dumps(report)
+
+
+def test_log_probs_are_the_models_own(llm: ChatMARA) -> None:
+    message = llm.bind(logprobs=True, head=None).invoke("hi", max_tokens=3)
+    prompt_ids = llm.engine.encode([Message("user", "hi")])
+    token_ids = message.response_metadata["token_ids"]
+
+    logits = llm.model[0](torch.tensor([[*prompt_ids, *token_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+    content = message.response_metadata["logprobs"]["content"]
+    assert [token["logprob"] for token in content] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert content[0]["top_logprobs"] == [] and content[0]["accept_logit"] is None and content[0]["outcome"] == "base"
+
+
+def test_log_probs_come_once_in_a_stream(llm: ChatMARA) -> None:
+    chunks = list(llm.stream("hi", top_logprobs=2))
+
+    assert ["logprobs" in chunk.response_metadata for chunk in chunks].count(True) == 1
+    expected = llm.invoke("hi", top_logprobs=2).response_metadata["logprobs"]["content"]
+    content = total(chunks).response_metadata["logprobs"]["content"]
+    assert [token["token"] for token in content] == [token["token"] for token in expected]
+    assert "logprobs" not in llm.invoke("hi", logprobs=False).response_metadata
+
+
+@pytest.mark.parametrize("wish", [{"logprobs": "yes"}, {"top_logprobs": -1}, {"logprobs": True, "top_logprobs": 2.5}])
+def test_a_wrong_wish_for_log_probs_is_refused(llm: ChatMARA, wish: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="logprobs="):
+        llm.invoke("hi", **wish)
+
+
+def test_parts_of_a_character_have_their_bytes(says: Callable[..., ChatMARA]) -> None:
+    content = says("é").invoke("hi", logprobs=True).response_metadata["logprobs"]["content"]
+
+    assert [token["bytes"] for token in content[:2]] == [[0xC3], [0xA9]]
+
+
+# --- reasoning
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_thoughts_become_reasoning_blocks(says: Callable[..., ChatMARA], version: Any) -> None:
+    model = says("<think>\nA cat?\n</think>\n\nYes.", output_version=version)
+
+    for message in (model.invoke("hi"), total(model.stream("hi"))):
+        assert message.text == "Yes."
+        blocks = [{name: block[name] for name in (block["type"], "type")} for block in message.content_blocks]
+        assert blocks == [{"type": "reasoning", "reasoning": "A cat?"}, {"type": "text", "text": "Yes."}]
+    assert message.additional_kwargs == {"reasoning_content": "A cat?"}
+
+
+async def test_thoughts_are_streamed_as_they_are_written(says: Callable[..., ChatMARA]) -> None:
+    chunks = [chunk async for chunk in says("<think>A cat?</think>Yes.").astream("hi")]
+
+    thoughts = [chunk.additional_kwargs.get("reasoning_content", "") for chunk in chunks]
+    assert "".join(thoughts) == "A cat?" and thoughts.count("") < len(thoughts) - 4
+    assert "".join(chunk.text for chunk in chunks) == "Yes."
+
+
+def test_a_template_may_begin_the_thoughts(says: Callable[..., ChatMARA], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = says("<think>\nA cat?</think>Yes.")
+    tokenizer = model.engine.model.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", f"{tokenizer.chat_template}<think>\n")
+
+    message = model.invoke("hi")  # the script goes on where the prompt ends
+
+    assert message.text == "Yes."
+    assert message.additional_kwargs == {"reasoning_content": "A cat?"}
+
+
+def test_thoughts_of_the_past_are_not_shown_to_the_model_again(says: Callable[..., ChatMARA]) -> None:
+    message = says("<think>A cat?</think>Yes.").invoke("hi")
+
+    assert as_conversation([message]) == [Message("assistant", "Yes.")]
+
+
 # --- messages
 
 
@@ -278,6 +402,12 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+@tool
+def sub(a: int, b: int) -> int:
+    """Subtract two numbers."""
+    return a - b
+
+
 class Person(BaseModel):
     name: str = Field(max_length=10)
     age: int = Field(ge=0, le=150)
@@ -318,6 +448,79 @@ def test_a_call_cut_short_is_invalid_not_an_error(caller: ChatMARA) -> None:
     assert message.tool_calls == []
     (call,) = message.invalid_tool_calls
     assert call["name"] == "add" and "length" in str(call["error"])
+
+
+TWO_CALLS = "\n".join(
+    f'<tool_call>\n{{"name": "add", "arguments": {{"a": {a}, "b": 1}}}}\n</tool_call>' for a in (1, 2)
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "count"),
+    [
+        ("auto", None, 2),
+        ("auto", True, 2),
+        ("auto", False, 1),
+        ("any", None, 1),
+        ("any", False, 1),
+        ("any", True, 2),
+        ("add", True, 2),
+    ],
+)
+def test_several_calls_come_where_they_are_allowed(
+    says: Callable[..., ChatMARA], choice: str, parallel: bool | None, count: int
+) -> None:
+    model = says(TWO_CALLS).bind_tools([add], tool_choice=choice, parallel_tool_calls=parallel)
+
+    for message in (model.invoke("hi"), total(model.stream("hi"))):
+        assert [call["args"] for call in message.tool_calls] == [{"a": 1, "b": 1}, {"a": 2, "b": 1}][:count]
+        assert len({call["id"] for call in message.tool_calls}) == count
+        assert message.text.strip() == "" and not message.invalid_tool_calls
+
+
+def test_a_choice_of_the_call_wins_over_the_bound_one(says: Callable[..., ChatMARA]) -> None:
+    model = says("Well.").bind_tools([add, sub], tool_choice="add")
+
+    assert [call["name"] for call in model.invoke("hi").tool_calls] == ["add"]
+    assert [call["name"] for call in model.invoke("hi", tool_choice="sub").tool_calls] == ["sub"]
+    assert model.invoke("hi", tool_choice="none").content == "Well."
+    assert says(TWO_CALLS).bind_tools([add]).invoke("hi", tool_choice="none").content == TWO_CALLS
+    model = says("Well.").bind_tools([add, sub], tool_choice="add")
+    assert model.invoke("hi", tool_choice="auto").content == "Well."
+    forced = {"type": "function", "function": {"name": "sub"}}
+    assert [call["name"] for call in model.invoke("hi", tool_choice=forced).tool_calls] == ["sub"]
+    with pytest.raises(ConfigError, match="tool_choice='mul'"):
+        model.invoke("hi", tool_choice="mul")
+
+
+def test_text_before_a_call_is_kept(says: Callable[..., ChatMARA]) -> None:
+    message = says(f"Let me see.\n{TWO_CALLS}").bind_tools([add]).invoke("hi")
+
+    assert message.content == "Let me see.\n"
+    assert len(message.tool_calls) == 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"name": "add", "arguments": [3, 4',  # no tag: nothing holds it to the grammar
+        '{"name": "add", "arguments": [3, 4]}',
+        '{"name": "add", "arguments": {"a": 3',
+        '{"name": "add", "arguments": {"a": "x',
+        '{"name": "add", "arguments": {"a": "x\\',
+        '{"name": "add", "arguments": {',
+        '{"name": "add", "arguments": {"a": }}',
+        '{"name": "add", "arg',
+        '{"name": "add"}',
+    ],
+)
+def test_a_malformed_call_is_invalid_not_an_error(says: Callable[..., ChatMARA], reply: str) -> None:
+    model = says(reply).bind_tools([add])
+
+    for message in (model.invoke("hi"), total(model.stream("hi"))):
+        (call,) = message.invalid_tool_calls
+        assert call["name"] == "add" and call["id"]
+        assert message.tool_calls == [] and message.text == ""
 
 
 def test_a_wrong_choice_is_refused_when_it_is_bound(caller: ChatMARA) -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import llama_index.core
 import pytest
 import torch
 from llama_index.core import Document, Settings, SummaryIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.base import BaseLLM
-from llama_index.core.base.llms.types import ImageBlock, TextBlock, ToolCallBlock
-from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.base.llms.types import ChatResponse, ImageBlock, TextBlock, ToolCallBlock
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, MessageRole
@@ -26,6 +28,11 @@ from mara_integrations.runtime import worker_for
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
 LONG = 300  # tokens
+
+
+@pytest.fixture(autouse=True)
+def untouched_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +164,25 @@ def test_metadata_tells_the_true_context_window(llm: GatedLLM) -> None:
 
 
 @pytest.mark.parametrize("call", ["chat", "complete", "stream_chat", "stream_complete"])
-def test_a_call_is_one_pair_of_events(llm: GatedLLM, events: list[str], call: str) -> None:
-    answer = getattr(llm, call)([ChatMessage("hi")] if "chat" in call else "hi")
-    if "stream" in call:
-        list(answer)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_call_is_one_pair_of_events(llm: GatedLLM, events: list[str], call: str, is_async: bool) -> None:
+    prompt: Any = [ChatMessage("hi")] if "chat" in call else "hi"
+
+    async def asynchronous() -> None:
+        answer = await getattr(llm, f"a{call}")(prompt)
+        if "stream" in call:
+            assert len([part async for part in answer]) > 1
+
+    if is_async:
+        asyncio.run(asynchronous())
+    elif "stream" in call:
+        assert len(list(getattr(llm, call)(prompt))) > 1
+    else:
+        getattr(llm, call)(prompt)
 
     kind = "LLMChat" if "chat" in call else "LLMCompletion"
     assert [event for event in events if "InProgress" not in event] == [f"{kind}StartEvent", f"{kind}EndEvent"]
+    assert (f"{kind}InProgressEvent" in events) == ("stream" in call)
 
 
 def test_the_rate_limiter_is_asked_once_a_call(llm: GatedLLM) -> None:
@@ -272,6 +291,26 @@ def test_calls_can_be_read_while_they_are_written(caller: GatedLLM) -> None:
     assert set(seen[-1][0].tool_kwargs) == {"a", "b"}
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"a": 1}, {"a": 1}),
+        ('{"a": 1, "b": "x', {"a": 1, "b": "x"}),
+        ('{"a": [1, 2', {"a": [1, 2]}),
+        ('{"a"', {}),
+        ("", {}),
+        ("[1]", {}),
+        ("no JSON", {}),
+    ],
+)
+def test_half_written_arguments_are_read_as_far_as_they_go(llm: GatedLLM, written: Any, read: dict[str, Any]) -> None:
+    block = ToolCallBlock(tool_call_id="c1", tool_name="add", tool_kwargs=written)
+
+    (call,) = llm.get_tool_calls_from_response(ChatResponse(message=ChatMessage([block], role="assistant")))
+
+    assert call.tool_kwargs == read
+
+
 def test_an_answer_without_a_call_is_an_error_where_one_is_needed(caller: GatedLLM) -> None:
     with pytest.raises(ValueError, match="calls no tool"):
         caller.get_tool_calls_from_response(caller.chat([ChatMessage("hi")]))
@@ -358,14 +397,73 @@ async def test_cancelling_stops_within_a_token(llm: GatedLLM, monkeypatch: pytes
     assert forwards.count < LONG / 2
 
 
-async def test_leaving_a_stream_stops_within_a_token(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards = Forwards(llm, monkeypatch)
+@pytest.fixture(params=["no handler", "a handler that keeps exceptions"])
+def handled(request: pytest.FixtureRequest, llm: GatedLLM) -> GatedLLM:
+    """Closing a generator is an exception in it; kept, it keeps the generators inside the one that was closed."""
+    if request.param != "no handler":
+        llm.callback_manager = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
+    return llm
 
-    for _ in llm.stream_complete("hi", max_tokens=LONG, head=None):
+
+@pytest.mark.parametrize("call", ["stream_chat", "stream_complete"])
+async def test_leaving_a_stream_stops_within_a_token(
+    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    forwards = Forwards(handled, monkeypatch)
+    prompt: Any = [ChatMessage("hi")] if call == "stream_chat" else "hi"
+
+    for _ in getattr(handled, call)(prompt, max_tokens=LONG, head=None):
+        break
+
+    assert await forwards.settled() <= 2
+    assert forwards.count < LONG / 2
+
+
+@pytest.mark.parametrize("call", ["astream_chat", "astream_complete"])
+async def test_leaving_an_async_stream_stops_before_the_event_loop_gets_its_turn(
+    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    forwards = Forwards(handled, monkeypatch)
+    prompt: Any = [ChatMessage("hi")] if call == "astream_chat" else "hi"
+
+    async for _ in await getattr(handled, call)(prompt, max_tokens=LONG, head=None):
+        break
+    left_at = forwards.count
+    time.sleep(0.2)  # noqa: ASYNC251  # the loop is busy, as with a reader's own work
+
+    assert forwards.count - left_at <= 2
+    assert await forwards.settled() <= 2
+
+
+async def test_leaving_a_stream_of_objects_stops_within_a_token(
+    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Story(BaseModel):
+        text: str
+
+    forwards = Forwards(handled, monkeypatch)
+    settings = {"llm_kwargs": {"max_tokens": LONG, "head": None}}
+
+    for _ in handled.stream_structured_predict(Story, PromptTemplate("hi"), **settings):
         break
     assert await forwards.settled() <= 2
-    async for _ in await llm.astream_chat([ChatMessage("hi")], max_tokens=LONG, head=None):
+    async for _ in await handled.astream_structured_predict(Story, PromptTemplate("hi"), **settings):
         break
     await forwards.settled()
 
     assert forwards.count < LONG / 2
+
+
+async def test_an_answer_is_waited_for_though_its_stream_is_not_kept(llm: GatedLLM) -> None:
+    first = await anext(await llm.astream_chat([ChatMessage("hi")]))
+
+    assert first.delta
+
+
+def test_a_stream_may_be_made_where_no_event_loop_runs(llm: GatedLLM) -> None:
+    stream = llm.engine.astream("hi", max_new_tokens=3)
+
+    async def last() -> Any:
+        return [update async for update in stream][-1]
+
+    assert len(asyncio.run(last()).generation.token_ids) == 3

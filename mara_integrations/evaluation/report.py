@@ -150,9 +150,10 @@ def print_summary(console: Console, evaluation: Evaluation) -> None:
 
 
 def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None:
-    """Print the first `n` prompts with both replies side by side; what the head rejected is struck through."""
+    """Print `n` prompts with both replies side by side, differing ones first; what the head rejected is struck out."""
     is_styled = console.color_system is not None
-    for example in evaluation.examples[:n]:
+    differing_first = sorted(evaluation.examples, key=lambda example: example.base.text == example.gated.text)
+    for example in differing_first[:n]:
         sides = Table.grid(expand=True, padding=(0, 1))
         for _ in range(2):
             sides.add_column(ratio=1, overflow="fold")

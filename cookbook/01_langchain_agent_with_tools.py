@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
-from langchain_core.messages import AIMessageChunk, ToolMessage
+from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 
 from mara_integrations import ChatMARA
@@ -38,9 +38,13 @@ def euros_to_dollars(euros: Literal[25, 40, 90]) -> str:
 
 @wrap_model_call
 def follow_the_plan(request: ModelRequest, handler: Any) -> ModelResponse:
-    """Force the next tool of the plan; after the last one, the answer is text."""
-    done = sum(isinstance(message, ToolMessage) for message in request.messages)
-    return handler(request.override(tool_choice=PLAN[done] if done < len(PLAN) else "none"))
+    """Force the next tool of the plan; after the last one, ask for text."""
+    found = [message.text for message in request.messages if isinstance(message, ToolMessage)]
+    if len(found) < len(PLAN):
+        return handler(request.override(tool_choice=PLAN[len(found)]))
+    # a small model answers better from facts than from a record of calls
+    facts = f"{request.messages[0].text} It costs {' which are '.join(found)}."
+    return handler(request.override(messages=[HumanMessage(facts)], tools=[], tool_choice=None))
 
 
 def main(head: str | None = None) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def main(head: str | None = None) -> dict[str, Any]:
     Args:
         head: A trained head; it judges the calls' free tokens and the answer.
     """
-    model = ChatMARA("smollm2", head=head, max_tokens=60)
+    model = ChatMARA("smollm2", head=head, max_tokens=40)
     agent = create_agent(
         model,
         [find_price, euros_to_dollars],

@@ -88,13 +88,6 @@ def evaluate_head(
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {str(engine.model.dtype)[6:]}")
     with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
-        done = 0
-
-        def on_progress(count: int, _: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
         evaluation = evaluate(
             engine,
             prompts,
@@ -103,7 +96,7 @@ def evaluate_head(
             seed=seed,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_progress=on_progress,
+            on_progress=advance,
         )
     if report is not None:
         reports.write_report(evaluation, report)

@@ -229,7 +229,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     conversational: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     **overrides: Any,
 ) -> Evaluation:
     """Generate a base and a gated reply to each prompt, and compare them.
@@ -244,7 +244,7 @@ def evaluate(
         max_new_tokens: Upper bound of a reply, in tokens.
         batch_size: Prompts decoded and scored together.
         conversational: Give rewards lists of messages; implied by a conversational data set, or a prompt of several.
-        on_progress: Called with the replies done and the replies in all.
+        on_progress: Called with the number of replies just done, of two a prompt.
         **overrides: More settings of `MARAEngine.generate`, as `strength` or `head`.
 
     Returns:
@@ -270,20 +270,21 @@ def evaluate(
     assert first.head is not None, "_requests refuses to go without"
 
     worker = worker_for(engine.model)
-    _decode(worker, _requests(engine, rows[0], {**settings, "max_new_tokens": 2}))  # lazy set-up is not to be timed
     examples: list[Example] = []
     base_replies: list[Generation] = []
     gated_replies: list[Generation] = []
     seconds: list[tuple[float, float]] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        # Whoever reads the prompts first would read them for the other side too: neither is timed for it.
+        _decode(worker, [_requests(engine, row, {**settings, "max_new_tokens": 1})[0] for row in batch])
         spent = []
         for side, replies in enumerate((base_replies, gated_replies)):
             began = time.perf_counter()
             replies.extend(_decode(worker, [pair[side] for pair in pairs[start : start + batch_size]]))
             spent.append(time.perf_counter() - began)
             if on_progress is not None:
-                on_progress(len(base_replies) + len(gated_replies), 2 * len(rows))
+                on_progress(len(batch))
         seconds.append((spent[0], spent[1]))
         base = _scored(named, batch, base_replies[start:], conversational)
         gated = _scored(named, batch, gated_replies[start:], conversational)

@@ -436,13 +436,6 @@ class _Run:
         prompts = [row if isinstance(row, PromptRow) else PromptRow(row.prompt, {}, row.source) for row in rows]
         engine = MARAEngine(self.model, head, system_prompt=self.config.system_prompt)
         with self.reporter.stage("evaluation on held-out prompts", 2 * len(prompts)) as advance:
-            done = 0
-
-            def on_progress(count: int, _: int) -> None:
-                nonlocal done
-                advance(count - done)
-                done = count
-
             evaluation = evaluate(
                 engine,
                 prompts,
@@ -451,7 +444,7 @@ class _Run:
                 temperature=0.0 if self.plan.method == "rule" else 1.0,
                 max_new_tokens=self.config.max_reply_tokens,
                 conversational=self.plan.held_out.form == "conversational",
-                on_progress=on_progress,
+                on_progress=advance,
             )
         self._log("evaluation", **figures(evaluation))
         return evaluation

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
-from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessageChunk, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 
 from mara_integrations import ChatMARA
@@ -43,8 +43,9 @@ def follow_the_plan(request: ModelRequest, handler: Any) -> ModelResponse:
     if len(found) < len(PLAN):
         return handler(request.override(tool_choice=PLAN[len(found)]))
     # a small model answers better from facts than from a record of calls
-    facts = f"{request.messages[0].text} It costs {' which are '.join(found)}."
-    return handler(request.override(messages=[HumanMessage(facts)], tools=[], tool_choice=None))
+    facts = SystemMessage(f"The article costs {', which is '.join(found)}.")
+    asked = request.messages[:1]
+    return handler(request.override(system_message=facts, messages=asked, tools=[], model_settings={"max_tokens": 24}))
 
 
 def main(head: str | None = None) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def main(head: str | None = None) -> dict[str, Any]:
     Args:
         head: A trained head; it judges the calls' free tokens and the answer.
     """
-    model = ChatMARA("smollm2", head=head, max_tokens=40)
+    model = ChatMARA("smollm2", head=head, max_tokens=80)
     agent = create_agent(
         model,
         [find_price, euros_to_dollars],

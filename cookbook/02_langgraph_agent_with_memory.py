@@ -1,8 +1,8 @@
 """A LangGraph agent that keeps a notebook: what it is told in one turn it has in the next, by a checkpointer.
 
 The graph is written out, so that one sees where the model is asked what: the node `note` may only call the tool
-(`tool_choice` is its name), the node `answer` may only write text. Each `thread_id` is a conversation of its own; with a
-checkpointer that writes to disk (`langgraph-checkpoint-sqlite`) it outlives the process.
+(`tool_choice` is its name), the node `answer` may only write text. Each `thread_id` is a conversation of its own;
+with a checkpointer that writes to disk (`langgraph-checkpoint-sqlite`) it outlives the process.
 
     python cookbook/02_langgraph_agent_with_memory.py [head]
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
@@ -24,7 +24,7 @@ from mara_integrations import ChatMARA
 @tool
 def write_down(colour: Literal["blue", "green", "red", "yellow"]) -> str:
     """Write down the colour that the customer wants."""
-    return f"noted: {colour}"
+    return f"The customer wants {colour} curtains."
 
 
 def build(model: ChatMARA) -> Any:
@@ -36,10 +36,14 @@ def build(model: ChatMARA) -> Any:
         return "note" if any(colour in words for colour in ("blue", "green", "red", "yellow")) else "answer"
 
     def note(state: MessagesState) -> dict[str, list[AIMessage]]:
-        return {"messages": [noting.invoke(state["messages"])]}
+        return {"messages": [noting.invoke(state["messages"][-1:])]}
 
     def answer(state: MessagesState) -> dict[str, list[AIMessage]]:
-        return {"messages": [model.invoke(state["messages"])]}
+        # a small model answers better from its notes than from a record of calls
+        notes = [message.text for message in state["messages"] if isinstance(message, ToolMessage)]
+        question = [message for message in state["messages"] if isinstance(message, HumanMessage)][-1]
+        about = SystemMessage(notes[-1] if notes else "You sell curtains. You do not know the customer.")
+        return {"messages": [model.invoke([about, question], max_tokens=24)]}
 
     graph = StateGraph(MessagesState)
     graph.add_node("note", note)
@@ -58,9 +62,7 @@ def main(head: str | None = None) -> dict[str, Any]:
     Args:
         head: A trained head; it judges the calls' free tokens and the answers.
     """
-    model = ChatMARA(
-        "smollm2", head=head, max_tokens=24, system_prompt="You sell curtains. Answer in one short sentence."
-    )
+    model = ChatMARA("smollm2", head=head, max_tokens=80)
     graph = build(model)
 
     def turn(thread: str, text: str) -> list[Any]:
@@ -70,10 +72,10 @@ def main(head: str | None = None) -> dict[str, Any]:
         return list(state["messages"])
 
     turn("ann", "I would like green curtains.")
-    ann = turn("ann", "Which colour did I want?")
-    bob = turn("bob", "Which colour did I want?")
+    ann = turn("ann", "Which colour do I want?")
+    bob = turn("bob", "Which colour do I want?")
     notes = [message.text for message in ann if message.type == "tool"]
-    print(f"\nAnn's conversation has {len(ann)} messages, noted in it: {notes}; Bob's has {len(bob)}")
+    print(f"\nAnn's conversation has {len(ann)} messages, noted: {notes}; Bob's has {len(bob)}")
     return {"notes": notes, "ann": ann, "bob": bob}
 
 

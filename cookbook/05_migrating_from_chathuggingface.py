@@ -73,7 +73,7 @@ def main(head: str | None = None) -> dict[str, Any]:
     )
     print(f"tools:                    {call['name']}({call['args']})")
 
-    season = llm.with_structured_output(Season).invoke("When does snow fall?")
+    season = llm.with_structured_output(Season, max_tokens=80).invoke("When does snow fall?")
     print(f"structured output:        {season!r}")
 
     async def two_at_once() -> list[str]:

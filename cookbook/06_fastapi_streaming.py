@@ -1,8 +1,7 @@
 """A streaming endpoint in FastAPI: tokens as server-sent events, many clients at once, on one model.
 
 `astream` never blocks the event loop, and what several clients ask at the same time is decoded together. When a client
-goes away, its stream is closed and the generation stops at its next token. (`mara-tools serve` is a whole OpenAI-compatible
-server; this is for an endpoint of your own.)
+goes away, its stream is closed and the generation stops at its next token.
 
     uvicorn --factory --app-dir cookbook 06_fastapi_streaming:create_app      # needs: pip install fastapi uvicorn
     curl -N localhost:8000/ask -d '{"question": "What is a lamp?"}' -H 'content-type: application/json'

@@ -38,8 +38,9 @@ from mara_integrations.engine.sequence import Generation
 from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Prompt, Role, ToolCall
+from mara_integrations.reasoning import ThoughtSplitter
 from mara_integrations.sampling import SamplingParams
-from mara_integrations.settings import EngineSettings, answer_report, call_parser
+from mara_integrations.settings import EngineSettings, answer_report, call_parser, thought_splitter
 from mara_integrations.tool_calls import CallParser
 
 Answer = TypeVar("Answer", ChatResponse, CompletionResponse)
@@ -263,24 +264,31 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
     def _chat_answers(self, settings: dict[str, Any]) -> Callable[..., ChatResponse]:
         """Makes the responses of one request, each with all that was written so far."""
+        splitter: ThoughtSplitter | None = None  # the model is loaded by the time of the first update
         parser: CallParser | None = None
-        text = ""
+        thoughts = text = ""
 
         def answer(update: Update, is_stream: bool = True) -> ChatResponse:
-            nonlocal parser, text
+            nonlocal splitter, parser, thoughts, text
+            splitter = splitter or thought_splitter(settings, self.engine.model)
             parser = parser or call_parser(settings, self.engine.model)
-            delta = update.text
+            is_last = update.generation is not None
+            thought, delta = splitter.push(update.text, final=is_last)
             if parser is not None:
-                is_last = update.generation is not None
-                delta = "".join(piece.text for piece in parser.push(update.text, final=is_last))
-            text += delta
+                delta = "".join(piece.text for piece in parser.push(delta, final=is_last))
+            thoughts, text = thoughts + thought, text + delta
             calls = parser.calls if parser else []
-            blocks: list[Any] = [TextBlock(text=text)] if text or not calls else []
+            blocks: list[Any] = [ThinkingBlock(content=thoughts)] if thoughts else []
+            blocks += [TextBlock(text=text)] if text or not calls else []
             for call in calls:
                 arguments = call.arguments if call.parsed is None else call.parsed
                 blocks.append(ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments))
             message = ChatMessage(blocks, role=MessageRole.ASSISTANT)
-            return ChatResponse(message=message, delta=delta if is_stream else None, **self._about(update.generation))
+            if not is_stream:
+                return ChatResponse(message=message, **self._about(update.generation))
+            news = {"thinking_delta": thought} if thought else {}
+            about = self._about(update.generation)
+            return ChatResponse(message=message, delta=delta, additional_kwargs=news, **about)
 
         return answer
 

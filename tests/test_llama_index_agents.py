@@ -357,3 +357,17 @@ def test_a_real_model_calls_a_tool_with_the_right_arguments() -> None:
     assert answer.sources[0].tool_name == "add"
     assert set(answer.sources[0].raw_input["kwargs"]) == {"a", "b"}
     assert llm.chat([ChatMessage("hi")], max_tokens=2).message.content
+
+
+def test_thoughts_are_a_block_of_their_own() -> None:
+    llm = scripted(lambda prompt: "<think>\nA cat?\n</think>\n\nYes.")
+    message = llm.chat([ChatMessage("Is it?")]).message
+    assert [block.block_type for block in message.blocks] == ["thinking", "text"]
+    assert message.content == "Yes." and message.blocks[0].content == "A cat?"
+
+
+async def test_thoughts_are_streamed_apart() -> None:
+    llm = scripted(lambda prompt: "<think>A cat?</think>Yes.")
+    responses = [response async for response in await llm.astream_chat([ChatMessage("Is it?")])]
+    assert "".join(r.additional_kwargs.get("thinking_delta", "") for r in responses) == "A cat?"
+    assert "".join(r.delta or "" for r in responses) == "Yes."

@@ -76,6 +76,13 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first():
     assert cache.num_bytes == 90, "one too large is not kept"
 
 
+def test_their_number_is_bounded_too():
+    cache = PrefixCache(max_entries=2)
+    for i in range(3):
+        cache.add([i] * MIN_TOKENS, lambda: Kept(1))
+    assert [cache.longest([*[i] * MIN_TOKENS, 5])[1] > 0 for i in range(3)] == [False, True, True]
+
+
 def test_a_longer_prefix_takes_the_place_of_the_one_it_continues():
     cache = PrefixCache()
     cache.add([1] * 20, lambda: Kept(1))

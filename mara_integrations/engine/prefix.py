@@ -23,10 +23,12 @@ class PrefixCache:
 
     Args:
         max_bytes: Memory they may hold together.
+        max_entries: How many there may be; each is compared with every new prompt.
     """
 
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, max_bytes: int = 256 << 20, max_entries: int = 64) -> None:
         self.max_bytes = max_bytes
+        self.max_entries = max_entries
         self.num_bytes = 0
         self._entries: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
 
@@ -51,7 +53,7 @@ class PrefixCache:
             self._drop(entry)
         self._entries[tokens] = prefix
         self.num_bytes += prefix.num_bytes
-        while self.num_bytes > self.max_bytes:
+        while self.num_bytes > self.max_bytes or len(self._entries) > self.max_entries:
             self._drop(next(iter(self._entries)))
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ class Reporter:
 
 
 class ConsoleReporter(Reporter):
-    """Shows stages as progress bars, and lines as they come."""
+    """Shows stages as progress bars on a terminal, as a line every quarter elsewhere, and lines as they come."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -37,7 +38,10 @@ class ConsoleReporter(Reporter):
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar while the stage lasts; it stays when done, so that the times can be read afterwards."""
+        """Show how far a stage is; its last state stays, so that the times can be read afterwards."""
+        if not self.console.is_terminal:
+            yield self._quarters(name, total)
+            return
         columns = (
             TextColumn("  {task.description:<34}"),
             BarColumn(bar_width=24),
@@ -48,3 +52,14 @@ class ConsoleReporter(Reporter):
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
+
+    def _quarters(self, name: str, total: int) -> Callable[[int], None]:
+        began, done = time.monotonic(), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            before, done = 4 * done // total, done + count
+            if 4 * done // total > before:
+                self.say(f"  {name}: {done} of {total}, {time.monotonic() - began:.0f} s")
+
+        return advance

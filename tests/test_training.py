@@ -269,6 +269,20 @@ def test_an_interrupted_run_goes_on_to_the_same_head(folder_model, prompts_file,
     assert resumed.head.fingerprint == whole.head.fingerprint
 
 
+def test_reading_given_replies_goes_on_where_it_was(folder_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mara_integrations.training.run._READ_PART", 8)
+    pairs = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": f"it is {i}", "rejected": f"no {i}"} for i in range(20)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"eval_prompts": 0, "epochs": 2}
+    whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(folder_model, pairs, tmp_path / "broken", **settings), Interrupting("given replies", 20))
+    assert len(list((tmp_path / "broken" / ".bank").rglob("given-replies-*.pt"))) == 2
+    resumed = train(config(folder_model, pairs, tmp_path / "broken", **settings))
+    assert resumed.head.fingerprint == whole.head.fingerprint
+
+
 def test_the_plan_says_what_and_why(prompts_file, tmp_path):
     pairs, labelled = tmp_path / "p.jsonl", tmp_path / "l.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(9)))

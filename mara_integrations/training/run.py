@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from mara_integrations.training.value import advantages, fit_value, reply_values
 METRICS_FILE, BANK_FOLDER = "metrics.jsonl", ".bank"
 _DEFAULT_KL_BUDGET = 0.15
 _CALIBRATION_REPLIES, _CALIBRATION_TOKENS = 12, 16
+_READ_PART = 256  # replies between two files of an interrupted run
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +182,16 @@ class _Run:
         return replies
 
     def _read(self, name: str, texts: Sequence[tuple[int, Sequence[Message], str]]) -> list[Reply]:
-        """Replies of the data, with the states the model has while reading them."""
+        """Replies of the data, with the states the model has while reading them; kept in parts as in `_sample`."""
+        read = partial(read_replies, self.model, self.decoder.backend, max_tokens=self.config.max_reply_tokens)
+        replies: list[Reply] = []
         with self.reporter.stage(name, len(texts)) as advance:
-            replies, was_kept = kept(
-                self.bank / f"{name.replace(' ', '-')}.pt",
-                lambda: read_replies(
-                    self.model, self.decoder.backend, texts, max_tokens=self.config.max_reply_tokens, on_reply=advance
-                ),
-            )
-            if was_kept:
-                advance(len(replies))
+            for start in range(0, len(texts), _READ_PART):
+                gather = partial(read, texts[start : start + _READ_PART], on_reply=advance)
+                part, was_kept = kept(self.bank / f"{name.replace(' ', '-')}-{start}.pt", gather)
+                if was_kept:
+                    advance(len(part))
+                replies += part
         return replies
 
     def _prompts(self, data: Dataset) -> list[tuple[Message, ...]]:

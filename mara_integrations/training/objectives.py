@@ -1,10 +1,16 @@
-"""What heads are trained to do: pure functions of scores and targets."""
+"""What heads are trained to do: pure functions of scores and targets.
+
+The probability of a reply under the gate is a product over its decisions, one for each candidate visited, so that what
+is needed of it is here in terms of decisions: nothing of the candidates that were never reached.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from mara_integrations.engine.gate import accept_logit
 
 
 def value_loss(values: Tensor, targets: Tensor, weights: Tensor, *, is_binary: bool) -> Tensor:
@@ -50,3 +56,85 @@ def rule_loss(scores: Tensor, offends: Tensor) -> Tensor:
     # 30: a shift of one logit on an ordinary token costs as much as missing a fifth of the offences
     good = 30.0 * moved[~offends].mean() if bool((~offends).any()) else zero
     return bad + good
+
+
+def decision_log_probs(accept_logits: Tensor, accepted: Tensor) -> Tensor:
+    """Log-probability of each decision as it was taken.
+
+    Args:
+        accept_logits: Of the candidates visited, (N,).
+        accepted: Whether each was accepted, (N,), bool.
+
+    Returns:
+        Shape (N,), in nats. Summed over the candidates visited at a position, those of `gate.gated_log_probs`.
+    """
+    return logsigmoid(torch.where(accepted, accept_logits, -accept_logits))
+
+
+def decision_kl(accept_logits: Tensor, hazard_logits: Tensor) -> Tensor:
+    """KL of each decision from the base model's, (N,), in nats.
+
+    Over decisions visited by the gate itself, its mean estimates `gate.kl_to_base` without bias, and so does its
+    gradient within each decision.
+
+    Source: chain rule of the KL divergence over the decisions, KL(pi || p) = sum_k P(k is visited) KL(a_k || h_k).
+    """
+    accept = torch.sigmoid(accept_logits)
+    gap_accept = logsigmoid(accept_logits) - logsigmoid(hazard_logits)
+    gap_reject = logsigmoid(-accept_logits) - logsigmoid(-hazard_logits)
+    return accept * gap_accept + (1.0 - accept) * gap_reject
+
+
+def reply_log_ratios(
+    scores: Tensor, hazard_logits: Tensor, accepted: Tensor, reply: Tensor, num_replies: int
+) -> Tensor:
+    """How much more probable a residual head makes each reply: log pi - log p, in nats.
+
+    A decision left out counts as the base model's own, whose log-ratio is 0.
+
+    Args:
+        scores: f of the candidates visited, (N,).
+        hazard_logits: Of the same, (N,).
+        accepted: Whether each was accepted, (N,), bool.
+        reply: The reply each belongs to, (N,).
+        num_replies: R.
+
+    Returns:
+        Shape (R,).
+    """
+    z = accept_logit("residual", scores, hazard_logits, 1.0)
+    gaps = decision_log_probs(z, accepted) - decision_log_probs(hazard_logits, accepted)
+    return gaps.new_zeros(num_replies).index_add(0, reply, gaps)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """Mean loss of pairs, in nats: ln 2 for a head that changes nothing.
+
+    Args:
+        chosen: Log-ratios of the preferred replies, (B,), see `reply_log_ratios`.
+        rejected: Log-ratios of the others, (B,).
+        beta: What a nat of log-ratio is worth; a small one lets the head go far from the base model.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
+    """
+    return -logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def kto_loss(log_ratios: Tensor, good: Tensor, beta: float, good_weight: float) -> Tensor:
+    """Mean loss of labelled replies, in [0, 1] but for the weight: 1/2 for a head that changes nothing.
+
+    The reference point is the batch's own mean log-ratio, at least 0 and without gradient. The paper estimates it on
+    prompts and replies that do not belong together, for which every reply would have to be read twice.
+
+    Args:
+        log_ratios: Of the replies, (B,), see `reply_log_ratios`.
+        good: Whether each is labelled good, (B,), bool.
+        beta: As in `dpo_loss`.
+        good_weight: Weight of a good reply where a bad one has 1, so that the rarer label is not drowned.
+
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7.
+    """
+    reference = log_ratios.detach().mean().clamp(min=0.0)
+    margin = torch.where(good, log_ratios - reference, reference - log_ratios)
+    weights = torch.where(good, good_weight, 1.0)
+    return (weights * torch.sigmoid(-beta * margin)).sum() / weights.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.bank import Reply, read_replies, sample_replies, token_texts
 from mara_integrations.training.calibration import PositionScores, score_positions, strength_for_budget
-from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.config import Method, TrainConfig
 from mara_integrations.training.fitting import FitSettings
+from mara_integrations.training.methods import AUTO, METHODS
 from mara_integrations.training.objectives import RULE_DEPTH, rule_loss, value_loss
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rule import offending_tokens, rule_table
-from mara_integrations.training.run import train
+from mara_integrations.training.run import LOOPS, train
 from mara_integrations.training.value import advantages, fit_value, reply_values
 
 
@@ -221,7 +223,7 @@ def test_a_rule_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path):
     assert comparison.gated_compliance.mean >= comparison.base_compliance.mean
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["event"] == "start" and lines[-1]["event"] == "done"
-    assert not (tmp_path / "h" / ".bank").exists()
+    assert not (tmp_path / "h" / ".run").exists()
     loaded = MARAHead.from_pretrained(tmp_path / "h")
     assert (
         loaded.config.metrics["evaluation"]["rewards"] and "held-out prompts" in (tmp_path / "h/README.md").read_text()
@@ -264,13 +266,13 @@ def test_an_interrupted_run_goes_on_to_the_same_head(folder_model, prompts_file,
         with pytest.raises(KeyboardInterrupt):
             train(config(folder_model, prompts_file, tmp_path / "broken", **settings), Interrupting(stage, after))
         assert not (tmp_path / "broken" / "head.safetensors").exists(), "nothing half-trained looks like a head"
-        assert list((tmp_path / "broken" / ".bank").rglob("*.pt"))
+        assert list((tmp_path / "broken" / ".run").rglob("*.pt"))
     resumed = train(config(folder_model, prompts_file, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
 
 
 def test_reading_given_replies_goes_on_where_it_was(folder_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mara_integrations.training.run._READ_PART", 8)
+    monkeypatch.setattr("mara_integrations.training.gather._READ_PART", 8)
     pairs = tmp_path / "p.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"it is {i}", "rejected": f"no {i}"} for i in range(20)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -278,7 +280,7 @@ def test_reading_given_replies_goes_on_where_it_was(folder_model, tmp_path, monk
     whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
         train(config(folder_model, pairs, tmp_path / "broken", **settings), Interrupting("given replies", 20))
-    assert len(list((tmp_path / "broken" / ".bank").rglob("given-replies-*.pt"))) == 2
+    assert len(list((tmp_path / "broken" / ".run").rglob("given-replies-*.pt"))) == 2
     resumed = train(config(folder_model, pairs, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
 
@@ -298,9 +300,14 @@ def test_the_plan_says_what_and_why(prompts_file, tmp_path):
     }
     for words, settings in plans.items():
         plan = make_plan(settings)
-        assert words in plan.why and plan.method == ("rule" if settings.forbid else "value")
+        assert words in plan.why and plan.method.name == ("rule" if settings.forbid else "value")
         assert {row.prompt for row in plan.train.rows}.isdisjoint({row.prompt for row in plan.held_out.rows})
     assert not (tmp_path / "o").exists(), "planning writes nothing"
+
+
+def test_every_method_has_a_loop_and_a_name_on_the_command_line():
+    assert set(METHODS) == set(LOOPS) == set(get_args(Method)) - {"auto"}
+    assert {METHODS[name].learns_from.count(source) for source, name in AUTO.items()} == {1}
 
 
 def test_what_can_not_work_is_refused_before_anything_is_loaded(prompts_file, tmp_path):
@@ -313,6 +320,11 @@ def test_what_can_not_work_is_refused_before_anything_is_loaded(prompts_file, tm
         (DataError, "labelled bad", {"data": good}),
         (ConfigError, "either a reward or forbidden words", {"data": good, "reward": "a:b", "forbid": ["x"]}),
         (ConfigError, "'rule' needs forbidden words", {"data": good, "method": "rule"}),
+        (
+            ConfigError,
+            "'value' needs .*; given are forbidden words",
+            {"data": prompts_file, "method": "value", "forbid": ["x"]},
+        ),
         (ConfigError, "kl_budget=-1", {"data": good, "kl_budget": -1}),
         (RewardError, "nowhere", {"data": prompts_file, "reward": "nowhere:f"}),
         (OutputError, "is a file", {"data": prompts_file, "forbid": ["x"], "output": tmp_path / "file" / "h"}),

@@ -8,11 +8,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import accept_logit, kl_to_base
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import JudgedPosition
+from mara_integrations.training import gather
+from mara_integrations.training.bank import sample_replies
+from mara_integrations.training.context import Run
 
 MAX_STRENGTH = 100.0
+_REPLIES, _TOKENS = 12, 16
+
+
+def calibrate(run: Run, head: MARAHead) -> float:
+    """Set the head's strength within the KL budget, and return the KL it comes to, in nats a token.
+
+    Found on the base model's own replies, then checked once on the gated model's, which lie further out.
+    """
+    pool = gather.prompts_of(run, run.plan.train)
+    prompts = run.random().sample(pool, min(_REPLIES, len(pool)))
+    wide = Decoder(run.backend, Scheduler(max_live=8, knee=10_000))  # feeds all candidates at once
+    untrained = MARAHead(head.config).to(run.model.device).eval()
+    budget = run.config.kl_budget or run.plan.method.kl_budget
+    sampling = run.sampling(
+        max_new_tokens=min(_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
+    )
+    strength, kl = 1.0, 0.0
+    with run.stage("strength", 2 * len(prompts)) as advance:
+        for gate_head in (untrained, head):
+            replies = sample_replies(
+                run.model,
+                wide,
+                prompts,
+                sampling=sampling,
+                seed=run.config.seed + 7_000_000,
+                head=gate_head,
+                keep_positions=True,
+                on_reply=advance,
+            )
+            positions = [position for reply in replies for position in reply.positions]
+            num_tokens = sum(len(reply.token_ids) for reply in replies)
+            if not positions:
+                break
+            scored = score_positions(head, positions)
+            if budget is not None:
+                found = strength_for_budget(scored, budget, num_tokens)
+                strength = found if gate_head is untrained else min(strength, found)
+            kl = float(scored.kl(strength).sum()) / num_tokens
+            head.config = head.config.model_copy(update={"strength": strength})
+    if strength >= MAX_STRENGTH:
+        run.say("  [yellow]the head hardly moves any token: its strength met the upper bound[/]")
+    run.log("strength", strength=strength, kl_per_token=kl, budget=budget)
+    bound = f"budget {budget}" if budget is not None else "no budget: a rule holds or does not"
+    run.say(f"  strength {strength:.2f}, KL {kl:.3f} nats a token ({bound})")
+    return kl
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,10 +78,6 @@ class TrainConfig(Params):
     def _one_aim(self) -> Self:
         if self.reward is not None and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
-        if self.method == "rule" and not self.forbid:
-            raise ValueError("method 'rule' needs forbidden words")
-        if self.method == "value" and self.forbid:
-            raise ValueError("forbidden words are taught by method 'rule', not 'value'")
         return self
 
     def described(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.rewards import ForbiddenWords, Reward, load_reward
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.methods import Method, Source, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +17,17 @@ class Plan:
     """What a run will do, settled before anything costly.
 
     Attributes:
-        method: `value` or `rule`.
+        method: How.
+        source: What says which replies are good.
         why: In words.
         train: Rows the head is fitted on.
         held_out: Rows it is not, none of them with a prompt of the others.
-        rule: What `rule` teaches.
-        reward: What `value` regresses, where the data brings no labels.
+        rule: Forbidden words, where they are what is taught.
+        reward: What scores replies, where one was given.
     """
 
-    method: str
+    method: Method
+    source: Source
     why: str
     train: Dataset
     held_out: Dataset
@@ -39,37 +42,52 @@ def make_plan(config: TrainConfig) -> Plan:
         DataError: If the data can't be read or is too small.
         RewardError: If the reward can't be imported.
         OutputError: If the head could not be written.
-        ConfigError: If nothing says what a good reply is.
+        ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     check_writable(config.output)
     data = read_dataset(config.data)
     rule = ForbiddenWords(config.forbid) if config.forbid else None
     reward = load_reward(config.reward) if config.reward else None
-    train, held_out = split(data, config.held_out, config.seed)
-    num_prompts = len({row.prompt for row in data.rows})
-    if rule is not None:
-        method, why = "rule", f"the words {', '.join(map(repr, rule.words))} can be told token by token"
-    elif reward is not None:
-        method, why = "value", f"replies to {num_prompts} prompts will be scored by {config.reward}"
-    elif data.kind == "pairs":
-        method, why = "value", f"{len(data.rows)} preference pairs label their replies good and bad"
-    elif data.kind == "labelled":
-        method, why = "value", f"{len(data.rows)} replies are labelled good or bad"
-        if len(labels := _labels(data)) < 2:
-            raise DataError(
-                f"{str(config.data)!r} has no reply labelled {'good' if labels == {False} else 'bad'}",
-                hint="label some replies each way, so that there is something to tell apart",
-            )
-        for seed in range(config.seed, config.seed + 50):  # the first split with both labels on both sides
-            train, held_out = split(data, config.held_out, seed)
-            if len(_labels(train)) == len(_labels(held_out)) == 2:
-                break
-    else:
-        raise ConfigError(
-            f"{str(config.data)!r} holds prompts alone, which do not say what a good reply is",
-            hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
+    given: dict[Source, bool] = {
+        "rule": rule is not None,
+        "reward": reward is not None,
+        "pairs": data.kind == "pairs",
+        "labels": data.kind == "labelled",
+    }
+    try:
+        method, source = choose(config.method, [source for source, is_given in given.items() if is_given])
+    except ConfigError as error:
+        raise ConfigError(f"{str(config.data)!r}: {error.message}", hint=error.hint) from None
+    train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
+    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward)
+
+
+def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:
+    match source:
+        case "rule":
+            assert rule is not None
+            return f"the words {', '.join(map(repr, rule.words))} can be told token by token"
+        case "reward":
+            num_prompts = len({row.prompt for row in data.rows})
+            return f"replies to {num_prompts} prompts will be scored by {config.reward}"
+        case "pairs":
+            return f"{len(data.rows)} preference pairs label their replies good and bad"
+        case "labels":
+            return f"{len(data.rows)} replies are labelled good or bad"
+
+
+def _split_labels(data: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """The first split with both labels on both sides, from the run's seed on."""
+    if len(labels := _labels(data)) < 2:
+        raise DataError(
+            f"{str(config.data)!r} has no reply labelled {'good' if labels == {False} else 'bad'}",
+            hint="label some replies each way, so that there is something to tell apart",
         )
-    return Plan(method, why, train, held_out, rule, reward)
+    for seed in range(config.seed, config.seed + 50):
+        train, held_out = split(data, config.held_out, seed)
+        if len(_labels(train)) == len(_labels(held_out)) == 2:
+            break
+    return train, held_out
 
 
 def _labels(data: Dataset) -> set[bool]:

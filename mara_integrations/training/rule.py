@@ -12,11 +12,63 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import DataError
 from mara_integrations.models import LoadedModel
 from mara_integrations.rewards import Rule
+from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply, token_texts
+from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
 from mara_integrations.training.objectives import rule_loss
+
+_HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
+
+
+def learn(run: Run, head: MARAHead) -> Learned:
+    """Fit on base replies and on those of the data, then correct what the gated model still writes."""
+    rule, seed = run.plan.rule, run.config.seed
+    assert rule is not None
+    train = gather.limited_prompts(run, run.plan.train)
+    held_out = gather.limited_prompts(run, run.plan.held_out)
+    each = min(2, gather.replies_each(run, len(train)))
+    fitting = gather.sample(run, "base replies", train, each, seed)
+    checking = gather.sample(run, "held-out base replies", held_out, each, seed + _HELD_OUT)
+    for part, name, bank in (
+        (run.plan.train, "given replies", fitting),
+        (run.plan.held_out, "held-out given replies", checking),
+    ):
+        texts, _ = gather.written_replies(run, part)
+        if texts:
+            bank += gather.read(run, name, texts)
+    _check_taught(run, rule, fitting)
+    for number in range(run.config.correction_rounds + 1):
+        tables = (rule_table(run.model, fitting, rule), rule_table(run.model, checking, rule))
+        with run.fitting(f"fit {number + 1}") as on_epoch:
+            fit_rule(head, *tables, settings=run.fit_settings(1e-3), on_epoch=on_epoch)
+        if number < run.config.correction_rounds:
+            name, own = f"gated replies {number + 1}", seed + _ROUND * (number + 1)
+            gated = gather.sample(run, name, train, 1, own, head)
+            broken = _broken(rule, gated)
+            run.log("correction", round=number + 1, replies=len(gated), violations=broken)
+            run.say(f"  correction round {number + 1}: {broken} of {len(gated)} gated replies broke the rule")
+            fitting += gated
+            checking += gather.sample(run, f"held-out {name}", held_out, 1, own + _HELD_OUT, head)
+    return Learned()
+
+
+def _check_taught(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:
+    broken = _broken(rule, replies)
+    run.say(f"  {broken} of {len(replies)} replies break the rule")
+    if not broken:
+        assert run.plan.rule is not None
+        raise DataError(
+            f"none of {len(replies)} replies has a forbidden word ({', '.join(map(repr, run.plan.rule.words))})",
+            hint="use prompts that provoke the words, or data with replies that have them",
+        )
+
+
+def _broken(rule: Rule, replies: Sequence[Reply]) -> int:
+    return sum(bool(rule.violations(reply.text)) for reply in replies)
 
 
 def offending_tokens(texts: Sequence[str], rule: Rule) -> list[bool]:

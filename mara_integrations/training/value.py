@@ -13,9 +13,47 @@ import numpy as np
 import torch
 
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import DataError
+from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
+from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
 from mara_integrations.training.objectives import value_loss
+from mara_integrations.training.ordering import held_out_ordering
+
+
+def learn(run: Run, head: MARAHead) -> Learned:
+    """Fit V to labels or rewards, and see how well it orders held-out replies of different worth."""
+    plan, is_binary = run.plan, run.plan.source != "reward"
+    if is_binary:
+        texts, targets = gather.written_replies(run, plan.train)
+        fitting = gather.read(run, "given replies", texts)
+        texts, held_out_targets = gather.written_replies(run, plan.held_out)
+        checking = gather.read(run, "held-out given replies", texts)
+    else:
+        fitting, worth = gather.rewarded(run, "base replies", plan.train, run.config.seed)
+        checking, held_out_worth = gather.rewarded(
+            run, "held-out base replies", plan.held_out, run.config.seed + 500_000
+        )
+        targets, held_out_targets = advantages(fitting, worth), advantages(checking, held_out_worth)
+        if not any(targets):
+            message = f"the reward gave every reply {worth[0]}: nothing to learn from"
+            raise DataError(message, hint="check the reward function")
+    with run.fitting("fit") as on_epoch:
+        history = fit_value(
+            head,
+            (fitting, targets),
+            (checking, held_out_targets),
+            is_binary=is_binary,
+            settings=run.fit_settings(3e-4),
+            on_epoch=on_epoch,
+        )
+    if min(epoch.held_out_loss for epoch in history[1:]) >= history[0].held_out_loss:
+        run.say(
+            "  [yellow]V is no better than a constant on held-out replies: nothing was learnt that holds for other "
+            "prompts. More or more consistent preferences, a reward or a rule would teach it more.[/]"
+        )
+    return Learned(held_out_ordering(run, reply_values(head, checking), checking, held_out_targets))
 
 
 def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:

@@ -1,0 +1,163 @@
+"""What every stage of one training run shares: its settings, its plan, the loaded model, its folder and its log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from mara_integrations.engine.backend import Backend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.head import HeadConfig, MARAHead
+from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.files import append_line
+from mara_integrations.models import LoadedModel
+from mara_integrations.progress import Reporter
+from mara_integrations.rewards import reward_spec
+from mara_integrations.sampling import SamplingParams
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.fitting import Epoch, FitSettings
+from mara_integrations.training.plan import Plan
+
+METRICS_FILE, WORK_FOLDER = "metrics.jsonl", ".run"
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a method's loop says of its work, beside the head it fitted.
+
+    Attributes:
+        held_out_accuracy: Share of held-out pairs of better and worse replies that it orders rightly; None where there
+            are none.
+    """
+
+    held_out_accuracy: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        config: What the user said.
+        plan: What follows from it.
+        model: The base model.
+        backend: On that model.
+        reporter: Hears the news.
+        started: When the run began, by the monotonic clock.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    model: LoadedModel
+    backend: Backend
+    reporter: Reporter
+    started: float = field(default_factory=time.monotonic)
+
+    # --- news ---
+
+    def say(self, line: str) -> None:
+        """One line of news, with rich's markup."""
+        self.reporter.say(line)
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A part of the work with `total` steps; gives a function to call with the number of steps just done."""
+        return self.reporter.stage(name, total)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        line = {"event": event, "elapsed_s": round(self.elapsed_s, 2), **values}
+        append_line(self.config.output / METRICS_FILE, json.dumps(line))
+
+    def begin_log(self) -> None:
+        """Start metrics.jsonl afresh."""
+        (self.config.output / METRICS_FILE).unlink(missing_ok=True)
+        method, settings = self.plan.method.name, self.config.described()
+        self.log("start", method=method, model=self.model.name, config=settings)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self.started
+
+    # --- what is kept until the head is finished ---
+
+    @property
+    def folder(self) -> Path:
+        """Where an interrupted run finds what it had; other settings, data or another model have another folder."""
+        parts = [
+            self.config.described(),
+            self.plan.train.fingerprint,
+            self.model.name,
+            self.model.revision,
+            str(self.model.dtype),
+        ]
+        fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return self.config.output / WORK_FOLDER / fingerprint
+
+    def forget(self) -> None:
+        """Remove what was kept for an interruption."""
+        shutil.rmtree(self.config.output / WORK_FOLDER, ignore_errors=True)
+
+    # --- what methods build on ---
+
+    def new_head(self) -> MARAHead:
+        """An untrained head of the method's form on the model's device, as the settings have it."""
+        config, plan = self.config, self.plan
+        settings = HeadConfig(
+            form=plan.method.form,
+            hidden_size=self.model.hidden_size,
+            inner_sizes=(config.inner_size, max(1, config.inner_size // 4)),
+            base_model=self.model.name,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_candidates=config.min_candidates or plan.method.min_candidates,
+            method=plan.method.name,
+            rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
+            data_fingerprint=plan.train.fingerprint,
+            training=config.described(),
+        )
+        return MARAHead(settings).to(self.model.device)
+
+    def new_decoder(self) -> Decoder:
+        """A decoder that has seen nothing yet: what it adapts to must not depend on whether a run was interrupted."""
+        return Decoder(self.backend)
+
+    def sampling(self, **values: Any) -> SamplingParams:
+        """How the model writes replies to learn from, with some values changed."""
+        c = self.config
+        settings = {"max_new_tokens": c.max_reply_tokens, "temperature": 1.0, "top_k": c.top_k, "top_p": c.top_p}
+        return SamplingParams.of(**{**settings, **values})
+
+    def random(self) -> random.Random:
+        """The run's choice among prompts: the same each time it is asked for."""
+        return random.Random(self.config.seed)
+
+    def fit_settings(self, learning_rate: float) -> FitSettings:
+        """How heads are fitted; `learning_rate` where the settings name none."""
+        c = self.config
+        return FitSettings(c.epochs, c.patience, c.learning_rate or learning_rate, c.weight_decay, c.batch_size, c.seed)
+
+    @contextmanager
+    def fitting(self, name: str) -> Iterator[Callable[[Epoch], None]]:
+        """A stage whose steps are the epochs of a fit, each logged."""
+        losses: list[float] = []
+        with self.stage(name, self.config.epochs) as advance:
+
+            def on_epoch(epoch: Epoch) -> None:
+                losses.append(epoch.held_out_loss)
+                self.log(name, **asdict(epoch))
+                advance(int(epoch.epoch > 0))
+
+            yield on_epoch
+        count = f"after {len(losses) - 1} epochs"
+        self.say(f"  {escape(name)}: held-out loss {losses[0]:.3f} -> {min(losses):.3f} {count}")

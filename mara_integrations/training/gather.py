@@ -1,0 +1,168 @@
+"""Replies for a run to learn from: written by the model or brought by the data, with what a reward says of them.
+
+All are kept on disk in parts as they come, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeAlias
+
+from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gather_columns
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import DataError
+from mara_integrations.messages import Message
+from mara_integrations.rewards import score
+from mara_integrations.training.bank import Reply, kept, read_replies, sample_replies
+from mara_integrations.training.context import Run
+
+_READ_PART = 256  # replies between two files of an interrupted run
+_LIVE = 64  # replies written at once: one part
+
+Conversation: TypeAlias = tuple[Message, ...]
+Written: TypeAlias = tuple[int, Conversation, str]  # prompt index, prompt, reply
+
+
+def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
+    """Distinct prompts in order, with the run's system prompt."""
+    return list(dict.fromkeys(_with_system(run, row.prompt) for row in data.rows))
+
+
+def limited_prompts(run: Run, data: Dataset) -> list[Conversation]:
+    """At most `max_replies` of the prompts, chosen by seed."""
+    prompts, most = prompts_of(run, data), run.config.max_replies
+    if len(prompts) <= most:
+        return prompts
+    run.say(f"  using {most} of {len(prompts)} prompts (--max-replies)")
+    return run.random().sample(prompts, most)
+
+
+def replies_each(run: Run, num_prompts: int) -> int:
+    """Replies to each prompt, as the settings say or `max_replies` allows."""
+    return run.config.replies_each or max(1, min(4, run.config.max_replies // max(1, num_prompts)))
+
+
+def sample(
+    run: Run,
+    name: str,
+    prompts: Sequence[Conversation],
+    each: int,
+    seed: int,
+    head: MARAHead | None = None,
+) -> list[Reply]:
+    """Replies written by the model, gated where a head is given; prompt by prompt, `each` to every one.
+
+    Args:
+        run: The run.
+        name: Of the stage, no other of the run has it.
+        prompts: With the system prompt.
+        each: Replies to each prompt.
+        seed: Reply j to prompt i draws from seed + i * each + j.
+        head: Its positions are kept too.
+    """
+    part = max(1, _LIVE // each)
+    sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
+    replies: list[Reply] = []
+    with run.stage(name, len(prompts) * each) as advance:
+        for start in range(0, len(prompts), part):
+            write = partial(
+                sample_replies,
+                run.model,
+                run.new_decoder(),
+                prompts[start : start + part],
+                sampling=sampling,
+                replies_each=each,
+                seed=seed + start * each,
+                head=head,
+                keep_positions=head is not None,
+                on_reply=advance,
+            )
+            written, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", write)
+            if was_kept:
+                advance(len(written))
+            for reply in written:
+                reply.prompt += start
+            replies += written
+    return replies
+
+
+def read(run: Run, name: str, texts: Sequence[Written]) -> list[Reply]:
+    """Replies that were written already, with the states the model has while reading them."""
+    read_part = partial(read_replies, run.model, run.backend, max_tokens=run.config.max_reply_tokens)
+    replies: list[Reply] = []
+    with run.stage(name, len(texts)) as advance:
+        for start in range(0, len(texts), _READ_PART):
+            gather = partial(read_part, texts[start : start + _READ_PART], on_reply=advance)
+            part, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", gather)
+            if was_kept:
+                advance(len(part))
+            replies += part
+    return replies
+
+
+def written_replies(run: Run, data: Dataset) -> tuple[list[Written], list[float]]:
+    """The replies that data brings, and their labels: 1 for a good one, 0 for a bad one."""
+    texts: list[Written] = []
+    labels: list[float] = []
+    index = {prompt: i for i, prompt in enumerate(prompts_of(run, data))}
+    for row in data.rows:
+        prompt = _with_system(run, row.prompt)
+        fields = {Pair: ("chosen", "rejected"), Labelled: ("completion",), PromptRow: ()}[type(row)]
+        for field in fields:
+            texts.append((index[prompt], prompt, getattr(row, field)))
+            labels.append(float(row.label if isinstance(row, Labelled) else field == "chosen"))
+    return texts, labels
+
+
+def rewarded(run: Run, name: str, data: Dataset, seed: int) -> tuple[list[Reply], list[float]]:
+    """Base replies to the prompts and what the reward says of them; those it has no opinion on are left out."""
+    prompts = limited_prompts(run, data)
+    replies = sample(run, name, prompts, replies_each(run, len(prompts)), seed)
+    worth = scores(run, data, prompts, replies)
+    judged = [(reply, value) for reply, value in zip(replies, worth, strict=True) if value is not None]
+    if not judged:
+        raise DataError(f"the reward had no opinion on any of {len(replies)} {name}", hint="check the reward function")
+    mean = sum(value for _, value in judged) / len(judged)
+    run.log("rewards", stage=name, replies=len(replies), judged=len(judged), mean_reward=mean)
+    run.say(f"  mean reward of {len(judged)} {name}: {mean:+.3f}")
+    return [reply for reply, _ in judged], [value for _, value in judged]
+
+
+def scores(
+    run: Run, data: Dataset, prompts: Sequence[Conversation], replies: Sequence[Reply], texts: Sequence[str] = ()
+) -> list[float | None]:
+    """What the run's reward says of replies.
+
+    Args:
+        run: With a reward.
+        data: Where the prompts come from; brings the other columns.
+        prompts: That `Reply.prompt` counts.
+        replies: To judge.
+        texts: Judged in place of the replies' own texts, as parts of them.
+    """
+    assert run.plan.reward is not None
+    rows: dict[Conversation, Row] = {_with_system(run, row.prompt): row for row in data.rows}
+    owners = [rows[prompts[reply.prompt]] for reply in replies]
+    return score(
+        run.plan.reward,
+        [row.prompt for row in owners],
+        texts or [reply.text for reply in replies],
+        completion_ids=[reply.token_ids for reply in replies],
+        columns=gather_columns([row for row in owners if isinstance(row, PromptRow)]),
+        conversational=data.form == "conversational",
+    )
+
+
+def try_reward(run: Run) -> None:
+    """Ask the reward about two short replies, so that its mistakes come out before the work, and leave nothing."""
+    prompts = prompts_of(run, run.plan.train)[:2]
+    sampling = run.sampling(max_new_tokens=8)
+    replies = sample_replies(run.model, run.new_decoder(), prompts, sampling=sampling, seed=run.config.seed)
+    scores(run, run.plan.train, prompts, replies)
+
+
+def _with_system(run: Run, prompt: Conversation) -> Conversation:
+    if run.config.system_prompt and prompt[0].role != "system":
+        return (Message("system", run.config.system_prompt), *prompt)
+    return prompt

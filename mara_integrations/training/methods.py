@@ -1,0 +1,84 @@
+"""The training methods by name: what each learns from, what its head looks like, and which one `auto` takes.
+
+Knows no model: a plan is settled with it before anything heavy is imported. The loops themselves are one module each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from mara_integrations.errors import ConfigError
+
+Source = Literal["pairs", "labels", "reward", "rule"]
+SOURCES: dict[Source, str] = {
+    "pairs": "preference pairs",
+    "labels": "labelled replies",
+    "reward": "a reward (--reward module:function)",
+    "rule": "forbidden words (--forbid WORD)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to train a head.
+
+    Attributes:
+        name: As `--method` names it.
+        learns_from: Any of these is enough.
+        form: Of the head, see `HeadConfig`.
+        min_candidates: Of the head where the settings name none.
+        kl_budget: Nats a token its strength is calibrated to where the settings name none; None leaves it as fitted.
+        temperature: Of the replies of the final evaluation.
+    """
+
+    name: str
+    learns_from: tuple[Source, ...]
+    form: Literal["paper", "residual", "value"]
+    min_candidates: int = 1
+    kl_budget: float | None = 0.15
+    temperature: float = 1.0
+
+
+# A rule holds or does not, so it knows no budget and is judged greedily, as applications run it; and it has to be able
+# to refuse a lone survivor.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("value", ("reward", "pairs", "labels"), "value"),
+        Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
+    )
+}
+
+# What `auto` takes: the first source that is there decides. A rule or a reward was asked for by a flag of its own, so
+# it goes before the labels that the data may hold.
+AUTO: dict[Source, str] = {"rule": "rule", "reward": "value", "pairs": "value", "labels": "value"}
+
+
+def choose(name: str, given: Collection[Source]) -> tuple[Method, Source]:
+    """The method to use, and what it will learn from.
+
+    Args:
+        name: A method's name, or `auto`.
+        given: Everything that says what a good reply is.
+
+    Raises:
+        ConfigError: If nothing does, or nothing that the method can learn from.
+    """
+    sources = [source for source in AUTO if source in given]
+    if not sources:
+        raise ConfigError(
+            "prompts alone do not say what a good reply is",
+            hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
+        )
+    method = METHODS[AUTO[sources[0]] if name == "auto" else name]
+    for source in sources:
+        if source in method.learns_from:
+            return method, source
+    fitting = [other.name for other in METHODS.values() if set(other.learns_from) & set(sources)]
+    raise ConfigError(
+        f"method {name!r} needs {' or '.join(SOURCES[source] for source in method.learns_from)}; "
+        f"given are {' and '.join(SOURCES[source] for source in sources)}",
+        hint=f"methods for those are {', '.join(fitting)}",
+    )

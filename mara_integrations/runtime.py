@@ -5,18 +5,20 @@ Knows no framework. Loading happens on first use; one loaded model and one decod
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.head_cache import HeadCache
+from mara_integrations.engine.heads import ComposedHead, Head, candidate_settings
 from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
@@ -27,6 +29,10 @@ from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.tool_calls import ReplyForm, syntax_of
 
+OneHead: TypeAlias = MARAHead | str | Path
+HeadSource: TypeAlias = OneHead | Sequence[OneHead] | Mapping[Any, float]  # keys: OneHead; Mapping is invariant
+
+heads = HeadCache()  # of the process: engines, models and frameworks share it
 _workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
 _workers_lock = threading.Lock()
 
@@ -44,7 +50,8 @@ class MARAEngine:
 
     Args:
         model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`.
-        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model.
+        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
+            mapping to weights, are composed: their corrections of the base model add.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
         revision: Of a model on the Hub.
@@ -59,7 +66,7 @@ class MARAEngine:
     def __init__(
         self,
         model: Any = "smollm2",
-        head: MARAHead | str | Path | None = None,
+        head: HeadSource | None = None,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -95,10 +102,9 @@ class MARAEngine:
         """The base model, loaded on first access."""
         with self._lock:
             if self._loaded is None:
-                if isinstance(self.head_source, str | Path):
-                    _read_head(
-                        str(self.head_source), _stamp(str(self.head_source))
-                    )  # a missing head is found out before a model is loaded
+                for source in head_weights(self.head_source):  # a missing one is found out before a model is loaded
+                    if not isinstance(source, MARAHead):
+                        heads.get(source)
                 self._loaded = load_model(self.spec)
         return self._loaded
 
@@ -117,7 +123,7 @@ class MARAEngine:
         return self._loaded is not None
 
     @property
-    def head(self) -> MARAHead | None:
+    def head(self) -> Head | None:
         """The default head, on the model's device."""
         return self._head(self.head_source)
 
@@ -206,8 +212,7 @@ class MARAEngine:
         if head is not None:
             check_strength(head.config.form, gate)
             if gate.strength > 0:  # what the head was trained with, unless the request says otherwise
-                trained = head.config.model_dump(include={"top_k", "top_p", "min_candidates"})
-                sampling_values = {**trained, **sampling_values}
+                sampling_values = candidate_settings(head, sampling_values)
         sampling = SamplingParams.of(**sampling_values)
         room = self.model.context_window - len(prompt_ids)
         if not prompt_ids or room < 1:
@@ -247,14 +252,22 @@ class MARAEngine:
         worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
         return ticket
 
-    def _head(self, source: MARAHead | str | Path | None) -> MARAHead | None:
-        if source is None:
-            return None
+    def _head(self, source: HeadSource | None) -> Head | None:
+        weights = head_weights(source)
         model = self.model
-        if isinstance(source, MARAHead):
-            source.check_fits(model.hidden_size, model.name)
-            return source.to(model.device).eval()
-        return _placed_head(str(source), _stamp(str(source)), str(model.device), model.hidden_size, model.name)
+        placed: dict[MARAHead, float] = {}
+        for one, weight in weights.items():
+            if isinstance(one, MARAHead):
+                head, name = one.to(model.device).eval(), None
+            else:
+                head, name = heads.get(one, model.device), one
+            head.check_fits(model.hidden_size, model.name, name)
+            if weight > 0:
+                placed[head] = placed.get(head, 0.0) + weight
+        if not placed:
+            return None
+        head, weight = next(iter(placed.items()))
+        return head if weight == 1 and len(placed) == 1 else ComposedHead(placed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
@@ -288,36 +301,50 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return sampling, gate
 
 
-def head_fingerprint(source: MARAHead | str | Path | None) -> str | None:
+def head_weights(source: HeadSource | None) -> dict[OneHead, float]:
+    """Each head that is named, and its weight.
+
+    Raises:
+        ConfigError: If it names something else than heads, or none.
+    """
+    if source is None:
+        return {}
+    if isinstance(source, OneHead):
+        return {source: 1.0}
+    named = list(source) if isinstance(source, Sequence | Mapping) else []
+    if not named or not all(isinstance(one, OneHead) for one in named):
+        raise ConfigError(
+            f"head={source!r} is not allowed",
+            hint="a MARAHead, a path, or a Hub id; a list of these, or a mapping of these to weights",
+        )
+    weights = dict(source) if isinstance(source, Mapping) else {one: float(named.count(one)) for one in named}
+    for one, weight in weights.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigError(f"head {str(one)!r} has the weight {weight!r}", hint="weights are numbers from 0 up")
+    return weights
+
+
+def head_name(source: HeadSource | None) -> str | None:
+    """What is named, in words, without loading anything."""
+    names = []
+    for one, weight in head_weights(source).items():
+        name = f"{one.config.form} head of {one.config.base_model}" if isinstance(one, MARAHead) else str(one)
+        names.append(name if weight == 1 else f"{weight:g} x {name}")
+    return " + ".join(names) or None
+
+
+def head_fingerprint(source: HeadSource | None) -> str | None:
     """Tells heads apart that can answer differently, without loading a model.
 
     Raises:
-        HeadError: If the head can't be read.
+        HeadError: If a head can't be read.
     """
-    if source is None:
-        return None
-    head = source if isinstance(source, MARAHead) else _read_head(str(source), _stamp(str(source)))
-    return head.fingerprint
-
-
-@lru_cache(maxsize=64)
-def _placed_head(source: str, stamp: tuple[int, ...], device: str, hidden_size: int, model_name: str) -> MARAHead:
-    """One object for all that name a head, so that a batch evaluates it once; `stamp` tells a retrained one apart."""
-    head = _read_head(source, stamp)
-    head.check_fits(hidden_size, model_name, source)
-    return head.to(device)
-
-
-@lru_cache(maxsize=64)
-def _read_head(source: str, stamp: tuple[int, ...]) -> MARAHead:
-    return MARAHead.from_pretrained(source)
-
-
-def _stamp(source: str) -> tuple[int, ...]:
-    """Changes when the files of a local head do."""
-    path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    return tuple(file.stat().st_mtime_ns for file in files)
+    parts = []
+    for one, weight in head_weights(source).items():
+        head = one if isinstance(one, MARAHead) else heads.get(one)
+        trained = head.config.model_dump_json(include={"strength", "top_k", "top_p", "min_candidates"})
+        parts.append(f"{weight} x {head.fingerprint} {trained}")
+    return " + ".join(parts) or None
 
 
 def _last(ticket: ThreadTicket) -> Generation:

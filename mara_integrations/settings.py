@@ -11,19 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from typing_extensions import Self
 
-from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.sequence import Generation, TracePosition
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.messages import Message
 from mara_integrations.models import LoadedModel, ModelSpec
 from mara_integrations.reasoning import OPEN, ThoughtSplitter
-from mara_integrations.runtime import MARAEngine, head_fingerprint
+from mara_integrations.runtime import MARAEngine, head_fingerprint, head_name, head_weights
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
 from mara_integrations.tool_calls import CallParser, ReplyForm, syntax_of
 
@@ -40,7 +38,8 @@ class EngineSettings(BaseModel):
 
     Attributes:
         model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`; the only positional one.
-        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model.
+        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
+            mapping to weights, are composed: their corrections of the base model add.
         strength: Dial on the head, 0 is the base model.
         selection: See `GateParams`.
         fallback: See `GateParams`.
@@ -112,8 +111,7 @@ class EngineSettings(BaseModel):
     @field_validator("head")
     @classmethod
     def _is_a_head(cls, value: Any) -> Any:
-        if value is not None and not isinstance(value, str | Path | MARAHead):
-            raise ValueError("a head is a MARAHead, a path, or a Hub id")
+        head_weights(value)
         return value
 
     @property
@@ -157,7 +155,7 @@ class EngineSettings(BaseModel):
     def _described(self) -> dict[str, Any]:
         """The settings as plain values, for traces and logs; without `model_kwargs`, which may hold an access token."""
         values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST) if name != "model_kwargs"}
-        values.update(model=self.model_name, head=_head_name(self.head), device=str(self.device), dtype=str(self.dtype))
+        values.update(model=self.model_name, head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
         return values
 
     def _fingerprint(self, call: Mapping[str, Any]) -> str:
@@ -283,9 +281,3 @@ def _config_error(error: ValidationError) -> MaraError:
         return cause
     name = str(first["loc"][0]) if first["loc"] else error.title
     return ConfigError(f"{name}={first['input']!r} is not allowed: {first['msg'].lower()}")
-
-
-def _head_name(head: MARAHead | str | Path | None) -> str | None:
-    if isinstance(head, MARAHead):
-        return f"{head.config.form} head of {head.config.base_model}"
-    return None if head is None else str(head)

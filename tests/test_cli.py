@@ -80,6 +80,19 @@ def tools(*arguments, **options):
 # --- without a command ---
 
 
+def test_several_heads_are_weighed_and_named_by_repeating_the_option():
+    random_head(32, "residual", seed=1).save_pretrained("other")
+    random_head(32, "residual", seed=1).save_pretrained("named=2")
+    alone, both = (generate("hi", "--trace", "--head", "head", *more) for more in ((), ("--head", "other=0.5")))
+    logits = [json.loads(out)["trace"][0]["candidates"][0]["accept_logit"] for out in (alone, both)]
+    assert logits[0] != logits[1]
+    assert generate("hi", "--head", "named=2") == generate("hi", "--head", "other"), "a folder may be called so"
+    assert (
+        "can be neither weighed nor composed"
+        in run("generate", "hi", "--model", "model", "--head", "head", "--head", "paper-head", code=1).output
+    )
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     program = (
         "import sys, time\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mara_integrations.cli.app import dim, show_error
 from mara_integrations.cli.generate import show_verdicts, stream_reply
 from mara_integrations.cli.options import (
-    AnyHead,
+    AnyHeads,
     Device,
     Dtype,
     MaxNewTokens,
@@ -23,6 +23,7 @@ from mara_integrations.cli.options import (
     TopK,
     TopP,
     given,
+    head_source,
 )
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.messages import Message
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 def chat(
     model: Model = "smollm2",
-    head: AnyHead = None,
+    head: AnyHeads = None,
     strength: Strength = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -48,18 +49,21 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with the model; /help lists what can be asked of the chat itself."""
-    from mara_integrations.runtime import MARAEngine
+    from mara_integrations.runtime import MARAEngine, head_name
 
     settings = given(top_k=top_k, top_p=top_p, stop=stop, seed=seed)
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "trace": True}
-    engine = MARAEngine(model, head, device=device, dtype=dtype, system_prompt=system_prompt, **settings).load()
+    engine = MARAEngine(
+        model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
+    ).load()
     conversation = _Chat(engine)
     if strength is not None:
         conversation.set_strength(str(strength))
     if sys.stdin.isatty():
         with suppress(ImportError):  # not everywhere
             import readline  # noqa: F401  # gives input() a history and line editing
-        dim(f"{engine.model.name}{f' with {head}' if head else ''}. /help lists commands, Ctrl-D leaves.")
+        name = head_name(engine.head_source)
+        dim(f"{engine.model.name}{f' with {name}' if name else ''}. /help lists commands, Ctrl-D leaves.")
     conversation.run()
 
 

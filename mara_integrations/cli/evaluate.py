@@ -12,8 +12,19 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import say
-from mara_integrations.cli.options import Device, Dtype, MaxNewTokens, Model, Strength, SystemPrompt, Temperature, given
-from mara_integrations.errors import DataError, MaraError
+from mara_integrations.cli.options import (
+    Device,
+    Dtype,
+    Heads,
+    MaxNewTokens,
+    Model,
+    Strength,
+    SystemPrompt,
+    Temperature,
+    given,
+    head_source,
+)
+from mara_integrations.errors import ConfigError, DataError, MaraError
 from mara_integrations.progress import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_head(
-    head: Annotated[str, typer.Option(help="Head: its folder, a published .pth actor, or a Hub id.")],
+    head: Heads,
     data: Annotated[Path, typer.Option(help="Prompts, or pairs or labelled replies, whose prompts are taken.")],
     model: Model = "smollm2",
     reward: Annotated[
@@ -72,8 +83,11 @@ def evaluate_head(
     if report is not None:
         reports.check_report_path(report)
     settings = given(strength=strength)
-    engine = MARAEngine(model, head, device=device, dtype=dtype, system_prompt=system_prompt, **settings).load()
-    assert engine.head is not None, "load() refuses to go without the head it was given"
+    engine = MARAEngine(
+        model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
+    ).load()
+    if engine.head is None:
+        raise ConfigError("every --head has the weight 0", hint="there is nothing to evaluate")
     console, why = Console(), ""
     held_out = _held_out(data, engine.head.config)
     if held_out is not None:

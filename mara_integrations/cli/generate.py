@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mara_integrations.cli.options import (
-    AnyHead,
+    AnyHeads,
     Device,
     Dtype,
     MaxNewTokens,
@@ -26,6 +26,7 @@ from mara_integrations.cli.options import (
     TopK,
     TopP,
     given,
+    head_source,
 )
 from mara_integrations.messages import Message, Prompt
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
     model: Model = "smollm2",
-    head: AnyHead = None,
+    head: AnyHeads = None,
     strength: Strength = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -63,7 +64,7 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Write one reply to standard output."""
-    if show_gate and head is None:
+    if show_gate and not head:
         raise typer.BadParameter("without --head there is no gate to show", param_hint="--show-gate")
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -73,9 +74,8 @@ def generate(
 
     settings = given(strength=strength, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    engine = MARAEngine(
-        model, head, device=device, dtype=dtype, system_prompt=system_prompt, trace=trace or show_gate, **settings
-    )
+    settings["trace"] = trace or show_gate
+    engine = MARAEngine(model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings)
     said: Prompt = prompt if raw else [Message("user", prompt)]
     if as_json or trace:
         generation = engine.generate(said)

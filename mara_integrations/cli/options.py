@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
@@ -13,8 +14,12 @@ from pydantic import BaseModel
 _AS_TRAINED = "as the head was trained"
 
 Model = Annotated[str, typer.Option(help="Base model: Hub id, folder, .gguf file or alias.")]
-AnyHead = Annotated[
-    str | None, typer.Option(help="Head: its folder, a published .pth actor, or a Hub id; without one, the base model.")
+_A_HEAD = "Head: its folder, a published .pth actor, or a Hub id"
+_REPEATED = "may be repeated, heads/x=0.5 weighs one, their corrections add"
+Heads = Annotated[list[str], typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; {_REPEATED}.")]
+AnyHeads = Annotated[
+    list[str] | None,
+    typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; without one, the base model; {_REPEATED}."),
 ]
 Strength = Annotated[
     float | None,
@@ -32,6 +37,17 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="Put before every conversation that brings none.")]
 Device = Annotated[str, typer.Option(help="auto is CUDA, then MPS, then CPU.")]
 Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on GPUs that have it, float32 on CPU.")]
+
+
+def head_source(values: Sequence[str] | None) -> dict[str, float] | None:
+    """What `--head` names, each with its weight; None without one."""
+    weights: dict[str, float] = {}
+    for value in values or ():
+        name, _, number = value.rpartition("=")
+        is_weighed = name and re.fullmatch(r"-?\d*\.?\d+", number) and not Path(value).exists()
+        head, weight = (name, float(number)) if is_weighed else (value, 1.0)
+        weights[head] = weights.get(head, 0.0) + weight
+    return weights or None
 
 
 def given(**settings: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import rank_candidates
-from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.heads import HeadStacks, Shown
 from mara_integrations.engine.prefix import PrefixCache
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
 from mara_integrations.engine.sequence import Request, Sequence
@@ -24,6 +24,7 @@ class Decoder:
         knee = CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
         self.scheduler = scheduler or Scheduler(knee=knee)
         self.prefixes = PrefixCache()
+        self._heads = HeadStacks()
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
@@ -58,28 +59,25 @@ class Decoder:
     def _judge(self, live: list[Sequence], segments: list[Segment], hidden: Tensor) -> None:
         """Show the new siblings to their heads, and keep the branches taken."""
         states = hidden.split([len(segment.token_ids) for segment in segments])
-        asked: dict[MARAHead, list[int]] = {}  # one evaluation a head
-        for index, (sequence, segment) in enumerate(zip(live, segments, strict=True)):
+        asked, shown = [], []
+        for sequence, segment, state in zip(live, segments, states, strict=True):
             if segment.siblings:
-                assert sequence.request.head is not None
-                asked.setdefault(sequence.request.head, []).append(index)
+                assert sequence.request.head is not None and sequence.tip is not None, "its prompt was fed before"
+                asked.append(sequence)
+                shown.append(Shown(sequence.request.head, state, sequence.tip))
             else:
-                _settle_chain(sequence, len(segment.token_ids), states[index])
+                _settle_chain(sequence, len(segment.token_ids), state)
                 if not sequence.pending and not sequence.token_ids:  # the prompt has just been read
                     self._keep_prefix(sequence, sequence.request.prompt_ids)
         rows, branches = [], []
-        for head, indices in asked.items():
-            previous = torch.cat([live[i].tip.expand_as(states[i]) for i in indices])  # type: ignore[union-attr]  # fed
-            scores = iter(head.score(torch.cat([states[i] for i in indices]), previous).tolist())
-            for i in indices:
-                sequence, width = live[i], len(segments[i].token_ids)
-                sequence.stats.fed += width
-                taken = sequence.judge([next(scores) for _ in range(width)], states[i])
-                if taken is not None:
-                    self.scheduler.observe(taken)
-                    rows.append(sequence.row)
-                    branches.append(taken)
-                    _keep_state(sequence)
+        for sequence, (_, state, _), scores in zip(asked, shown, self._heads.score(shown), strict=True):
+            sequence.stats.fed += len(scores)
+            taken = sequence.judge(scores, state)
+            if taken is not None:
+                self.scheduler.observe(taken)
+                rows.append(sequence.row)
+                branches.append(taken)
+                _keep_state(sequence)
         if rows:
             self.backend.commit(rows, branches)
 

@@ -108,6 +108,16 @@ class MARAHead(nn.Module):
         return out[:, 0].float()
 
     @property
+    def parts(self) -> dict[MARAHead, float]:
+        """Itself, and the factor of its score at strength 1; see `heads.ComposedHead`."""
+        return {self: 1.0 if self.config.form == "paper" else self.config.strength}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the weights."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    @property
     def fingerprint(self) -> str:
         """Hash of form and weights: two heads that can answer differently differ here."""
         return self.config.weights_sha256 or _sha256(_dump(self))

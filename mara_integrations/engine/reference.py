@@ -19,7 +19,7 @@ from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
 from mara_integrations.engine.gate import Rule, selection_rule
-from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.heads import Head
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 
 
@@ -27,7 +27,7 @@ from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 def generate_reference(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
-    head: MARAHead | None = None,
+    head: Head | None = None,
     sampling: SamplingParams | None = None,
     gate: GateParams | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
@@ -50,8 +50,9 @@ def generate_reference(
             hazard = min(max(probs[k] / sum(probs[k:]), 1e-13), 1 - 1e-13)
             z = math.log(hazard / (1 - hazard))
             if head is not None and len(candidates) > 1:
-                score = float(head.score(_run(model, [*context, candidate])[0][None], state[None])[0])
-                z = score if form == "paper" else z + gate.strength * head.config.strength * score
+                seen = _run(model, [*context, candidate])[0]
+                score = sum(w * float(part.score(seen[None], state[None])[0]) for part, w in head.parts.items())
+                z = score if form == "paper" else z + gate.strength * score
             accept_logits.append(z)
         reply.append(candidates[_TAKE[rule](accept_logits, gate.fallback, uniform)])
     return reply

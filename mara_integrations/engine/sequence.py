@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backend import Segment
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
-from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.heads import Head
 from mara_integrations.engine.text import TextStream
 from mara_integrations.sampling import GateParams, SamplingParams
 
@@ -47,7 +47,7 @@ class Request:
     prompt_ids: Seq[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     gate: GateParams = field(default_factory=GateParams)
-    head: MARAHead | None = None
+    head: Head | None = None
     eos_token_ids: frozenset[int] = frozenset()
     text: TextStream | None = None
     constraint: Constraint | None = None
@@ -219,10 +219,15 @@ class Sequence:
         self.pending = self.token_ids[-1:]
 
     def judge(self, scores: Seq[float], states: Tensor) -> int | None:
-        """Hear the head on N candidates just fed, `states` (N, d); returns the branch to keep, if decided."""
+        """Hear the head on N candidates just fed; returns the branch to keep, if decided.
+
+        Args:
+            scores: Of the head at strength 1, see `HeadStacks.score`.
+            states: Of the candidates, (N, d).
+        """
         position, head = self.position, self.request.head
         assert position is not None and head is not None
-        form, strength = head.config.form, self.request.gate.strength * head.config.strength
+        form, strength = head.config.form, self.request.gate.strength
         for score, state in zip(scores, states, strict=True):
             hazard_logit = position.hazard_logits[len(position.states)]
             position.accept_logits.append(accept_logit(form, score, hazard_logit, strength))

@@ -34,7 +34,7 @@ from mara_integrations.evaluation.metrics import (
 )
 from mara_integrations.messages import Message
 from mara_integrations.rewards import Reward, reward_name, score
-from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.runtime import MARAEngine, head_name, worker_for
 from mara_integrations.sampling import GateParams, SamplingParams
 
 # Where tokens are drawn: push, in nats of log-odds, from which a rejection is put down to the head and not to the dice.
@@ -174,7 +174,7 @@ class Evaluation:
 
     Attributes:
         model: Name of the base model.
-        head: Where the head came from; `in memory` for an object.
+        head: Where the head came from, see `head_name`.
         form: The head's form.
         strength: Dial on the head.
         sampling: Settings of the gated replies. The base replies share them but for `min_candidates`, which is the
@@ -295,7 +295,7 @@ def evaluate(
     source = overrides.get("head", engine.head_source)
     return Evaluation(
         model=engine.model.name,
-        head=str(source) if not hasattr(source, "config") else "in memory",
+        head=str(head_name(source)),
         form=first.head.config.form,
         strength=first.gate.strength,
         sampling=first.sampling.updated(max_new_tokens=max_new_tokens),

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mara_integrations.engine.backend import Segment
-from mara_integrations.engine.gate import HeadForm
 from mara_integrations.engine.head import HeadConfig, MARAHead
+from mara_integrations.sampling import HeadForm
 
 _SMALL = {
     "hidden_size": 32,

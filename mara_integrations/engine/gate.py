@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mara_integrations.errors import ConfigError
-from mara_integrations.sampling import Fallback, GateParams, Selection
+from mara_integrations.sampling import Fallback, GateParams, HeadForm, Selection
 
-HeadForm = Literal["paper", "residual", "value"]
 Rule = Literal["first", "greedy", "sample"]
 _Number = TypeVar("_Number", float, Tensor)
 

@@ -16,9 +16,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from mara_integrations.engine.gate import HeadForm
 from mara_integrations.errors import HeadError, OutputError
 from mara_integrations.files import write_atomically
+from mara_integrations.sampling import HeadForm
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "head.safetensors", "head_config.json", "README.md"
 

@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from mara_integrations.engine.text import TextStream
 from mara_integrations.files import write_atomically
 from mara_integrations.messages import Message
 from mara_integrations.models import LoadedModel
-from mara_integrations.sampling import SamplingParams
+from mara_integrations.sampling import GateParams, SamplingParams
 
 # Tokens in one forward while reading: past this a CPU gains nothing and memory grows.
 _READ_BUDGET = 1024
@@ -58,6 +59,7 @@ def sample_replies(
     replies_each: int = 1,
     seed: int = 0,
     head: MARAHead | None = None,
+    gate: GateParams | None = None,
     keep_positions: bool = False,
     on_reply: OnReply | None = None,
 ) -> list[Reply]:
@@ -71,6 +73,7 @@ def sample_replies(
         replies_each: Replies to each prompt.
         seed: First of the seeds.
         head: Gates the replies.
+        gate: How; left out, as its form has it.
         keep_positions: Keep the states of all candidates that were visited, for heads only.
         on_reply: Called with 1 for each finished reply.
 
@@ -88,6 +91,7 @@ def sample_replies(
                 Request(
                     prompt_ids,
                     own,
+                    gate or GateParams(),
                     head=head,
                     eos_token_ids=model.eos_token_ids,
                     text=text,
@@ -181,29 +185,40 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
     """Replies from a file of an interrupted run, or gathered now and written there; and whether they were kept."""
+    stored, was_kept = kept_data(path, lambda: [_packed(reply) for reply in gather()])
+    return [_unpacked(item) for item in stored], was_kept
+
+
+def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
+    """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts."""
     if path.exists():
-        stored = torch.load(path, weights_only=True)
-        fields = ("index", "token_ids", "hazard_logits", "states", "previous")
-        for item in stored:
-            item["positions"] = [JudgedPosition(**dict(zip(fields, p, strict=True))) for p in item["positions"]]
-        return [Reply(**item) for item in stored], True
-    replies, buffer = gather(), io.BytesIO()
-    for reply in replies:
-        for position in reply.positions:  # half precision here too, so that a resumed run sees the same numbers
-            position.states, position.previous = position.states.half().cpu(), position.previous.half().cpu()
-    stored = [
-        {
-            "prompt": reply.prompt,
-            "text": reply.text,
-            "token_ids": reply.token_ids,
-            "states": reply.states,
-            "positions": [(p.index, p.token_ids, p.hazard_logits, p.states, p.previous) for p in reply.positions],
-        }
-        for reply in replies
-    ]
-    torch.save(stored, buffer)
+        return torch.load(path, weights_only=True), True
+    gathered, buffer = gather(), io.BytesIO()
+    torch.save(gathered, buffer)
     write_atomically(path, buffer.getvalue())
-    return replies, False
+    return gathered, False
+
+
+_POSITION = ("index", "token_ids", "hazard_logits", "states", "previous")
+
+
+def _packed(reply: Reply) -> dict[str, Any]:
+    """As plain data, in half precision, so that a resumed run and an uninterrupted one see the same numbers."""
+    positions = [
+        (p.index, p.token_ids, p.hazard_logits, p.states.half().cpu(), p.previous.half().cpu()) for p in reply.positions
+    ]
+    return {
+        "prompt": reply.prompt,
+        "text": reply.text,
+        "token_ids": reply.token_ids,
+        "states": reply.states,
+        "positions": positions,
+    }
+
+
+def _unpacked(item: dict[str, Any]) -> Reply:
+    positions = [JudgedPosition(**dict(zip(_POSITION, values, strict=True))) for values in item["positions"]]
+    return Reply(**{**item, "positions": positions})
 
 
 def token_texts(model: LoadedModel, token_ids: Sequence[int]) -> list[str]:

@@ -34,6 +34,7 @@ def calibrate(run: Run, head: MARAHead) -> float:
     sampling = run.sampling(
         max_new_tokens=min(_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
     )
+    most = run.plan.method.max_strength or MAX_STRENGTH
     strength, kl = 1.0, 0.0
     with run.stage("strength", 2 * len(prompts)) as advance:
         for gate_head in (untrained, head):
@@ -53,7 +54,7 @@ def calibrate(run: Run, head: MARAHead) -> float:
                 break
             scored = score_positions(head, positions)
             if budget is not None:
-                found = strength_for_budget(scored, budget, num_tokens)
+                found = min(strength_for_budget(scored, budget, num_tokens), most)
                 strength = found if gate_head is untrained else min(strength, found)
             kl = float(scored.kl(strength).sum()) / num_tokens
             head.config = head.config.model_copy(update={"strength": strength})

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mara_integrations.sampling import Params
+from mara_integrations.sampling import HeadForm, Params
 
-Method = Literal["auto", "value", "rule"]
+Method = Literal["auto", "value", "dpo", "kto", "rule"]
 
 
 class TrainConfig(Params):
@@ -32,6 +32,10 @@ class TrainConfig(Params):
         kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
             strength is calibrated to it, and no bound for `rule`, which holds or does not.
         correction_rounds: Times that `rule` learns from what the gated model still writes.
+        form: Of the head; left out, the method's own.
+        beta: Of `dpo` and `kto`: what a nat between head and base model is worth; a small one lets the head go far.
+        competitors: Of `dpo` and `kto`: better ranked candidates looked at beside each token of a reply. None was as
+            good as 8, for half the reading.
         top_k: Candidates kept by probability; recorded with the head.
         top_p: Of those, the smallest set with this share of the probability; recorded with the head.
         min_candidates: Candidates kept whatever `top_p` says; left out, 2 for `rule`, so that a lone survivor can be
@@ -61,6 +65,9 @@ class TrainConfig(Params):
     eval_prompts: int = Field(64, ge=0)
     kl_budget: float | None = Field(None, gt=0.0)
     correction_rounds: int = Field(1, ge=0, le=10)
+    form: HeadForm | None = None
+    beta: float = Field(0.3, gt=0.0)
+    competitors: int = Field(0, ge=0)
     top_k: int = Field(40, ge=1)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int | None = Field(None, ge=1)

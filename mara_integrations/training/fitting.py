@@ -1,13 +1,15 @@
-"""Fitting a head to a table of states: minibatches, early stopping on held-out replies, the best epoch kept."""
+"""Fitting a head to examples: minibatches, early stopping on held-out ones, the best epoch kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from mara_integrations.engine.head import MARAHead
 
@@ -21,8 +23,8 @@ class FitSettings:
         patience: Epochs without a better held-out loss before it stops.
         learning_rate: Of AdamW.
         weight_decay: Of AdamW.
-        batch_size: Rows (tokens) a step.
-        seed: Of the order of rows.
+        batch_size: Examples a step.
+        seed: Of the order of examples.
     """
 
     epochs: int = 20
@@ -31,6 +33,20 @@ class FitSettings:
     weight_decay: float = 0.01
     batch_size: int = 512
     seed: int = 0
+
+
+class Examples(Protocol):
+    """What a head is fitted to, in parts that a loss needs whole."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def take(self, rows: Tensor) -> Self:
+        """The named ones, in that order."""
+
+
+ExamplesT = TypeVar("ExamplesT", bound=Examples)
+Loss = Callable[[MARAHead, ExamplesT], Tensor]  # mean over the examples, a scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,16 @@ class Table:
     def __len__(self) -> int:
         return len(self.states)
 
+    def take(self, rows: Tensor) -> Table:
+        """The named rows."""
+        return Table(self.states[rows], self.targets[rows], self.weights[rows])
+
+
+def outputs(head: MARAHead, states: Tensor) -> Tensor:
+    """The head's one output at each state, (N, d) half precision to (N,), on the CPU; in parts, so that many fit."""
+    device = head.ln.weight.device
+    return torch.cat([head(part.to(device).float())[:, 0] for part in states.split(4096)]).cpu()
+
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
@@ -60,13 +86,15 @@ class Epoch:
     held_out_loss: float
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # outputs (N,), targets (N,), weights (N,) -> scalar
-
-
 def fit(
-    head: MARAHead, train: Table, held_out: Table, loss: Loss, settings: FitSettings, on_epoch: Callable[[Epoch], None]
+    head: MARAHead,
+    train: ExamplesT,
+    held_out: ExamplesT,
+    loss: Loss[ExamplesT],
+    settings: FitSettings,
+    on_epoch: Callable[[Epoch], None],
 ) -> list[Epoch]:
-    """Fit in place and leave the head as it was after its best epoch on the held-out rows; returns all epochs.
+    """Fit in place and leave the head as it was after its best epoch on the held-out examples; returns all epochs.
 
     Epoch 0, the head as it came, is no choice: whether fitting helped at all is for the caller to judge and to say.
     """
@@ -79,8 +107,7 @@ def fit(
     for number in range(1, settings.epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(train), generator=generator).split(settings.batch_size):
-            output = head(train.states[rows].float())[:, 0]
-            batch_loss = loss(output, train.targets[rows], train.weights[rows])
+            batch_loss = loss(head, train.take(rows))
             optimizer.zero_grad(set_to_none=True)
             batch_loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
@@ -101,9 +128,8 @@ def fit(
 
 
 @torch.inference_mode()
-def _evaluate(head: MARAHead, table: Table, loss: Loss) -> float:
-    outputs = torch.cat([head(states.float())[:, 0] for states in table.states.split(4096)])
-    return float(loss(outputs, table.targets, table.weights))
+def _evaluate(head: MARAHead, examples: ExamplesT, loss: Loss[ExamplesT]) -> float:
+    return float(loss(head, examples))
 
 
 def _weights(head: MARAHead) -> dict[str, Tensor]:

@@ -5,17 +5,21 @@ All are kept on disk in parts as they come, so that an interrupted run goes on w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
+
+from torch import Tensor
 
 from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gather_columns
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Message
 from mara_integrations.rewards import score
-from mara_integrations.training.bank import Reply, kept, read_replies, sample_replies
+from mara_integrations.training.bank import Reply, kept, kept_data, read_replies, sample_replies
 from mara_integrations.training.context import Run
+from mara_integrations.training.decisions import Decisions, read_decisions
 
 _READ_PART = 256  # replies between two files of an interrupted run
 _LIVE = 64  # replies written at once: one part
@@ -99,6 +103,32 @@ def read(run: Run, name: str, texts: Sequence[Written]) -> list[Reply]:
                 advance(len(part))
             replies += part
     return replies
+
+
+def read_as_decisions(run: Run, name: str, texts: Sequence[Written], max_competitors: int) -> Decisions:
+    """Replies that were written already as the decisions that write them; see `decisions.read_decisions`."""
+    parts = []
+    with run.stage(name, len(texts)) as advance:
+        for start in range(0, len(texts), _READ_PART):
+            read_part = partial(
+                read_decisions,
+                run.model,
+                run.backend,
+                texts[start : start + _READ_PART],
+                sampling=run.sampling(),
+                max_competitors=max_competitors,
+                on_reply=advance,
+            )
+            path = run.folder / f"{name.replace(' ', '-')}-{start}.pt"
+            part, was_kept = kept_data(path, partial(_plain, read_part))
+            parts.append(Decisions(**part))
+            if was_kept:
+                advance(len(parts[-1]))
+    return Decisions.join(parts)
+
+
+def _plain(read_part: Callable[[], Decisions]) -> dict[str, Tensor]:
+    return asdict(read_part())
 
 
 def written_replies(run: Run, data: Dataset) -> tuple[list[Written], list[float]]:

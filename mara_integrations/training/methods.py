@@ -6,10 +6,11 @@ Knows no model: a plan is settled with it before anything heavy is imported. The
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mara_integrations.errors import ConfigError
+from mara_integrations.sampling import HeadForm
 
 Source = Literal["pairs", "labels", "reward", "rule"]
 SOURCES: dict[Source, str] = {
@@ -28,18 +29,29 @@ class Method:
         name: As `--method` names it.
         learns_from: Any of these is enough.
         form: Of the head, see `HeadConfig`.
+        other_forms: That the settings may name in its place.
         min_candidates: Of the head where the settings name none.
         kl_budget: Nats a token its strength is calibrated to where the settings name none; None leaves it as fitted.
+        max_strength: That calibration may choose; None where the scale of f means nothing by itself.
         temperature: Of the replies of the final evaluation.
     """
 
     name: str
     learns_from: tuple[Source, ...]
-    form: Literal["paper", "residual", "value"]
+    form: HeadForm
+    other_forms: tuple[HeadForm, ...] = ()
     min_candidates: int = 1
     kl_budget: float | None = 0.15
+    max_strength: float | None = None
     temperature: float = 1.0
 
+
+# Why no loss on given replies is offered for the paper's form. Measured on SmolLM2-135M: token labels 0.9 nats a token
+# away from the base model, DPO 1.2, against 0.03 for the residual form.
+_NO_PRIOR = (
+    "a head of the paper's form replaces the base model's probabilities instead of correcting them, and a loss on "
+    "given replies leads it far away from every fluent text"
+)
 
 # A rule holds or does not, so it knows no budget and is judged greedily, as applications run it; and it has to be able
 # to refuse a lone survivor.
@@ -47,6 +59,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("value", ("reward", "pairs", "labels"), "value"),
+        Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
+        Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
         Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
     )
 }
@@ -56,15 +70,16 @@ METHODS: dict[str, Method] = {
 AUTO: dict[Source, str] = {"rule": "rule", "reward": "value", "pairs": "value", "labels": "value"}
 
 
-def choose(name: str, given: Collection[Source]) -> tuple[Method, Source]:
+def choose(name: str, given: Collection[Source], form: HeadForm | None = None) -> tuple[Method, Source]:
     """The method to use, and what it will learn from.
 
     Args:
         name: A method's name, or `auto`.
         given: Everything that says what a good reply is.
+        form: Of the head, where it is not to be the method's own.
 
     Raises:
-        ConfigError: If nothing does, or nothing that the method can learn from.
+        ConfigError: If nothing does, or nothing that the method can learn from, or not with such a head.
     """
     sources = [source for source in AUTO if source in given]
     if not sources:
@@ -72,7 +87,7 @@ def choose(name: str, given: Collection[Source]) -> tuple[Method, Source]:
             "prompts alone do not say what a good reply is",
             hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
         )
-    method = METHODS[AUTO[sources[0]] if name == "auto" else name]
+    method = _with_form(METHODS[AUTO[sources[0]] if name == "auto" else name], form)
     for source in sources:
         if source in method.learns_from:
             return method, source
@@ -81,4 +96,17 @@ def choose(name: str, given: Collection[Source]) -> tuple[Method, Source]:
         f"method {name!r} needs {' or '.join(SOURCES[source] for source in method.learns_from)}; "
         f"given are {' and '.join(SOURCES[source] for source in sources)}",
         hint=f"methods for those are {', '.join(fitting)}",
+    )
+
+
+def _with_form(method: Method, form: HeadForm | None) -> Method:
+    if form is None or form == method.form:
+        return method
+    if form in method.other_forms:
+        return replace(method, form=form)
+    forms = " or ".join(map(repr, (method.form, *method.other_forms)))
+    reason = f": {_NO_PRIOR}" if form == "paper" else ""
+    raise ConfigError(
+        f"form={form!r} is not allowed: method {method.name!r} trains heads of the form {forms}{reason}",
+        hint="leave --form out",
     )

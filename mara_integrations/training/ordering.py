@@ -8,7 +8,6 @@ from dataclasses import asdict
 from rich.markup import escape
 
 from mara_integrations.evaluation.metrics import Interval, wilson
-from mara_integrations.training.bank import Reply
 from mara_integrations.training.context import Run
 
 
@@ -38,10 +37,10 @@ def ordered_pairs(
 
 
 def held_out_ordering(
-    run: Run, values: Sequence[float], replies: Sequence[Reply], targets: Sequence[float]
+    run: Run, prompts: Sequence[int], values: Sequence[float], targets: Sequence[float]
 ) -> Interval | None:
-    """Share of held-out pairs to one prompt that the values order as the targets do, with a Wilson interval."""
-    pairs = ordered_pairs([reply.prompt for reply in replies], values, targets)
+    """Share of held-out pairs to one prompt that the values order as the targets do; see `ordered_pairs`."""
+    pairs = ordered_pairs(prompts, values, targets)
     if not pairs:
         return None
     right = sum(better > worse for better, worse in pairs)

@@ -55,7 +55,7 @@ def make_plan(config: TrainConfig) -> Plan:
         "labels": data.kind == "labelled",
     }
     try:
-        method, source = choose(config.method, [source for source, is_given in given.items() if is_given])
+        method, source = choose(config.method, [source for source, is_given in given.items() if is_given], config.form)
     except ConfigError as error:
         raise ConfigError(f"{str(config.data)!r}: {error.message}", hint=error.hint) from None
     train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)

@@ -18,7 +18,7 @@ from mara_integrations.rewards import Rule
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply, token_texts
 from mara_integrations.training.context import Learned, Run
-from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
+from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.objectives import rule_loss
 
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
@@ -112,5 +112,9 @@ def fit_rule(
     if 0 < len(offending) < len(train) // 10:
         again = offending.repeat(len(train) // 10 // len(offending))
         rows = torch.cat([torch.arange(len(train)), again])
-        train = Table(train.states[rows], train.targets[rows], train.weights[rows])
-    return fit(head, train, held_out, lambda out, target, _: rule_loss(out, target > 0), settings, on_epoch)
+        train = train.take(rows)
+
+    def loss(head: MARAHead, table: Table) -> Tensor:
+        return rule_loss(outputs(head, table.states), table.targets > 0)
+
+    return fit(head, train, held_out, loss, settings, on_epoch)

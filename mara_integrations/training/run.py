@@ -18,7 +18,7 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.training import rule, value
+from mara_integrations.training import preference, rule, value
 from mara_integrations.training.calibration import calibrate
 from mara_integrations.training.card import figures, model_card
 from mara_integrations.training.config import TrainConfig
@@ -27,7 +27,12 @@ from mara_integrations.training.gather import try_reward
 from mara_integrations.training.plan import make_plan
 
 # The loop of each of `methods.METHODS`: fits the head in place, and says how that went.
-LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {"value": value.learn, "rule": rule.learn}
+LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {
+    "value": value.learn,
+    "dpo": preference.learn_dpo,
+    "kto": preference.learn_kto,
+    "rule": rule.learn,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,17 @@ candidate is expected to change. It needs only states of tokens that were really
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
 from mara_integrations.training.context import Learned, Run
-from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit
+from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.objectives import value_loss
 from mara_integrations.training.ordering import held_out_ordering
 
@@ -53,7 +53,7 @@ def learn(run: Run, head: MARAHead) -> Learned:
             "  [yellow]V is no better than a constant on held-out replies: nothing was learnt that holds for other "
             "prompts. More or more consistent preferences, a reward or a rule would teach it more.[/]"
         )
-    return Learned(held_out_ordering(run, reply_values(head, checking), checking, held_out_targets))
+    return Learned(held_out_ordering(run, [r.prompt for r in checking], reply_values(head, checking), held_out_targets))
 
 
 def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:
@@ -96,11 +96,14 @@ def fit_value(
     on_epoch: Callable[[Epoch], None],
 ) -> list[Epoch]:
     """Fit V to replies and what they were worth: 0 or 1 if binary, else `advantages`."""
-    loss = partial(value_loss, is_binary=is_binary)
+
+    def loss(head: MARAHead, table: Table) -> Tensor:
+        return value_loss(outputs(head, table.states), table.targets, table.weights, is_binary=is_binary)
+
     return fit(head, value_table(*train), value_table(*held_out), loss, settings, on_epoch)
 
 
 @torch.inference_mode()
 def reply_values(head: MARAHead, replies: Sequence[Reply]) -> list[float]:
     """Mean V along each reply, as a score of the whole."""
-    return [float(head(reply.states[1:].float()).mean()) if len(reply.states) > 1 else 0.0 for reply in replies]
+    return [float(outputs(head, reply.states[1:]).mean()) if len(reply.states) > 1 else 0.0 for reply in replies]

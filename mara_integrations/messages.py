@@ -23,7 +23,7 @@ class ToolCall:
 
     id: str
     name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)  # a dict can't be hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    parameters: dict[str, Any] = field(
+        default_factory=lambda: {"type": "object", "properties": {}}, hash=False
+    )  # a dict can't be hashed
 
 
 @dataclass(frozen=True, slots=True)

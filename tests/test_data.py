@@ -26,7 +26,7 @@ from mara_integrations.data import (
     split,
 )
 from mara_integrations.errors import ConfigError, DataError, MissingExtraError
-from mara_integrations.messages import Message
+from mara_integrations.messages import Message, Tool, ToolCall
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the project's shared data folder is absent")
@@ -157,13 +157,61 @@ class TestForms:
         assert dataset.kind == "prompts"
         assert gather_columns(prompts) == {"answer": [4, None], "level": [None, "easy"]}
 
+    def test_tools_and_calls_in_a_prompts_earlier_turns_are_read(self, tmp_path: Path) -> None:
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        tool = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": schema}}
+        call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+        turns = [
+            {"role": "developer", "content": "Be brief."},
+            user("Rain in Oslo?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "no"},
+        ]
+        row = {"prompt": turns, "chosen": [assistant("No.")], "rejected": [assistant("Who knows?")]}
+
+        for tools in ([tool], json.dumps([tool])):  # TRL keeps them as JSON text in Parquet
+            (pair,) = read_dataset(write_jsonl(tmp_path / "prefs.jsonl", [{**row, "tools": tools}])).rows
+            assert pair.tools == (Tool("weather", "Now.", schema),)
+        assert pair.prompt == (
+            Message("system", "Be brief."),
+            Message("user", "Rain in Oslo?"),
+            Message("assistant", "", (ToolCall("1", "weather", {"city": "Oslo"}),)),
+            Message("tool", "no", tool_call_id="1"),
+        )
+        assert len({pair.prompt: 1, tuple(pair.prompt): 2}) == 1  # prompts are keys, whatever they call
+
+    def test_nulls_that_parquet_adds_to_arguments_of_other_calls_are_dropped(self, tmp_path: Path) -> None:
+        def prompt(arguments: dict[str, Any]) -> list[Any]:
+            call = {"function": {"name": "f", "arguments": arguments}}
+            return [user("Hi"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+
+        rows = [{"prompt": prompt({"a": 1})}, {"prompt": prompt({"b": 2})}]
+        dataset = read_dataset(write_parquet(tmp_path / "rows.parquet", rows))
+        assert [row.prompt[1].tool_calls[0].arguments for row in dataset.rows] == [{"a": 1}, {"b": 2}]
+
+    def test_content_in_text_parts_is_joined(self, tmp_path: Path) -> None:
+        parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]
+        (row,) = read_dataset(
+            write_jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": parts}]}])
+        ).rows
+        assert row.prompt[0].content == "One\ntwo"
+
+    def test_replies_without_any_label_are_prompts_with_a_column(self, tmp_path: Path) -> None:
+        dataset = read_dataset(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "completion": "Yes?"}]))
+        assert dataset.kind == "prompts" and dataset.rows[0].columns == {"completion": "Yes?"}  # type: ignore[union-attr]
+
+    def test_a_whole_conversation_is_a_prompt_and_its_last_turn(self, tmp_path: Path) -> None:
+        dataset = read_dataset(write_jsonl(tmp_path / "a.jsonl", [{"messages": [user("Hi"), assistant("Yes?")]}]))
+        assert dataset.rows[0].prompt == (Message("user", "Hi"),) and dataset.form == "conversational"
+        assert dataset.rows[0].columns == {"completion": [assistant("Yes?")]}  # type: ignore[union-attr]
+
     def test_a_kind_that_is_asked_for_goes_before_the_columns(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "prefs.jsonl", [PAIR])
         (row,) = read_dataset(path, "prompts").rows
         assert row == PromptRow(SKY, {"chosen": "It is blue.", "rejected": "It is green."}, f"{path}:1")
 
     def test_an_unknown_kind_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="kind='triples'"):
+        with pytest.raises(ConfigError, match="format='triples'"):
             read_dataset(tmp_path / "prefs.jsonl", "triples")  # type: ignore[arg-type]  # the mistake under test
 
 
@@ -294,11 +342,17 @@ class TestBadRows:
             ({**PAIR, "prompt": ["Hi"]}, "'prompt[0]' is 'Hi'"),
             ({**PAIR, "prompt": [{"role": "robot", "content": "Hi"}]}, "'prompt[0]' has the role 'robot'"),
             ({**PAIR, "prompt": [{"role": "user", "content": ["Hi"]}]}, "'prompt[0].content' is ['Hi']"),
-            ({**PAIR, "prompt": [{**user("Hi"), "tool_calls": [{}]}]}, "'prompt[0]' has tool calls"),
+            ({**PAIR, "prompt": [{**user("Hi"), "tool_calls": [{}]}]}, "'prompt[0]' of the user has tool calls"),
             ({**PAIR, "prompt": "half \ud83d"}, "half of a surrogate pair"),
+            ({**PAIR, "chosen": [{**assistant(""), "tool_calls": [{"name": "f"}]}]}, "differ in form"),
+            (
+                {**PAIR, "prompt": [{"role": "assistant", "tool_calls": [{}]}, user("x")]},
+                "'prompt[0].tool_calls[0]' is {}",
+            ),
+            ({**PAIR, "tools": "{"}, "'tools' is no JSON"),
+            ({**PAIR, "tools": [{"description": "x"}]}, "'tools[0]' is {'description': 'x'}"),
             ({**LABELLED, "label": "meh"}, "'label' is 'meh'"),
             ({**LABELLED, "label": 0.5}, "'label' is 0.5"),
-            ({"prompt": "Hi", "completion": "Yes?"}, "'label' is missing; a labelled reply needs"),
             ({"question": "Hi", "answer": "Yes?"}, "the columns 'question', 'answer' are of no known kind"),
             ({"chosen": "Yes", "rejected": "No"}, "begin differently"),
             ({"chosen": "Oh yes", "rejected": "Oh yes"}, "are the same"),
@@ -306,6 +360,25 @@ class TestBadRows:
     )
     def test_what_is_wrong_with_a_row_is_said(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
         assert said in error_of(write_jsonl(tmp_path / "rows.jsonl", [row])).message
+
+    def test_a_reply_without_label_among_labelled_ones_is_a_bad_row(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "rows.jsonl", [LABELLED, {"prompt": "Hi", "completion": "Yes?"}])
+        assert "rows.jsonl:2: 'label' is missing; a labelled reply needs" in error_of(path).message
+
+    def test_bad_rows_are_left_out_on_demand_and_told_of(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "prefs.jsonl", [PAIR, {**PAIR, "chosen": ""}, PAIR, *[{**PAIR, "prompt": 7}] * 3])
+
+        dataset = read_dataset(path, skip_bad_rows=True)
+
+        assert [row.source for row in dataset.rows] == [f"{path}:1", f"{path}:3"]
+        assert dataset.notes == (
+            f"4 of 6 rows are skipped: {path}:2: 'chosen' is empty; {path}:4: 'prompt' is 7; {path}:5: 'prompt' is 7; "
+            "and 1 more",
+        )
+
+    def test_where_all_rows_are_bad_there_is_nothing_to_go_on_with(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="2 of 2 rows are bad"):
+            read_dataset(write_jsonl(tmp_path / "a.jsonl", [{"prompt": 7}] * 2), skip_bad_rows=True)
 
     def test_a_row_without_prompt_among_rows_with_one_is_no_implicit_prompt(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "prefs.jsonl", [PAIR, {"chosen": "I like it", "rejected": "I hate it"}])

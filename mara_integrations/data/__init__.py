@@ -1,0 +1,35 @@
+"""Prompts, preference pairs and labelled replies: any source and form to checked rows, and splits by prompt.
+
+Every row is checked before anything costly starts, and every complaint names its file and line. Knows nothing of
+tokens, models or training.
+"""
+
+from mara_integrations.data.preview import preview
+from mara_integrations.data.reading import Format, read_dataset, read_prompts
+from mara_integrations.data.rows import (
+    Dataset,
+    Form,
+    Kind,
+    Labelled,
+    Pair,
+    PromptRow,
+    Row,
+    gather_columns,
+    split,
+)
+
+__all__ = [
+    "Dataset",
+    "Form",
+    "Format",
+    "Kind",
+    "Labelled",
+    "Pair",
+    "PromptRow",
+    "Row",
+    "gather_columns",
+    "preview",
+    "read_dataset",
+    "read_prompts",
+    "split",
+]

@@ -1,0 +1,104 @@
+"""Columns of other names: where a field of a row is found, and which values of a score are a thumb up."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mara_integrations.data.records import BadRowError, Fields, short
+from mara_integrations.errors import ConfigError
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": lambda a, b: a >= b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    "<": lambda a, b: a < b,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where a field is found: a name, or names joined by dots for what lies within; and what makes a score good.
+
+    Attributes:
+        path: As `question` or `inputs.question`.
+        comparison: As `>=`; None takes the value as it is.
+        bound: The number it is compared with.
+    """
+
+    path: str
+    comparison: str | None = None
+    bound: float = 0.0
+
+    def value_in(self, fields: Fields) -> Any:
+        """The field's value; None where the row has none.
+
+        Raises:
+            BadRowError: If it has to be compared and is no number.
+        """
+        found = self._found(fields)
+        return found if found is None or self.comparison is None else self.judged(found)
+
+    def absent_from(self, fields: Fields) -> bool:
+        """Whether the row has no such field."""
+        return self._found(fields) is None
+
+    def judged(self, score: Any) -> bool:
+        """Whether a score is good.
+
+        Raises:
+            BadRowError: If it is no number.
+        """
+        assert self.comparison is not None, "only a column with a comparison judges"
+        try:
+            return _COMPARISONS[self.comparison](float(score), self.bound)
+        except (TypeError, ValueError):
+            raise BadRowError(
+                f"{self.path!r} is {short(score)}", hint=f"a number is needed for {self.comparison} {self.bound:g}"
+            ) from None
+
+    def _found(self, fields: Fields) -> Any:
+        if self.path in fields:
+            return fields[self.path]
+        value: Any = fields
+        for name in self.path.split("."):
+            value = decoded(value)
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+def parse_columns(given: Mapping[str, str]) -> dict[str, Column]:
+    """Columns from what a command line says, as `{"prompt": "inputs.question", "label": "stars>=4"}`.
+
+    Raises:
+        ConfigError: If one is empty.
+    """
+    columns = {}
+    for name, text in given.items():
+        match = re.fullmatch(r"\s*(.+?)\s*(?:(>=|<=|>|<)\s*(-?[\d.]+)\s*)?", text)
+        if not name or match is None:
+            raise ConfigError(
+                f"column {f'{name}={text}'!r} names no column", hint="for example prompt=question or label=stars>=4"
+            )
+        columns[name] = Column(match[1], match[2], float(match[3] or 0.0))
+    return columns
+
+
+def renamed(fields: Fields, columns: Mapping[str, Column]) -> Fields:
+    """A row with its fields under the names they were given; a field that is absent stays absent."""
+    taken = {name: value for name, column in columns.items() if (value := column.value_in(fields)) is not None}
+    used = {column.path for column in columns.values()}
+    return taken | {name: value for name, value in fields.items() if name not in used and name not in columns}
+
+
+def decoded(value: Any) -> Any:
+    """What a cell of CSV or Parquet holds as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value

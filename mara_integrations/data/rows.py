@@ -1,0 +1,154 @@
+"""Rows of preference data and sets of them: what is trained on, its fingerprint, and how it is split by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from mara_integrations.errors import ConfigError, DataError
+from mara_integrations.messages import Message, Tool
+
+Kind = Literal["pairs", "labelled", "prompts"]
+Form = Literal["standard", "conversational"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with a reply that was preferred and one that was not; `tools` may be called in the conversation."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A prompt with one reply and a thumb up (True) or down (False)."""
+
+    prompt: tuple[Message, ...]
+    completion: str
+    label: bool
+    source: str
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A prompt alone; `columns` are the row's other fields, passed to reward functions."""
+
+    prompt: tuple[Message, ...]
+    columns: dict[str, Any]
+    source: str
+    tools: tuple[Tool, ...] = ()
+
+
+Row: TypeAlias = Pair | Labelled | PromptRow
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Checked rows of one kind.
+
+    Attributes:
+        kind: What each row is.
+        rows: In file order.
+        path: What they were read from.
+        form: `standard` where every prompt was a string, else `conversational`; reward functions get prompts in it.
+        notes: What a reader should know: how the rows were understood, and which were left out, a sentence each.
+        fingerprint: SHA-256 of the kind and the rows' content, in order; the same whatever the file's format.
+    """
+
+    kind: Kind
+    rows: tuple[Row, ...]
+    path: Path
+    form: Form = "standard"
+    notes: tuple[str, ...] = ()
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(self.kind.encode())
+        for row in self.rows:
+            digest.update(b"\n" + canonical(row).encode())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())  # the class is frozen
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def gather_columns(rows: Iterable[PromptRow]) -> dict[str, list[Any]]:
+    """The rows' other fields column by column, as reward functions get them; None where a row lacks one."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def split(dataset: Dataset, held_out: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Split by prompt: rows whose prompts are the same but for case and spacing stay on one side.
+
+    Prompts are ranked by a hash of seed and content and the lowest are held out, so a prompt's rank does not depend
+    on the file's order or on its other rows, and a larger `held_out` holds out a superset.
+
+    Args:
+        dataset: What to split.
+        held_out: Share of the distinct prompts to hold out, above 0 and below 1; at least one prompt is.
+        seed: Another seed gives another ranking.
+
+    Returns:
+        The rows to train on and the rows held out, each in file order.
+
+    Raises:
+        ConfigError: If `held_out` is not between 0 and 1.
+        DataError: If there are fewer than two distinct prompts.
+    """
+    if not 0 < held_out < 1:
+        raise ConfigError(f"held_out={held_out!r} is not allowed", hint="a share above 0 and below 1, such as 0.1")
+    keys = [prompt_key(row) for row in dataset.rows]
+    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
+    if len(ranked) < 2:
+        raise DataError(
+            f"{dataset.path}: all {len(keys)} rows have the same prompt, so none can be held out",
+            hint="give at least two distinct prompts",
+        )
+    count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
+    lowest = set(ranked[:count])
+    sides = (
+        tuple(row for row, key in zip(dataset.rows, keys, strict=True) if (key in lowest) is is_held_out)
+        for is_held_out in (False, True)
+    )
+    train, test = (replace(dataset, rows=side) for side in sides)
+    return train, test
+
+
+def prompt_key(row: Row) -> str:
+    """Equal for rows whose prompts are the same but for case and spacing."""
+    turns = [[turn[0], " ".join(turn[1].split()).casefold(), *turn[2:]] for turn in _turns(row)]
+    return json.dumps([turns, *_tools(row)] if row.tools else turns, default=str)
+
+
+def canonical(row: Row) -> str:
+    """A row's content as one line, whatever file it came from."""
+    content: list[Any] = [_turns(row), *_tools(row)]
+    if isinstance(row, Pair):
+        content += [row.chosen, row.rejected]
+    elif isinstance(row, Labelled):
+        content += [row.completion, row.label]
+    else:
+        content += [row.columns]
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def _turns(row: Row) -> list[list[Any]]:
+    return [
+        [message.role, message.content, *([call.name, call.arguments] for call in message.tool_calls)]
+        for message in row.prompt
+    ]
+
+
+def _tools(row: Row) -> list[Any]:
+    return [[[tool.name, tool.description, tool.parameters] for tool in row.tools]] if row.tools else []

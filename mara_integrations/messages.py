@@ -56,8 +56,22 @@ class Message:
     name: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages together with the tools that may be called in them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+
+    def with_system(self, system_prompt: str | None) -> Conversation:
+        """The same with a system message before it, where it brings none."""
+        if not system_prompt or self.messages[0].role == "system":
+            return self
+        return Conversation((Message("system", system_prompt), *self.messages), self.tools)
+
+
 # raw text (no chat template), a conversation, or token ids
-Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | Conversation
 
 _PLAIN_NAMES = {"user": "User", "assistant": "Assistant"}
 
@@ -146,6 +160,9 @@ class PromptEncoder:
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt)
+        if isinstance(prompt, Conversation):
+            tools = (*prompt.tools, *tools)
+            prompt = prompt.messages
         if _is_conversation(prompt):
             text = self.render(prompt, tools, **template_kwargs)  # type: ignore[arg-type]  # messages, checked above
             return self._ids(text, special=False) if self.has_template else self._encode_text(text)
@@ -195,6 +212,8 @@ class PromptEncoder:
 
 
 def _is_conversation(prompt: Any) -> bool:
+    if isinstance(prompt, Conversation):
+        return True
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return False
     return len(prompt) > 0 and all(isinstance(item, Message) for item in prompt)

@@ -24,7 +24,7 @@ from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Update, Worker
 from mara_integrations.errors import ConfigError
-from mara_integrations.messages import Message, Prompt, Tool
+from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.tool_calls import ReplyForm, syntax_of
@@ -196,9 +196,10 @@ class MARAEngine:
     def encode(self, prompt: Prompt, system_prompt: str | None = None, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a prompt, as `generate` feeds them."""
         system_prompt = self.system_prompt if system_prompt is None else system_prompt
-        is_conversation = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Message)
-        if system_prompt and is_conversation and cast(Message, prompt[0]).role != "system":
-            prompt = [Message("system", system_prompt), *cast(Sequence[Message], prompt)]
+        if not isinstance(prompt, str | Conversation) and len(prompt) > 0 and isinstance(prompt[0], Message):
+            prompt = Conversation(tuple(cast(Sequence[Message], prompt)))
+        if isinstance(prompt, Conversation):
+            prompt = prompt.with_system(system_prompt)
         return self.model.encoder.encode(prompt, tools)
 
     def request(self, prompt: Prompt, **overrides: Any) -> Request:

@@ -145,6 +145,20 @@ def test_training_on_pairs_without_evaluation(folder):
     assert MARAHead.from_pretrained("on-pairs").config.form == "value"
 
 
+def test_data_of_other_names_is_understood_and_shown_before_training(folder):
+    schema = {"name": "clock", "parameters": {"type": "object"}}
+    rows = [{"ask": f"say {i}", "chosen": "aeiou", "rejected": "xyz", "tools": [schema]} for i in range(12)]
+    write_rows(folder / "other.jsonl", [*rows, {"ask": "say 12", "chosen": "", "rejected": "xyz"}])
+    data = ("--data", "other.jsonl", "--column", "prompt=ask", "--skip-bad-rows")
+    said = run("train", "--model", "model", "--output", "on-other", *data, "--eval-prompts", 2, *QUICK).stdout
+    assert "1 of 13 rows are skipped: other.jsonl:13: 'chosen' is empty" in said
+    assert "preference pairs, standard, 10 with tools; the first ones, as the model sees them:\n" in said
+    assert '  | {"type": "function", "function": {"name": "clock"' in said
+    assert "\n  |   chosen: aeiou\n" in said
+    evaluated = run("eval", "--model", "model", "--head", "on-other", *data, "--max-new-tokens", 2).stdout
+    assert "only those held out then" in evaluated
+
+
 def test_training_on_forbidden_words_takes_each_of_them(folder):
     words = [argument for word in "aeioun" for argument in ("--forbid", word)]
     said = run("train", "--model", "model", "--data", "prompts.jsonl", "--output", "forbidding", *words, *QUICK).stdout

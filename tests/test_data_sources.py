@@ -183,7 +183,8 @@ class TestMixtures:
 class TestPreview:
     def test_it_shows_the_first_rows_as_the_model_will_see_them(self, tmp_path: Path) -> None:
         dataset = read_dataset(write(tmp_path / "prefs.jsonl", PAIRS))
-        line, samples = preview(dataset, PromptEncoder(tiny_tokenizer()).render)
+        encoder = PromptEncoder(tiny_tokenizer())
+        line, samples = preview(dataset, lambda row: encoder.render(row.prompt, row.tools))
         assert line == "8 preference pairs, standard"
         assert len(samples) == 2
         assert samples[0] == "[user] Question 0?\n[assistant] \n  chosen: Good 0.\n  rejected: Bad 0."

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mara_integrations.errors import ConfigError, ModelError
-from mara_integrations.messages import Message, PromptEncoder, Tool, ToolCall
+from mara_integrations.messages import Conversation, Message, PromptEncoder, Tool, ToolCall
 from mara_integrations.testing import tiny_tokenizer
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
@@ -96,6 +96,14 @@ def test_other_templates_get_tools_calls_and_results_as_text():
     assert '<assistant><tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call></>' in text
     assert '<user><tool_response>\n{"name": "weather", "content": "yes"}\n</tool_response></><assistant>' in text
     assert "<tool>" not in text
+
+
+def test_a_conversation_brings_its_own_tools_and_takes_a_system_prompt_where_it_has_none():
+    asked = (Message("user", "Hi"),)
+    conversation = Conversation(asked, (WEATHER,))
+    assert encoder().encode(conversation) == encoder().encode(asked, [WEATHER]) != encoder().encode(asked)
+    assert conversation.with_system("Be brief.").messages == (Message("system", "Be brief."), *asked)
+    assert conversation.with_system("One.").with_system("Two.").messages[0].content == "One."
 
 
 def test_tools_and_a_system_message_share_one_turn():

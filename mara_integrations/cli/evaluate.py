@@ -13,11 +13,14 @@ from rich.console import Console
 
 from mara_integrations.cli.app import say
 from mara_integrations.cli.options import (
+    Column,
+    DataFormat,
     Device,
     Dtype,
     Heads,
     MaxNewTokens,
     Model,
+    SkipBadRows,
     Strength,
     SystemPrompt,
     Temperature,
@@ -37,6 +40,9 @@ def evaluate_head(
     head: Heads,
     data: Annotated[Path, typer.Option(help="Prompts, or pairs or labelled replies, whose prompts are taken.")],
     model: Model = "smollm2",
+    format: DataFormat = "auto",
+    column: Column = None,
+    skip_bad_rows: SkipBadRows = False,
     reward: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,10 +74,10 @@ def evaluate_head(
     dtype: Dtype = "auto",
 ) -> None:
     """Compare base model and head on the same prompts with the same random numbers."""
-    from mara_integrations.data import read_prompts
+    from mara_integrations.data import column_mapping, read_prompts
     from mara_integrations.rewards import ForbiddenWords, load_reward, reward_name
 
-    prompts = read_prompts(data)
+    prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
     rewards: list[Reward] = [load_reward(path) for path in reward or ()]
     if forbid:
         rewards.append(ForbiddenWords(forbid))
@@ -95,6 +101,8 @@ def evaluate_head(
     if limit is not None:
         prompts = replace(prompts, rows=prompts.rows[:limit])
     say(console, "Prompts", f"{len(prompts)} of {data}{why}")
+    for note in prompts.notes:
+        say(console, "", note)
     origin = ""
     if not rewards:
         rewards, origin = list(_recorded_rewards(engine.head.config)), " (recorded with the head)"
@@ -123,13 +131,20 @@ def evaluate_head(
 
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
     """Where a file is the one that a head was trained on: the prompts that it was not fitted on."""
-    from mara_integrations.data import read_dataset, split
+    from mara_integrations.data import column_mapping, read_dataset, split
 
-    share, seed = config.training.get("held_out"), config.training.get("seed")
+    trained = config.training
+    share, seed = trained.get("held_out"), trained.get("seed")
     if share is None or seed is None:
         return None
     try:
-        fitted, held_out = split(read_dataset(path), share, seed)
+        data = read_dataset(
+            path,
+            trained.get("format", "auto"),
+            columns=column_mapping(trained.get("column", ())),
+            skip_bad_rows=trained.get("skip_bad_rows", False),
+        )
+        fitted, held_out = split(data, share, seed)
     except DataError:  # one prompt alone can't be split: another file
         return None
     if fitted.fingerprint != config.data_fingerprint:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
+from mara_integrations.data import Format
+
 _AS_TRAINED = "as the head was trained"
 
 Model = Annotated[str, typer.Option(help="Base model: Hub id, folder, .gguf file or alias.")]
@@ -20,6 +22,14 @@ Heads = Annotated[list[str], typer.Option("--head", metavar="HEAD", help=f"{_A_H
 AnyHeads = Annotated[
     list[str] | None,
     typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; without one, the base model; {_REPEATED}."),
+]
+DataFormat = Annotated[Format, typer.Option(help="What the rows are, or whose export; auto goes by the columns.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=COLUMN", help="A column of another name, as prompt=question; may be repeated."),
+]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Go on without the rows that can't be read, and tell of them.")
 ]
 Strength = Annotated[
     float | None,
@@ -56,7 +66,7 @@ def given(**settings: Any) -> dict[str, Any]:
 
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_METAVARS = {"forbid": "WORD", "reward": "MODULE:FUNCTION"}
+_METAVARS = {"forbid": "WORD", "reward": "MODULE:FUNCTION", "column": "NAME=COLUMN"}
 
 
 def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:

@@ -4,6 +4,7 @@ Every row is checked before anything costly starts, and every complaint names it
 tokens, models or training.
 """
 
+from mara_integrations.data.columns import column_mapping
 from mara_integrations.data.preview import preview
 from mara_integrations.data.reading import Format, read_dataset, read_prompts
 from mara_integrations.data.rows import (
@@ -15,6 +16,7 @@ from mara_integrations.data.rows import (
     PromptRow,
     Row,
     gather_columns,
+    prompt_row,
     split,
 )
 
@@ -27,8 +29,10 @@ __all__ = [
     "Pair",
     "PromptRow",
     "Row",
+    "column_mapping",
     "gather_columns",
     "preview",
+    "prompt_row",
     "read_dataset",
     "read_prompts",
     "split",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,19 @@ class Column:
             value = decoded(value)
             value = value.get(name) if isinstance(value, dict) else None
         return value
+
+
+def column_mapping(texts: Iterable[str]) -> dict[str, str]:
+    """Columns as a command line has them, `prompt=question`, by name.
+
+    Raises:
+        ConfigError: If one has no equals sign.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise ConfigError(f"column {name!r} is no mapping", hint="for example prompt=question or label=stars>=4")
+    return {name.strip(): path for name, _, path in pairs}
 
 
 def parse_columns(given: Mapping[str, str]) -> dict[str, Column]:

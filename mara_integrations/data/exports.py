@@ -96,7 +96,7 @@ def rows_of_export(
         return made, [f"{export} export without any {where}: inputs are prompts, outputs a column 'completion'"]
     if label is None and len(keys) > 1:
         raise DataError(
-            f"{path} has more than one {where}: {', '.join(f'{key!r} ({count} rows)' for key, count in keys.most_common())}",
+            f"{path} has more than one {where}: {', '.join(f'{key!r} ({n} rows)' for key, n in keys.most_common())}",
             hint=f"name the one to train on: --column label={keys.most_common()[0][0]}",
         )
     key = label.path if label is not None else next(iter(keys))

@@ -13,7 +13,7 @@ from mara_integrations.data.columns import parse_columns, renamed
 from mara_integrations.data.exports import Export, check_has_runs, export_of, rows_of_export
 from mara_integrations.data.mixture import SUFFIXES, Source, read_mixture
 from mara_integrations.data.records import BadRowError, Fields, Record, read_records
-from mara_integrations.data.rows import Dataset, Kind, PromptRow, Row, prompt_key
+from mara_integrations.data.rows import Dataset, Kind, PromptRow, Row, prompt_key, prompt_row
 from mara_integrations.errors import ConfigError, DataError
 
 Format = Literal["auto", "pairs", "labelled", "prompts", "langsmith", "langfuse"]
@@ -90,8 +90,7 @@ def read_prompts(
     dataset = read_dataset(path, format, columns=columns, skip_bad_rows=skip_bad_rows)
     first: dict[str, PromptRow] = {}
     for row in dataset.rows:
-        prompt_row = row if isinstance(row, PromptRow) else PromptRow(row.prompt, {}, row.source, row.tools)
-        first.setdefault(prompt_key(row), prompt_row)
+        first.setdefault(prompt_key(row), prompt_row(row))
     return replace(dataset, kind="prompts", rows=tuple(first.values()))
 
 

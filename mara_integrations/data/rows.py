@@ -81,6 +81,11 @@ class Dataset:
         return len(self.rows)
 
 
+def prompt_row(row: Row) -> PromptRow:
+    """A row's prompt alone; a row of another kind has no columns beside it."""
+    return row if isinstance(row, PromptRow) else PromptRow(row.prompt, {}, row.source, row.tools)
+
+
 def gather_columns(rows: Iterable[PromptRow]) -> dict[str, list[Any]]:
     """The rows' other fields column by column, as reward functions get them; None where a row lacks one."""
     rows = list(rows)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import Any, TypeAlias
 
-from mara_integrations.data import Dataset, PromptRow, gather_columns
+from mara_integrations.data import Dataset, PromptRow, gather_columns, prompt_row
 from mara_integrations.engine.candidates import MAX_HAZARD_LOGIT
 from mara_integrations.engine.gate import selection_rule
 from mara_integrations.engine.sequence import FinishReason, GateStats, Generation, Outcome, Request, TracePosition
@@ -32,7 +32,7 @@ from mara_integrations.evaluation.metrics import (
     wilson,
     win_counts,
 )
-from mara_integrations.messages import Message
+from mara_integrations.messages import Conversation, Message
 from mara_integrations.rewards import Reward, reward_name, score
 from mara_integrations.runtime import MARAEngine, head_name, worker_for
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -321,7 +321,7 @@ def _rows(prompts: Prompts) -> list[PromptRow]:
         if isinstance(item, str):
             rows.append(PromptRow((Message("user", item),), {}, f"prompt {number}"))
         else:
-            rows.append(item if isinstance(item, PromptRow) else PromptRow(item.prompt, {}, item.source))
+            rows.append(prompt_row(item))
     if not rows:
         raise DataError("there are no prompts to evaluate", hint="give at least one")
     return rows
@@ -337,10 +337,11 @@ def _requests(engine: MARAEngine, row: PromptRow, settings: dict[str, Any]) -> t
     """The base and the gated request for one prompt."""
     _check(settings)
     try:
-        gated = engine.request(row.prompt, **settings)
+        prompt = Conversation(row.prompt, row.tools)
+        gated = engine.request(prompt, **settings)
         # A head brings the candidates it was trained with; other ones for the base would be a difference of their own.
         candidates = {"top_k": gated.sampling.top_k, "top_p": gated.sampling.top_p}
-        base = engine.request(row.prompt, **{**settings, **candidates, "strength": 0.0, "trace": False})
+        base = engine.request(prompt, **{**settings, **candidates, "strength": 0.0, "trace": False})
     except ConfigError as error:
         raise ConfigError(f"{row.source}: {error.message}", hint=error.hint) from None
     if gated.head is None:

@@ -21,7 +21,7 @@ from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.sequence import JudgedPosition, Request
 from mara_integrations.engine.text import TextStream
 from mara_integrations.files import write_atomically
-from mara_integrations.messages import Message
+from mara_integrations.messages import Prompt
 from mara_integrations.models import LoadedModel
 from mara_integrations.sampling import GateParams, SamplingParams
 
@@ -53,7 +53,7 @@ class Reply:
 def sample_replies(
     model: LoadedModel,
     decoder: Decoder,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     *,
     sampling: SamplingParams,
     replies_each: int = 1,
@@ -116,7 +116,7 @@ def sample_replies(
 def read_replies(
     model: LoadedModel,
     backend: Backend,
-    texts: Sequence[tuple[int, Sequence[Message], str]],
+    texts: Sequence[tuple[int, Prompt, str]],
     *,
     max_tokens: int,
     on_reply: OnReply | None = None,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from mara_integrations.data import Format
 from mara_integrations.sampling import HeadForm, Params
 
 Method = Literal["auto", "value", "dpo", "kto", "rule"]
@@ -18,8 +19,13 @@ class TrainConfig(Params):
 
     Attributes:
         model: Base model: Hub id, folder, `.gguf` file or alias.
-        data: Preference pairs, labelled replies or prompts, as JSONL, JSON, CSV or Parquet.
+        data: Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder saved by
+            `datasets`, a Hub name as `org/name:train`, or a mixture of several in a .yaml file.
         output: Folder of the head.
+        format: What the rows are, or whose export; `auto` goes by the columns.
+        column: Where the data has other names: `prompt=question`, `label=stars>=4`; in an export of LangSmith or
+            Langfuse, `label` is the name of the feedback. May be repeated.
+        skip_bad_rows: Go on without the rows that can't be read, and tell of them.
         method: `auto` chooses by what the data and the other settings say.
         reward: `module:function` with TRL's signature; the model's own replies to the prompts are scored by it.
         forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
@@ -54,6 +60,9 @@ class TrainConfig(Params):
     model: str = "smollm2"
     data: Path
     output: Path
+    format: Format = "auto"
+    column: tuple[str, ...] = ()
+    skip_bad_rows: bool = False
     method: Method = "auto"
     reward: str | None = None
     forbid: tuple[str, ...] = ()

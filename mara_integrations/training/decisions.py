@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import MAX_HAZARD_LOGIT, rank_candidates
-from mara_integrations.messages import Message
+from mara_integrations.messages import Prompt
 from mara_integrations.models import LoadedModel
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.bank import Reply
@@ -107,7 +107,7 @@ def decisions_taken(replies: Sequence[Reply], *, with_forced: bool = False) -> D
 def read_decisions(
     model: LoadedModel,
     backend: Backend,
-    texts: Sequence[tuple[int, Sequence[Message], str]],
+    texts: Sequence[tuple[int, Prompt, str]],
     *,
     sampling: SamplingParams,
     max_competitors: int = 0,

@@ -15,7 +15,7 @@ from torch import Tensor
 from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gather_columns
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
-from mara_integrations.messages import Message
+from mara_integrations.messages import Conversation
 from mara_integrations.rewards import score
 from mara_integrations.training.bank import Reply, kept, kept_data, read_replies, sample_replies
 from mara_integrations.training.context import Run
@@ -24,13 +24,12 @@ from mara_integrations.training.decisions import Decisions, read_decisions
 _READ_PART = 256  # replies between two files of an interrupted run
 _LIVE = 64  # replies written at once: one part
 
-Conversation: TypeAlias = tuple[Message, ...]
 Written: TypeAlias = tuple[int, Conversation, str]  # prompt index, prompt, reply
 
 
 def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
     """Distinct prompts in order, with the run's system prompt."""
-    return list(dict.fromkeys(_with_system(run, row.prompt) for row in data.rows))
+    return list(dict.fromkeys(conversation_of(run, row) for row in data.rows))
 
 
 def limited_prompts(run: Run, data: Dataset) -> list[Conversation]:
@@ -137,7 +136,7 @@ def written_replies(run: Run, data: Dataset) -> tuple[list[Written], list[float]
     labels: list[float] = []
     index = {prompt: i for i, prompt in enumerate(prompts_of(run, data))}
     for row in data.rows:
-        prompt = _with_system(run, row.prompt)
+        prompt = conversation_of(run, row)
         fields = {Pair: ("chosen", "rejected"), Labelled: ("completion",), PromptRow: ()}[type(row)]
         for field in fields:
             texts.append((index[prompt], prompt, getattr(row, field)))
@@ -172,7 +171,7 @@ def scores(
         texts: Judged in place of the replies' own texts, as parts of them.
     """
     assert run.plan.reward is not None
-    rows: dict[Conversation, Row] = {_with_system(run, row.prompt): row for row in data.rows}
+    rows: dict[Conversation, Row] = {conversation_of(run, row): row for row in data.rows}
     owners = [rows[prompts[reply.prompt]] for reply in replies]
     return score(
         run.plan.reward,
@@ -192,7 +191,6 @@ def try_reward(run: Run) -> None:
     scores(run, run.plan.train, prompts, replies)
 
 
-def _with_system(run: Run, prompt: Conversation) -> Conversation:
-    if run.config.system_prompt and prompt[0].role != "system":
-        return (Message("system", run.config.system_prompt), *prompt)
-    return prompt
+def conversation_of(run: Run, row: Row) -> Conversation:
+    """A row's prompt as the model gets it: with its tools, and with the run's system prompt."""
+    return Conversation(row.prompt, row.tools).with_system(run.config.system_prompt)

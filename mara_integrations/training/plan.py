@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mara_integrations.data import Dataset, Labelled, read_dataset, split
+from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, split
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.rewards import ForbiddenWords, Reward, load_reward
@@ -45,7 +45,9 @@ def make_plan(config: TrainConfig) -> Plan:
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     check_writable(config.output)
-    data = read_dataset(config.data)
+    data = read_dataset(
+        config.data, config.format, columns=column_mapping(config.column), skip_bad_rows=config.skip_bad_rows
+    )
     rule = ForbiddenWords(config.forbid) if config.forbid else None
     reward = load_reward(config.reward) if config.reward else None
     given: dict[Source, bool] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from mara_integrations.data import PromptRow
+from mara_integrations.data import Row, preview, prompt_row
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
@@ -23,8 +23,10 @@ from mara_integrations.training.calibration import calibrate
 from mara_integrations.training.card import figures, model_card
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Learned, Run
-from mara_integrations.training.gather import try_reward
+from mara_integrations.training.gather import conversation_of, try_reward
 from mara_integrations.training.plan import make_plan
+
+_SHOWN_CHARACTERS = 600  # of a sample
 
 # The loop of each of `methods.METHODS`: fits the head in place, and says how that went.
 LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {
@@ -84,9 +86,27 @@ def _begin(config: TrainConfig, reporter: Reporter) -> Run:
     reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
     count = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out, split by prompt"
     reporter.say(f"[bold]Data[/]   {escape(str(config.data))}: {count}")
+    for note in plan.train.notes:
+        reporter.say(f"  {escape(note)}")
     model = load_model(ModelSpec(config.model, device=config.device, dtype=config.dtype))
     reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
-    return Run(config, plan, model, make_backend(model.model, model.name), reporter)
+    run = Run(config, plan, model, make_backend(model.model, model.name), reporter)
+    _show_samples(run)
+    return run
+
+
+def _show_samples(run: Run) -> None:
+    """The first rows as the model sees them, so that a mistaken format shows before the work."""
+
+    def render(row: Row) -> str:
+        prompt = conversation_of(run, row)
+        return run.model.encoder.render(prompt.messages, prompt.tools)
+
+    what, samples = preview(run.plan.train, render)
+    run.say(f"[bold]Rows[/]   {escape(what)}; the first ones, as the model sees them:")
+    for sample in samples:
+        text = sample if len(sample) <= _SHOWN_CHARACTERS else f"{sample[:_SHOWN_CHARACTERS]}…"
+        run.say("\n".join(f"  | {escape(line)}" for line in text.splitlines()))
 
 
 def _evaluate(run: Run, head: MARAHead) -> Evaluation | None:
@@ -94,8 +114,8 @@ def _evaluate(run: Run, head: MARAHead) -> Evaluation | None:
     config, plan = run.config, run.plan
     if config.eval_prompts == 0:
         return None
-    rows = list({row.prompt: row for row in plan.held_out.rows}.values())[: config.eval_prompts]
-    prompts = [row if isinstance(row, PromptRow) else PromptRow(row.prompt, {}, row.source) for row in rows]
+    rows = {(row.prompt, row.tools): prompt_row(row) for row in plan.held_out.rows}
+    prompts = list(rows.values())[: config.eval_prompts]
     engine = MARAEngine(run.model, head, system_prompt=config.system_prompt)
     with run.stage("evaluation on held-out prompts", 2 * len(prompts)) as advance:
         evaluation = evaluate(

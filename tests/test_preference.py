@@ -9,7 +9,6 @@ import torch
 
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.errors import ConfigError
-from mara_integrations.progress import Reporter
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.decisions import Decisions
@@ -96,33 +95,11 @@ def test_a_head_is_trained_from_end_to_end(files, method, data, competitors):
     assert result.kl_per_token <= 0.16 and result.held_out_accuracy.mean > 0.9, "vowels are easy to tell"
 
 
-class Interrupting(Reporter):
-    """Ctrl-C once a stage has come this far."""
-
-    def __init__(self, stage, after):
-        self.name, self.left = stage, after
-
-    def stage(self, name, total):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def stage():
-            def advance(count):
-                if name == self.name:
-                    self.left -= count
-                    if self.left <= 0:
-                        raise KeyboardInterrupt
-
-            yield advance
-
-        return stage()
-
-
-def test_interrupted_reading_goes_on_to_the_same_head(files, monkeypatch):
+def test_interrupted_reading_goes_on_to_the_same_head(interrupting, files, monkeypatch):
     monkeypatch.setattr("mara_integrations.training.gather._READ_PART", 8)
     whole = train(settings(files, "pairs", "whole", method="dpo", eval_prompts=0))
     with pytest.raises(KeyboardInterrupt):
-        train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0), Interrupting("given replies", 20))
+        train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0), interrupting("given replies", 20))
     assert len(list((files / "broken").rglob("given-replies-*.pt"))) == 2
     resumed = train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0))
     assert resumed.head.fingerprint == whole.head.fingerprint

@@ -18,7 +18,6 @@ from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ConfigError, DataError, OutputError, RewardError
 from mara_integrations.messages import Message
 from mara_integrations.models import ModelSpec, load_model
-from mara_integrations.progress import Reporter
 from mara_integrations.rewards import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -185,7 +184,7 @@ def test_the_strength_spends_the_budget_and_no_more(seed, budget):
     generator = torch.Generator().manual_seed(seed)
     scores, hazards = torch.randn(2, 9, 5, generator=generator)
     live = torch.arange(5) < torch.randint(2, 6, (9, 1), generator=generator)
-    positions = PositionScores(scores, hazards, live)
+    positions = PositionScores("residual", scores, hazards, live)
     strength = strength_for_budget(positions, budget, num_tokens=12)
     kl = float(positions.kl(strength).sum()) / 12
     assert kl <= budget + 1e-4
@@ -237,41 +236,19 @@ def test_a_reward_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path
     assert result.kl_per_token <= 0.16 and result.held_out_accuracy is not None
 
 
-class Interrupting(Reporter):
-    """Ctrl-C in the middle of a stage."""
-
-    def __init__(self, stage, after):
-        self.name, self.left = stage, after
-
-    def stage(self, name, total):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def stage():
-            def advance(count):
-                if name == self.name:
-                    self.left -= count
-                    if self.left <= 0:
-                        raise KeyboardInterrupt
-
-            yield advance
-
-        return stage()
-
-
-def test_an_interrupted_run_goes_on_to_the_same_head(folder_model, prompts_file, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_head(interrupting, folder_model, prompts_file, tmp_path):
     settings = {"forbid": tuple("!,."), "replies_each": 4, "eval_prompts": 0}
     whole = train(config(folder_model, prompts_file, tmp_path / "whole", **settings))
     for stage, after in (("held-out base replies", 2), ("gated replies 1", 3)):
         with pytest.raises(KeyboardInterrupt):
-            train(config(folder_model, prompts_file, tmp_path / "broken", **settings), Interrupting(stage, after))
+            train(config(folder_model, prompts_file, tmp_path / "broken", **settings), interrupting(stage, after))
         assert not (tmp_path / "broken" / "head.safetensors").exists(), "nothing half-trained looks like a head"
         assert list((tmp_path / "broken" / ".run").rglob("*.pt"))
     resumed = train(config(folder_model, prompts_file, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
 
 
-def test_reading_given_replies_goes_on_where_it_was(folder_model, tmp_path, monkeypatch):
+def test_reading_given_replies_goes_on_where_it_was(interrupting, folder_model, tmp_path, monkeypatch):
     monkeypatch.setattr("mara_integrations.training.gather._READ_PART", 8)
     pairs = tmp_path / "p.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"it is {i}", "rejected": f"no {i}"} for i in range(20)]
@@ -279,7 +256,7 @@ def test_reading_given_replies_goes_on_where_it_was(folder_model, tmp_path, monk
     settings = {"eval_prompts": 0, "epochs": 2}
     whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
-        train(config(folder_model, pairs, tmp_path / "broken", **settings), Interrupting("given replies", 20))
+        train(config(folder_model, pairs, tmp_path / "broken", **settings), interrupting("given replies", 20))
     assert len(list((tmp_path / "broken" / ".run").rglob("given-replies-*.pt"))) == 2
     resumed = train(config(folder_model, pairs, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint

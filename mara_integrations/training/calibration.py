@@ -13,6 +13,7 @@ from mara_integrations.engine.gate import accept_logit, kl_to_base
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import JudgedPosition
+from mara_integrations.sampling import HeadForm
 from mara_integrations.training import gather
 from mara_integrations.training.bank import sample_replies
 from mara_integrations.training.context import Run
@@ -61,22 +62,23 @@ def calibrate(run: Run, head: MARAHead) -> float:
     if strength >= MAX_STRENGTH:
         run.say("  [yellow]the head hardly moves any token: its strength met the upper bound[/]")
     run.log("strength", strength=strength, kl_per_token=kl, budget=budget)
-    bound = f"budget {budget}" if budget is not None else "no budget: a rule holds or does not"
+    bound = f"budget {budget}" if budget is not None else "no budget"
     run.say(f"  strength {strength:.2f}, KL {kl:.3f} nats a token ({bound})")
     return kl
 
 
 @dataclass(frozen=True, slots=True)
 class PositionScores:
-    """Positions with all their candidates scored by a head, padded: (P, K) each."""
+    """Positions with all their candidates scored by a head of some form, padded: (P, K) each."""
 
+    form: HeadForm
     scores: Tensor
     hazard_logits: Tensor
     live: Tensor
 
     def kl(self, strength: float) -> Tensor:
         """KL(gate || base) of each position at a strength, (P,), in nats."""
-        z = accept_logit("residual", self.scores, self.hazard_logits, strength)
+        z = accept_logit(self.form, self.scores, self.hazard_logits, strength)
         return kl_to_base(z, self.hazard_logits, self.live)
 
 
@@ -93,7 +95,7 @@ def score_positions(head: MARAHead, positions: Sequence[JudgedPosition]) -> Posi
         scores[row, :n] = head.score(position.states, previous).cpu()
         hazard_logits[row, :n] = torch.tensor(position.hazard_logits)
         live[row, :n] = True
-    return PositionScores(scores, hazard_logits, live)
+    return PositionScores(head.config.form, scores, hazard_logits, live)
 
 
 def strength_for_budget(positions: PositionScores, budget: float, num_tokens: int) -> float:

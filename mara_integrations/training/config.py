@@ -11,7 +11,7 @@ from typing_extensions import Self
 from mara_integrations.data import Format
 from mara_integrations.sampling import HeadForm, Params
 
-Method = Literal["auto", "value", "dpo", "kto", "rule"]
+Method = Literal["auto", "value", "dpo", "kto", "rule", "sac", "sac-published"]
 
 
 class TrainConfig(Params):
@@ -42,6 +42,8 @@ class TrainConfig(Params):
         beta: Of `dpo` and `kto`: what a nat between head and base model is worth; a small one lets the head go far.
         competitors: Of `dpo` and `kto`: better ranked candidates looked at beside each token of a reply. None was as
             good as 8, for half the reading.
+        credit: Of `sac`: who gets a reply's worth, its last decision (`terminal`), every decision (`postback`), or each
+            what the text gained by it (`prefix`), for which the reward is asked about every beginning of a reply.
         top_k: Candidates kept by probability; recorded with the head.
         top_p: Of those, the smallest set with this share of the probability; recorded with the head.
         min_candidates: Candidates kept whatever `top_p` says; left out, 2 for `rule`, so that a lone survivor can be
@@ -77,6 +79,7 @@ class TrainConfig(Params):
     form: HeadForm | None = None
     beta: float = Field(0.3, gt=0.0)
     competitors: int = Field(0, ge=0)
+    credit: Literal["terminal", "postback", "prefix"] | None = None
     top_k: int = Field(40, ge=1)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int | None = Field(None, ge=1)

@@ -61,6 +61,8 @@ METHODS: dict[str, Method] = {
         Method("value", ("reward", "pairs", "labels"), "value"),
         Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
         Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
+        Method("sac", ("reward",), "residual", other_forms=("paper",)),
+        Method("sac-published", ("reward",), "paper", kl_budget=None),
         Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
     )
 }
@@ -103,10 +105,10 @@ def _with_form(method: Method, form: HeadForm | None) -> Method:
     if form is None or form == method.form:
         return method
     if form in method.other_forms:
-        return replace(method, form=form)
+        return replace(method, form=form, kl_budget=None if form == "paper" else method.kl_budget)
     forms = " or ".join(map(repr, (method.form, *method.other_forms)))
     reason = f": {_NO_PRIOR}" if form == "paper" else ""
     raise ConfigError(
         f"form={form!r} is not allowed: method {method.name!r} trains heads of the form {forms}{reason}",
-        hint="leave --form out",
+        hint="leave --form out, or train by --method sac with a reward",
     )

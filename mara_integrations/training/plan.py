@@ -60,6 +60,11 @@ def make_plan(config: TrainConfig) -> Plan:
         method, source = choose(config.method, [source for source, is_given in given.items() if is_given], config.form)
     except ConfigError as error:
         raise ConfigError(f"{str(config.data)!r}: {error.message}", hint=error.hint) from None
+    if method.form == "paper" and config.kl_budget is not None:
+        raise ConfigError(
+            f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no dial to keep within it",
+            hint="leave it out, or train a residual head",
+        )
     train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
     return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward)
 

@@ -1,0 +1,219 @@
+"""The `sac` method: the paper's soft actor-critic, mended (`sac`) or as its code has it (`sac-published`).
+
+The gate writes replies by its own coin flips, a reward says what they are worth, every decision goes into a replay
+buffer, and critics, head and temperature are updated from there; round by round.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import ConfigError, DataError
+from mara_integrations.files import write_atomically
+from mara_integrations.messages import Conversation
+from mara_integrations.sampling import GateParams
+from mara_integrations.training import gather
+from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, collapse
+from mara_integrations.training.bank import Reply, kept_data, sample_replies, token_texts
+from mara_integrations.training.context import Learned, Run
+from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
+from mara_integrations.training.decisions import Decisions, decisions_taken
+from mara_integrations.training.replay import ReplayBuffer, Transitions
+
+_ROUND = 64  # episodes between updates: a full batch of the decoder
+_VISITS = 8  # transitions a token the buffer has room for; a gate at work visits 2 to 4
+
+
+def learn(run: Run, head: MARAHead) -> Learned:
+    """Write, judge and update, round by round; stop where the head stops deciding, and keep it as it was before.
+
+    Raises:
+        ConfigError: If the replies can't fill the buffer to where updates begin.
+        DataError: If the reward has no opinion on any reply of a round.
+    """
+    settings = settings_of(run)
+    num_rounds = -(-run.config.max_replies // _ROUND)
+    num_tokens = num_rounds * _ROUND * run.config.max_reply_tokens
+    if num_tokens < settings.warmup:
+        raise ConfigError(
+            f"max_replies={run.config.max_replies} is not enough for method {run.plan.method.name!r}, which updates "
+            f"the head once {settings.warmup} decisions are there",
+            hint=f"--max-replies {-(-settings.warmup // run.config.max_reply_tokens)}, or longer replies",
+        )
+    learner = Learner(head, settings, run.config.seed)
+    buffer = ReplayBuffer(
+        min(settings.capacity, _VISITS * num_tokens), head.config.hidden_size, run.folder / "replay-buffer"
+    )
+    prompts = gather.limited_prompts(run, run.plan.train)
+    run.random().shuffle(prompts)
+    scale: float | None = None  # found in the first round
+    num_done = _resume(run, learner)
+    with run.stage("episodes", num_rounds * _ROUND) as advance:
+        for number in range(num_rounds):
+            write = partial(_write, run, learner, _chunk(prompts, number), number, scale, advance)
+            episodes, was_kept = kept_data(run.folder / f"episodes-{number}.pt", write)
+            if was_kept:
+                advance(_ROUND)
+            scale, transitions = episodes["scale"], Transitions(**episodes["transitions"])
+            buffer.add(transitions)
+            if number < num_done:
+                continue
+            before = copy.deepcopy(head.state_dict())
+            figures: dict[str, float] = {}
+            if len(buffer) >= settings.warmup:
+                for _ in range(settings.updates * _ROUND):
+                    figures = learner.update(buffer.sample(settings.batch_size, learner.generator, learner.device))
+            run.log("round", number=number + 1, **episodes["figures"], **figures)
+            problem = collapse(learner.vitals(transitions))
+            if problem is not None:
+                head.load_state_dict(before)
+                _report_collapse(run, number + 1, problem)
+                break
+            _keep(run, learner, number + 1)
+    head.eval().requires_grad_(False)
+    return Learned()
+
+
+def settings_of(run: Run) -> SACSettings:
+    """The preset of the run's method and form, with what the run's settings say otherwise."""
+    config, method = run.config, run.plan.method
+    preset = PUBLISHED if method.name == "sac-published" else MENDED[method.form]
+    rate, credit = config.learning_rate or preset.learning_rate, config.credit or preset.credit
+    return replace(preset, learning_rate=rate, credit=credit)
+
+
+def _chunk(prompts: Sequence[Conversation], number: int) -> list[Conversation]:
+    """Prompts of a round, from the first on again where they end."""
+    return [prompts[(number * _ROUND + i) % len(prompts)] for i in range(_ROUND)]
+
+
+def _write(
+    run: Run,
+    learner: Learner,
+    prompts: Sequence[Conversation],
+    number: int,
+    scale: float | None,
+    on_reply: Callable[[int], None],
+) -> dict[str, Any]:
+    """One round of episodes, as plain data: transitions, figures, and what worths are divided by."""
+    head, settings = learner.actor, learner.settings
+    replies = sample_replies(
+        run.model,
+        run.new_decoder(),
+        prompts,
+        sampling=run.sampling(min_candidates=head.config.min_candidates),
+        seed=run.config.seed + number * _ROUND,
+        head=head,
+        gate=GateParams(selection="sample"),
+        keep_positions=True,
+        on_reply=on_reply,
+    )
+    values = gather.scores(run, run.plan.train, prompts, replies)
+    judged = [(reply, value) for reply, value in zip(replies, values, strict=True) if value is not None]
+    if not judged:
+        raise DataError(f"the reward had no opinion on any of {_ROUND} replies", hint="check the reward function")
+    replies, worths = [reply for reply, _ in judged], [value for _, value in judged]
+    if scale is None:
+        scale = statistics.pstdev(worths) if settings.standardise else 1.0
+        if scale == 0:
+            message = f"the reward gave every reply {worths[0]}: nothing to learn from"
+            raise DataError(message, hint="check the reward function")
+    decisions = decisions_taken(replies, with_forced=settings.last_is_asked)
+    rewards = _rewards(run, settings, prompts, replies, worths, decisions) / scale
+    if settings.kl == "published":
+        rewards += published_kl(head, replies, settings.kl_weight)
+    ends = torch.zeros(len(rewards), dtype=torch.bool)
+    ends[decisions.counts.cumsum(0)[decisions.counts > 0] - 1] = True
+    transitions = Transitions(decisions.states, decisions.hazard_logits, decisions.accepted, rewards, ends)
+
+    vitals = learner.vitals(transitions)
+    num_tokens = sum(len(reply.token_ids) for reply in replies)
+    figures = {
+        "mean_reward": statistics.fmean(worths),
+        "accept_rate": vitals.accept_rate,
+        "decision_entropy": vitals.entropy,
+        "kl_per_token": vitals.kl * len(rewards) / num_tokens,
+        "visits_per_token": len(rewards) / max(1, sum(len(reply.positions) for reply in replies)),
+    }
+    return {"transitions": asdict(transitions), "figures": figures, "scale": scale}
+
+
+def _rewards(
+    run: Run,
+    settings: SACSettings,
+    prompts: Sequence[Conversation],
+    replies: Sequence[Reply],
+    worths: Sequence[float],
+    decisions: Decisions,
+) -> Tensor:
+    """What each decision gets of what its reply was worth, (N,)."""
+    if settings.credit == "prefix":
+        return prefix_credit(decisions, _prefix_worths(run, prompts, replies, worths))
+    mean = statistics.fmean(worths) if settings.standardise else 0.0
+    centred = [worth - mean for worth in worths]
+    if settings.credit == "terminal":
+        return terminal_credit(decisions, centred)
+    return postback_credit(decisions, centred, settings.gamma, spare_first=settings.spare_first)
+
+
+def _prefix_worths(
+    run: Run, prompts: Sequence[Conversation], replies: Sequence[Reply], worths: Sequence[float]
+) -> list[list[float]]:
+    """What each reply's text is worth after 0, 1, ... T tokens; where the reward has no opinion, what it was before.
+
+    The reward is not asked about empty texts: they are taken for worth what texts of one token are on average.
+    """
+    texts = [token_texts(run.model, reply.token_ids)[:-1] for reply in replies]
+    repeated = [reply for reply, parts in zip(replies, texts, strict=True) for _ in parts]
+    values = iter(gather.scores(run, run.plan.train, prompts, repeated, [part for parts in texts for part in parts]))
+    known = [[next(values) for _ in parts] + [worth] for parts, worth in zip(texts, worths, strict=True)]
+    firsts = [row[0] for row in known if row[0] is not None]
+    start = statistics.fmean(firsts) if firsts else statistics.fmean(worths)
+    filled = []
+    for row in known:
+        filled.append([start])
+        for value in row:
+            filled[-1].append(filled[-1][-1] if value is None else value)
+    return filled
+
+
+def _report_collapse(run: Run, number: int, problem: str) -> None:
+    run.log("collapse", round=number, problem=problem)
+    run.say(
+        f"  [yellow]stopped after round {number}: the head no longer decides, {escape(problem)}. It is kept as it was "
+        "before that round. A smaller --learning-rate may carry further.[/]"
+    )
+
+
+def _keep(run: Run, learner: Learner, num_done: int) -> None:
+    """Write all but the episodes, which have their own files; of older states, one stays."""
+    buffer = io.BytesIO()
+    torch.save(learner.state_dict(), buffer)
+    write_atomically(run.folder / f"learner-{num_done}.pt", buffer.getvalue())
+    (run.folder / f"learner-{num_done - 2}.pt").unlink(missing_ok=True)
+
+
+def _resume(run: Run, learner: Learner) -> int:
+    """Take up the newest state that can be read; returns the number of rounds it has behind it."""
+    states = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
+    for num_done in sorted(states, reverse=True):
+        try:
+            state = torch.load(states[num_done], weights_only=True)
+        except Exception:  # damaged in any way; torch raises pickle, zip, runtime and attribute errors alike
+            run.say(f"  [yellow]{escape(states[num_done].name)} is damaged: going on from the round before[/]")
+            continue
+        learner.load_state_dict(state)
+        run.say(f"  going on after round {num_done}")
+        return num_done
+    return 0

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import torch
+
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
@@ -255,20 +257,7 @@ class MARAEngine:
 
     def _head(self, source: HeadSource | None) -> Head | None:
         weights = head_weights(source)
-        model = self.model
-        placed: dict[MARAHead, float] = {}
-        for one, weight in weights.items():
-            if isinstance(one, MARAHead):
-                head, name = one.to(model.device).eval(), None
-            else:
-                head, name = heads.get(one, model.device), one
-            head.check_fits(model.hidden_size, model.name, name)
-            if weight > 0:
-                placed[head] = placed.get(head, 0.0) + weight
-        if not placed:
-            return None
-        head, weight = next(iter(placed.items()))
-        return head if weight == 1 and len(placed) == 1 else ComposedHead(placed)
+        return place_heads(weights, self.model.device, self.model.hidden_size, self.model.name) if weights else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
@@ -323,6 +312,28 @@ def head_weights(source: HeadSource | None) -> dict[OneHead, float]:
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise ConfigError(f"head {str(one)!r} has the weight {weight!r}", hint="weights are numbers from 0 up")
     return weights
+
+
+def place_heads(source: HeadSource | None, device: torch.device, hidden_size: int, model_name: str) -> Head | None:
+    """What is named, ready to judge a model's states; None where nothing is, or all weights are 0.
+
+    Raises:
+        ConfigError: See `head_weights` and `ComposedHead`.
+        HeadError: If a head can't be read, or does not fit the model.
+    """
+    placed: dict[MARAHead, float] = {}
+    for one, weight in head_weights(source).items():
+        if isinstance(one, MARAHead):
+            head, name = one.to(device).eval(), None
+        else:
+            head, name = heads.get(one, device), one
+        head.check_fits(hidden_size, model_name, name)
+        if weight > 0:
+            placed[head] = placed.get(head, 0.0) + weight
+    if not placed:
+        return None
+    head, weight = next(iter(placed.items()))
+    return head if weight == 1 and len(placed) == 1 else ComposedHead(placed)
 
 
 def head_name(source: HeadSource | None) -> str | None:

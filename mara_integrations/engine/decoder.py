@@ -86,7 +86,7 @@ class Decoder:
         settled = [sequence for sequence in settled if sequence.finish_reason is None]
         if not settled:
             return
-        logits = self.backend.logits(torch.stack([s.tip for s in settled]))  # type: ignore[misc]  # (B, V)
+        logits = self.backend.logits(torch.stack([s.tip for s in settled])).float()  # type: ignore[misc]  # (B, V)
         for row, sequence in zip(logits, settled, strict=True):
             if sequence.request.constraint is not None:
                 sequence.request.constraint.mask(row)

@@ -13,7 +13,6 @@ from torch import Tensor
 from mara_integrations.engine.backend import Segment
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
 from mara_integrations.engine.heads import Head
-from mara_integrations.engine.text import TextStream
 from mara_integrations.sampling import GateParams, SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -28,6 +27,19 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """The gate took this token."""
+
+
+class TextFollower(Protocol):
+    """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""
+
+    text: str
+    stopped: bool
+
+    def push(self, token_id: int) -> object:
+        """Hear of a token; `stopped` says afterwards whether it was the last."""
+
+    def finish(self) -> object:
+        """No token follows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +61,7 @@ class Request:
     gate: GateParams = field(default_factory=GateParams)
     head: Head | None = None
     eos_token_ids: frozenset[int] = frozenset()
-    text: TextStream | None = None
+    text: TextFollower | None = None
     constraint: Constraint | None = None
     keep_states: bool = False
     keep_positions: bool = False

@@ -9,6 +9,7 @@ import math
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -21,9 +22,9 @@ from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.head_cache import HeadCache
 from mara_integrations.engine.heads import ComposedHead, Head, candidate_settings
-from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
+from mara_integrations.engine.verification import Verification, verify
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Update, Worker
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
@@ -182,18 +183,22 @@ class MARAEngine:
         finally:
             await updates.aclose()
 
-    def verify(self, prompt: Prompt, **overrides: Any) -> tuple[list[int], list[int]]:
-        """Decode a prompt with the engine and with the slow reference.
+    def verify(self, prompt: Prompt, **overrides: Any) -> Verification:
+        """Decode a prompt with the engine and with the slow reference, whatever stop strings say.
 
         Returns:
-            The tokens of both; equal unless a decision was closer than floating point noise.
+            Both replies, and the first place where they differ; `holds` unless that is more than noise.
+
+        Raises:
+            ConfigError: If a grammar holds the reply: the reference knows none. Else as `generate`.
         """
-        overrides = {"seed": 0, **self.defaults, **overrides}
-        request = self.request(prompt, **overrides)
-        reference = generate_reference(
-            self.model.model, request.prompt_ids, request.head, request.sampling, request.gate, request.eos_token_ids
+        request = self.request(prompt, **{"seed": 0, **self.defaults, **overrides})
+        if request.constraint is not None:
+            raise ConfigError("the reference knows no tools or schemas", hint="verify the prompt without them")
+        request = replace(request, text=None)
+        return verify(
+            self.model.model, request, _last(worker_for(self.model).submit(request, ThreadTicket())).token_ids
         )
-        return list(self.generate(prompt, **overrides).token_ids), reference
 
     def encode(self, prompt: Prompt, system_prompt: str | None = None, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a prompt, as `generate` feeds them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -23,7 +24,62 @@ from mara_integrations.engine.heads import Head
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 
 
+@dataclass(frozen=True, slots=True)
+class ReferencePosition:
+    """One position, decided by recomputing everything.
+
+    Attributes:
+        candidates: Token ids, most probable first.
+        probs: Of the candidates, renormalised.
+        accept_logits: Of the candidates.
+        scores: What the head has in them, at the strength of the request; 0 without one.
+        logits: Of the whole vocabulary, as filtered: divided by the temperature; float32, shape (V,).
+        rule: By which one was taken.
+        taken: Index of the candidate taken.
+    """
+
+    candidates: list[int]
+    probs: list[float]
+    accept_logits: list[float]
+    scores: list[float]
+    logits: Tensor
+    rule: Rule
+    taken: int
+
+
 @torch.inference_mode()
+def decide_reference(
+    model: PreTrainedModel,
+    context: Sequence[int],
+    head: Head | None,
+    sampling: SamplingParams,
+    gate: GateParams,
+    uniform: float,
+) -> ReferencePosition:
+    """Decide the position after these tokens; `uniform` is its random number."""
+    head = head if gate.strength > 0 else None
+    form = head.config.form if head else None
+    temperature = 0.0 if form == "paper" else sampling.temperature
+    rule = selection_rule(gate.selection if head else "auto", form, temperature)
+    state, logits = _run(model, context)
+    candidates, probs = _candidates(logits, sampling, temperature or 1.0)
+    accept_logits, scores = [], []
+    for k, candidate in enumerate(candidates):
+        hazard = min(max(probs[k] / sum(probs[k:]), 1e-13), 1 - 1e-13)
+        z, score = math.log(hazard / (1 - hazard)), 0.0
+        if head is not None and len(candidates) > 1:
+            seen = _run(model, [*context, candidate])[0]
+            parts = [w * float(part.score(seen[None], state[None])[0]) for part, w in head.parts.items()]
+            score = gate.strength * sum(parts)
+            z = score if form == "paper" else z + score
+        accept_logits.append(z)
+        scores.append(score)
+    taken = _TAKE[rule](accept_logits, gate.fallback, uniform)
+    return ReferencePosition(
+        candidates, probs, accept_logits, scores, logits.float() / (temperature or 1.0), rule, taken
+    )
+
+
 def generate_reference(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
@@ -34,27 +90,11 @@ def generate_reference(
 ) -> list[int]:
     """Tokens of the reply, decoded by recomputing everything; stop strings are not looked at."""
     sampling, gate = sampling or SamplingParams(), gate or GateParams()
-    head = head if gate.strength > 0 else None
-    form = head.config.form if head else None
-    temperature = 0.0 if form == "paper" else sampling.temperature
-    rule = selection_rule(gate.selection if head else "auto", form, temperature)
     rng = random.Random(sampling.seed)
     reply: list[int] = []
     while len(reply) < sampling.max_new_tokens and not (reply and reply[-1] in eos_token_ids):
-        uniform = rng.random()
-        context = [*prompt_ids, *reply]
-        state, logits = _run(model, context)
-        candidates, probs = _candidates(logits, sampling, temperature or 1.0)
-        accept_logits = []
-        for k, candidate in enumerate(candidates):
-            hazard = min(max(probs[k] / sum(probs[k:]), 1e-13), 1 - 1e-13)
-            z = math.log(hazard / (1 - hazard))
-            if head is not None and len(candidates) > 1:
-                seen = _run(model, [*context, candidate])[0]
-                score = sum(w * float(part.score(seen[None], state[None])[0]) for part, w in head.parts.items())
-                z = score if form == "paper" else z + gate.strength * score
-            accept_logits.append(z)
-        reply.append(candidates[_TAKE[rule](accept_logits, gate.fallback, uniform)])
+        position = decide_reference(model, [*prompt_ids, *reply], head, sampling, gate, rng.random())
+        reply.append(position.candidates[position.taken])
     return reply
 
 

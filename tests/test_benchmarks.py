@@ -1,0 +1,75 @@
+"""The benchmark scripts run to their ends, where that takes seconds; what they measure is not looked at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mara_integrations.errors import DataError, MissingExtraError
+
+SMALL = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 512 --prompt 8 --tokens 4 --rounds 1"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path, capsys):
+    import gpu
+    import plot
+
+    table = gpu.main([*SMALL.split(), "--rates", "0.9", "0.1", "--json", str(tmp_path / "gpu.json")])
+
+    assert json.loads((tmp_path / "gpu.json").read_text()) == table
+    assert list(table["rows"]) == ["accept 0.9", "accept 0.1"]
+    assert 0 < table["rows"]["accept 0.9"]["share of floor"]["median"] < 1
+    assert "GB/s" in capsys.readouterr().out
+    (picture,) = plot.main([str(tmp_path / "gpu.json"), "--output", str(tmp_path / "plots")])
+    assert picture.name == "gpu.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_floor_counts_weights_and_keys_once():
+    from types import SimpleNamespace
+
+    import gpu
+
+    args = SimpleNamespace(hidden=64, layers=2, vocab=512, device="cpu", dtype="bfloat16", sharpness=1.0)
+    model = gpu.make_model(args)
+    weights = sum(p.numel() for p in model.parameters()) - 512 * 64  # of the embedding one row is read
+    cached = 2 * 2 * 1 * 16  # keys and values, layers, heads, width
+    assert gpu.bytes_per_token(model, 10) == 2 * (weights + 10 * cached)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"about": {}, "medians": {"0.95": {"gated / generate": 1.1}, "0.7": {"gated / generate": 0.9}}},
+        {"model": "m", "medians": {"16 at once / one at a time": 4.5}},
+        {"about": {}, "heads": {"16 heads": {"ratio": 0.95, "range": [0.9, 1.0], "mb": 3.0}}},
+    ],
+    ids=["decode", "serve", "heads"],
+)
+def test_every_benchmarks_table_is_read(tmp_path, content):
+    import plot
+
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(content))
+    rows = plot.read_table(path)
+    assert all(low <= median <= high for cells in rows.values() for median, low, high in cells.values())
+    assert plot.plot(path, tmp_path).exists()
+
+
+def test_what_is_no_table_and_what_is_missing_is_said(tmp_path, monkeypatch):
+    import plot
+
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"other\.json holds no table"):
+        plot.read_table(path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"mara-integrations\[plots\]"):
+        plot.plot(path, tmp_path)

@@ -7,7 +7,7 @@ before, so a model we serve still works for everybody else who holds it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,23 @@ from mara_integrations.engine.cache import KVCache
 
 _PREFIX = "mara_"
 _CONTEXT = "mara_context"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSettings:
+    """What a model asks of the attention of one layer.
+
+    Attributes:
+        scaling: Of the scores; None is 1 / sqrt(D).
+        sliding_window: How many tokens back one looks, itself included; None is all.
+        softcap: Bound of the scores.
+        sinks: A score a head that takes weight and gives nothing, (H,).
+    """
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -40,15 +57,15 @@ class _Group:
     is_causal: bool  # one whole prompt from slot 0
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """True where a token may look, (n, 1, w, num_slots); None: everywhere."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """0 where a token may look and -inf elsewhere, (n, 1, w, num_slots); None: everywhere."""
         if window is not None and window >= self.num_slots:
             window = None
         if window not in self.masks:
-            self.masks[window] = self._mask(window)
+            self.masks[window] = self._mask(window, dtype)
         return self.masks[window]
 
-    def _mask(self, window: int | None) -> Tensor | None:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         if window is None and self.sees_all:
             return None
         slots = torch.arange(self.num_slots, device=self.own.device)
@@ -56,7 +73,10 @@ class _Group:
         if window is not None:
             position = torch.where(self.siblings, self.start, self.own)
             visible &= slots > position - window
-        return visible[:, None]
+        mask = torch.zeros(
+            visible.shape, dtype=dtype, device=visible.device
+        )  # a boolean one is made to this each layer
+        return mask.masked_fill_(~visible, -torch.inf)[:, None]
 
 
 @dataclass(slots=True)
@@ -96,17 +116,18 @@ class PackedContext:
             slots += range(first, first + width)
             positions += [start] * width if siblings else range(start, start + width)
         cache.reserve(max(slots) + 1)
-        groups = [cls._group(cache, width, members, len(rows), device) for width, members in by_width.items()]
+        groups = [
+            cls._group(width, run, len(rows), device)
+            for width, members in by_width.items()
+            for run in _runs(sorted(members), device)
+        ]
         return (
             cls(cache, torch.tensor(rows, device=device), torch.tensor(slots, device=device), groups),
             torch.tensor(positions, device=device),
         )
 
     @staticmethod
-    def _group(
-        cache: KVCache, w: int, members: list[tuple[int, int, int, int, bool]], total: int, device: torch.device
-    ) -> _Group:
-        members.sort()  # by row, so that a full batch is a slice
+    def _group(w: int, members: list[tuple[int, int, int, int, bool]], total: int, device: torch.device) -> _Group:
         rows, offsets, starts, firsts, siblings = map(list, zip(*members, strict=True))
         n = len(members)
         contiguous = rows == list(range(rows[0], rows[0] + n))
@@ -126,76 +147,79 @@ class PackedContext:
             is_causal=n == 1 and w > 1 and firsts == [0] and not siblings[0],
         )
 
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Queries (1, H, T, D), keys and values (1, Hkv, T, D) of the packed row to outputs (1, T, H, D)."""
-        queries, num_heads = queries[0], queries.shape[1]
-        stored_keys, stored_values = self.cache.write(
-            layer, self.rows, self.slots, keys[0].transpose(0, 1), values[0].transpose(0, 1)
-        )
-        out = queries.new_empty(queries.shape[1], num_heads, values.shape[-1])  # (T, H, D)
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
+        """Store keys and values (T, Hkv, D), then let queries (T, H, D) look; returns (T, H, D)."""
+        stored_keys, stored_values = self.cache.write(layer, self.rows, self.slots, keys, values)
+        out = queries.new_empty(*queries.shape[:2], values.shape[-1]) if len(self.groups) > 1 else queries
         for group in self.groups:
-            q = queries if group.tokens is None else queries[:, group.tokens]
-            q = q.unflatten(1, (group.n, group.w)).transpose(0, 1)  # (n, H, w, D)
+            q = queries if group.tokens is None else queries[group.tokens]
+            q = q.unflatten(0, (group.n, group.w))  # (n, w, H, D)
             k = stored_keys[group.rows, :, : group.num_slots]
             v = stored_values[group.rows, :, : group.num_slots]
-            mask = group.mask(sliding_window)
-            if softcap is not None or sinks is not None:
-                result = _explicit_attention(q, k, v, mask, scaling, softcap, sinks)
-            elif group.is_causal and (sliding_window is None or group.num_slots <= sliding_window):
-                result = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            window = settings.sliding_window
+            mask = group.mask(window, queries.dtype)
+            if settings.softcap is not None or settings.sinks is not None:
+                result = _explicit_attention(q, k, v, mask, settings)
+            elif group.is_causal and (window is None or group.num_slots <= window):
+                result = scaled_dot_product_attention(
+                    q.transpose(1, 2), k, v, is_causal=True, scale=settings.scaling, enable_gqa=True
+                ).transpose(1, 2)
             else:
-                result = _grouped_attention(q, k, v, mask, scaling)
-            result = result.transpose(1, 2).flatten(0, 1)  # (n * w, H, D)
+                result = _grouped_attention(q, k, v, mask, settings.scaling)
+            result = result.flatten(0, 1)  # (n * w, H, D)
             if group.tokens is None:
                 out = result
             else:
                 out[group.tokens] = result
-        return out[None]
+        return out
+
+
+def _runs(
+    members: list[tuple[int, int, int, int, bool]], device: torch.device
+) -> Iterator[list[tuple[int, int, int, int, bool]]]:
+    """Members of a group in sorted order, cut so that each run's rows of the cache are a slice, which is read in place.
+
+    An accelerator copies the rows sooner than it would start another kernel.
+    """
+    start = 0
+    for end in range(1, len(members) + 1):
+        if end == len(members) or (device.type == "cpu" and members[end][0] != members[end - 1][0] + 1):
+            yield members[start:end]
+            start = end
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention with fewer key heads than query heads, folded into the query length: no copy of keys and values."""
-    (n, num_heads, w, width), groups = q.shape, q.shape[1] // k.shape[1]
-    q = q.reshape(n, k.shape[1], groups * w, width)
+    """Attention with fewer key heads than query heads, folded into the query length: no copy of keys and values.
+
+    Queries (n, w, H, D) to outputs (n, w, H, D).
+    """
+    w, num_key_heads = q.shape[1], k.shape[1]
+    groups = q.shape[2] // num_key_heads
+    q = q.unflatten(2, (num_key_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, Hkv, G * w, D)
     if mask is not None and groups > 1:
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (n, 1, G * w, S)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(n, num_heads, w, v.shape[-1])
+    out: Tensor = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    out = out.unflatten(2, (groups, w)).permute(0, 3, 1, 2, 4)  # (n, w, Hkv, G, D)
+    return out.flatten(2, 3)
 
 
-def _explicit_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: AttentionSettings) -> Tensor:
     """Attention with a soft cap on the scores (Gemma 2) or a sink a head (GPT-OSS), which no fused kernel has."""
+    q = q.transpose(1, 2)  # (n, H, w, D)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = q @ k.transpose(-1, -2) * (settings.scaling if settings.scaling is not None else q.shape[-1] ** -0.5)
+    if settings.softcap is not None:
+        scores = torch.tanh(scores / settings.softcap) * settings.softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     scores = scores.float()
-    if sinks is not None:
-        sink = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    if settings.sinks is not None:
+        sink = settings.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return weights.to(q.dtype) @ v
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 
 def install(model: PreTrainedModel) -> None:
@@ -224,7 +248,7 @@ def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The function transformers calls in every attention layer."""
-    context: PackedContext | None = kwargs.pop(_CONTEXT, None)
+    context: PackedContext | _Recorder | None = kwargs.pop(_CONTEXT, None)
     if context is None:
         name = cast(Any, module.config)._attn_implementation.removeprefix(_PREFIX)
         if name == "eager":
@@ -233,20 +257,35 @@ def packed_attention(
             function = ALL_ATTENTION_FUNCTIONS[name]
         result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
         return result
-    out = context.attend(
-        module.layer_idx,  # type: ignore[arg-type]  # every decoder's attention has one
-        query,
-        key,
-        value,
-        kwargs.get("scaling"),
-        kwargs.get("sliding_window"),
-        kwargs.get("softcap"),
-        kwargs.get("s_aux"),
+    settings = AttentionSettings(
+        kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")
     )
-    return out, None
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, D)
+    layer: int = module.layer_idx  # type: ignore[assignment]  # every decoder's attention has one
+    return context.attend(layer, queries, keys, values, settings)[None], None
 
 
-def forward_arguments(context: PackedContext, position_ids: Tensor) -> dict[str, Any]:
+class _Recorder:
+    """Stands where a `PackedContext` stands and notes what each layer asks for."""
+
+    def __init__(self) -> None:
+        self.settings: dict[int, AttentionSettings] = {}
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
+        self.settings[layer] = settings
+        return torch.zeros(*queries.shape[:2], values.shape[-1], dtype=queries.dtype, device=queries.device)
+
+
+@torch.inference_mode()
+def read_settings(model: PreTrainedModel) -> dict[int, AttentionSettings]:
+    """What each layer of a model that `install` has prepared asks of attention, as it says itself when it runs."""
+    recorder = _Recorder()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.get_decoder()(input_ids=token, **forward_arguments(recorder, token[0]))
+    return recorder.settings
+
+
+def forward_arguments(context: PackedContext | _Recorder, position_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments of one packed forward, for the decoder of a model that `install` has prepared.
 
     A 4D mask is passed through unread: it keeps transformers from building its own, and from taking sibling positions

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
+from mara_integrations.engine.fused import FusedDecoder, PackedLinear
 from mara_integrations.engine.prefix import Prefix
 from mara_integrations.errors import ModelError
 
@@ -106,10 +107,15 @@ class PackedBackend(Backend):
     def feed(self, segments: Sequence[Segment]) -> Tensor:
         layout = [(segment.row, len(segment.token_ids), segment.siblings) for segment in segments]
         context, positions = attention.PackedContext.build(self._cache, layout, self.device)
-        token_ids = torch.tensor([[t for segment in segments for t in segment.token_ids]], device=self.device)  # (1, T)
-        output = self._decoder(input_ids=token_ids, **attention.forward_arguments(context, positions))
+        token_ids = torch.tensor([t for segment in segments for t in segment.token_ids], device=self.device)  # (T,)
+        hidden = self._forward(token_ids, positions, context)
         for row, width, siblings in layout:
             (self._cache.branch if siblings else self._cache.extend)(row, width)
+        return hidden
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, context: attention.PackedContext) -> Tensor:
+        """Hidden states of a packed row, (T,) to (T, d)."""
+        output = self._decoder(input_ids=token_ids[None], **attention.forward_arguments(context, positions))
         return cast(Tensor, output.last_hidden_state[0])
 
     @override
@@ -119,6 +125,20 @@ class PackedBackend(Backend):
     @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
+
+
+class FusedBackend(PackedBackend):
+    """The packed backend with the layers of Llama-shaped models written out, on the CPU in float32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._fused = FusedDecoder(model, attention.read_settings(model))
+        if type(self._to_logits) is nn.Linear:
+            self._to_logits = PackedLinear(self._to_logits.weight, self._to_logits.bias)
+
+    @override
+    def _forward(self, token_ids: Tensor, positions: Tensor, context: attention.PackedContext) -> Tensor:
+        return self._fused(token_ids, positions, context)
 
 
 @dataclass(slots=True)
@@ -205,7 +225,7 @@ class SerialBackend(Backend):
 
 
 def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
-    """The packed backend where a probe shows that it computes what the model computes, else the serial one.
+    """The fastest backend that a probe shows to compute what the model computes: fused, packed or, slow, serial.
 
     Raises:
         ModelError: If not even the serial one does: the model is not a causal language model we can drive.
@@ -216,9 +236,10 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     elif not getattr(model, "_supports_attention_backend", False):
         reason = "its attention can't be replaced"
     else:
-        packed, reason = _probed(PackedBackend, model)
-        if packed is not None:
-            return packed
+        for kind in (FusedBackend, PackedBackend):
+            packed, reason = _probed(kind, model)
+            if packed is not None:
+                return packed
         attention.uninstall(model)
     warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
     serial, reason = _probed(SerialBackend, model)

@@ -42,6 +42,8 @@ def tiny_model(family: str = "llama", *, vocab_size: int = 256, seed: int = 0, *
         names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
         sizes = {names.get(name, name): value for name, value in sizes.items()}
         sizes["hidden_size" if family == "bloom" else "n_positions"] = 32 if family == "bloom" else 512
+    if family == "falcon":
+        del sizes["head_dim"]  # derived, and refused when given
     settings = AutoConfig.for_model(family, **{**sizes, "vocab_size": vocab_size, **config})
     generator_state = torch.get_rng_state()
     try:

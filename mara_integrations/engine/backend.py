@@ -23,6 +23,7 @@ from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
 from mara_integrations.engine.fused import FusedDecoder, PackedLinear
 from mara_integrations.engine.prefix import Prefix
+from mara_integrations.engine.windows import has_windows, narrowed
 from mara_integrations.errors import ModelError
 
 
@@ -77,7 +78,7 @@ class PackedBackend(Backend):
     def __init__(self, model: PreTrainedModel) -> None:
         attention.install(model)
         self._model = model
-        self._decoder = model.get_decoder()
+        self._decoder = _decoder_of(model)
         self._to_logits = _logits_function(model)
         self._cache = KVCache()
 
@@ -85,6 +86,11 @@ class PackedBackend(Backend):
     @override
     def device(self) -> torch.device:
         return _embeddings(self._model).device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by keys and values."""
+        return self._cache.num_bytes
 
     @override
     def open(self, kept: Any = None, length: int = 0) -> int:
@@ -157,7 +163,7 @@ class SerialBackend(Backend):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._decoder = model.get_decoder()
+        self._decoder = _decoder_of(model)
         self._to_logits = _logits_function(model)
         self._rows: dict[int, _SerialRow] = {}
         self._next_row = 0
@@ -235,17 +241,24 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
         reason = "its position encoding depends on the longest sequence in the batch"
     elif not getattr(model, "_supports_attention_backend", False):
         reason = "its attention can't be replaced"
+    elif has_windows(model) and (difference := _window_difference(model)):
+        reason = f"its windows are not those of packed attention: {difference}"
     else:
         for kind in (FusedBackend, PackedBackend):
             packed, reason = _probed(kind, model)
             if packed is not None:
                 return packed
-        attention.uninstall(model)
+    attention.uninstall(model)
     warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
     serial, reason = _probed(SerialBackend, model)
     if serial is None:
         raise ModelError(f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}")
     return serial
+
+
+def _window_difference(model: PreTrainedModel) -> str:
+    with narrowed(model):
+        return _probed(PackedBackend, model)[1]
 
 
 def _probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) -> tuple[Backend | None, str]:
@@ -265,6 +278,8 @@ def _probe(backend: Backend, model: PreTrainedModel) -> str:
     row = backend.open()
     try:
         chain = backend.feed([Segment(row, prompt[:4])])
+        if isinstance(backend, PackedBackend) and not backend.num_bytes:
+            return "its layers do not ask for an attention function"
         siblings = backend.feed([Segment(row, prompt[4:7], siblings=True)])
         backend.commit([row], [1])
         after = backend.feed([Segment(row, prompt[7:])])
@@ -289,6 +304,11 @@ def _probe(backend: Backend, model: PreTrainedModel) -> str:
     return ""
 
 
+def _decoder_of(model: PreTrainedModel) -> Any:
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 finds only itself
+
+
 def _embeddings(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
@@ -302,7 +322,7 @@ def _logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         hidden, want = output.hidden_states[-1][0], output.logits[0]
         if lm_head is not None and torch.allclose(lm_head(hidden).float(), want.float(), rtol=1e-3, atol=1e-3):
             return cast(Callable[[Tensor], Tensor], lm_head)
-    decoder, tail = model.get_decoder(), copy.copy(model)
+    decoder, tail = _decoder_of(model), copy.copy(model)
     tail._modules = dict(model._modules)  # a shallow copy: the user's model keeps its decoder, the weights are shared
     for name, child in model.named_children():
         if any(module is decoder for module in child.modules()):

@@ -183,6 +183,17 @@ class ScriptedBackend:
             self._rows[row].append(self._branches[row][branch])
             self._branches[row] = []
 
+    @property
+    def can_retract(self) -> bool:
+        """It can."""
+        return True
+
+    def retract(self, row: int, count: int, *, held: bool) -> None:
+        """Take back the last tokens of a row."""
+        tokens = self._rows[row]
+        self._branches[row] = tokens[-count:][:1] if held else []
+        del tokens[-count:]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the script says after each state's tokens."""
         return torch.tensor([list(self._script(self._contexts[int(state[-1])])) for state in hidden])

@@ -68,6 +68,13 @@ class Backend(Protocol):
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
         """Append the named branch to each row and forget its siblings."""
 
+    @property
+    def can_retract(self) -> bool:
+        """Whether tokens of a chain can be taken back."""
+
+    def retract(self, row: int, count: int, *, held: bool) -> None:
+        """Take back the last `count` tokens of a row's chain; with `held`, the first of them stays as branch 0."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (N, d) to (N, V)."""
 
@@ -127,6 +134,15 @@ class PackedBackend(Backend):
     @override
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
         self._cache.commit(rows, branches)
+
+    @property
+    @override
+    def can_retract(self) -> bool:
+        return True
+
+    @override
+    def retract(self, row: int, count: int, *, held: bool) -> None:
+        self._cache.retract(row, count, held)
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:
@@ -215,6 +231,15 @@ class SerialBackend(Backend):
             row = self._rows[handle]
             row.cache, row.branches = row.branches[branch], []
             row.length += 1
+
+    @property
+    @override
+    def can_retract(self) -> bool:
+        return False  # not every kind of state can be cut
+
+    @override
+    def retract(self, row: int, count: int, *, held: bool) -> None:
+        raise AssertionError("ask can_retract first")
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class KVCache:
         """Count siblings just written after the committed tokens as held."""
         self._branches[handle] += count
 
+    def retract(self, handle: int, count: int, held: bool) -> None:
+        """Take committed tokens back from the end; with `held`, the first of them stays as a branch."""
+        self._lengths[handle] -= count
+        self._branches[handle] = int(held)
+
     def commit(self, handles: Sequence[int], branches: Sequence[int]) -> None:
         """Keep one branch of each row and forget its siblings."""
         moves = [

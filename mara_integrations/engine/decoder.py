@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from mara_integrations.engine.candidates import rank_candidates
 from mara_integrations.engine.heads import HeadStacks, Shown
 from mara_integrations.engine.prefix import PrefixCache
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
-from mara_integrations.engine.sequence import Request, Sequence
+from mara_integrations.engine.sequence import FedAhead, Look, Request, Sequence
 
 
 class Decoder:
@@ -46,7 +47,7 @@ class Decoder:
         self.scheduler.admit(self._start, self.prefixes)
         live = self.scheduler.live
         if live:
-            segments = [s.propose(self.scheduler.width(s), self.scheduler.prefill_chunk) for s in live]  # propose
+            segments = [self._propose(s) for s in live]  # propose
             hidden = self.backend.feed(segments)  # forward: (T, d)
             self._judge(live, segments, hidden)  # judge, commit
             self._look_ahead([s for s in live if s.position is None and not s.pending])
@@ -56,52 +57,79 @@ class Decoder:
         kept, length = self.prefixes.longest(request.prompt_ids)
         return Sequence(request, self.backend.open(kept, length), num_known=length)
 
+    def _propose(self, sequence: Sequence) -> Segment:
+        num_drafted = self.scheduler.num_drafted(sequence) if self.backend.can_retract else 0
+        return sequence.propose(self.scheduler.width(sequence), self.scheduler.prefill_chunk, num_drafted)
+
     def _judge(self, live: list[Sequence], segments: list[Segment], hidden: Tensor) -> None:
-        """Show the new siblings to their heads, and keep the branches taken."""
-        states = hidden.split([len(segment.token_ids) for segment in segments])
+        """Settle what was pending, show the new candidates to their heads, and keep the branches taken."""
         asked, shown = [], []
-        for sequence, segment, state in zip(live, segments, states, strict=True):
-            if segment.siblings:
-                assert sequence.request.head is not None and sequence.tip is not None, "its prompt was fed before"
-                asked.append(sequence)
-                shown.append(Shown(sequence.request.head, state, sequence.tip))
-            else:
-                _settle_chain(sequence, len(segment.token_ids), state)
+        for sequence, states in zip(live, hidden.split([len(s.token_ids) for s in segments]), strict=True):
+            num_proposed = len(states) - len(sequence.draft)
+            before = sequence.tip
+            if sequence.position is None:
+                _settle_chain(sequence, num_proposed, states[num_proposed - 1])
                 if not sequence.pending and not sequence.token_ids:  # the prompt has just been read
                     self._keep_prefix(sequence, sequence.request.prompt_ids)
+                before, states = sequence.tip, states[num_proposed:]
+            if sequence.token_ids or sequence.position:
+                sequence.stats.fed += len(states)
+            if sequence.draft and not sequence.gated:
+                sequence.ahead = [FedAhead(t, None, state) for t, state in zip(sequence.draft, states, strict=True)]
+            elif len(states):
+                assert sequence.request.head is not None and before is not None, "its prompt was fed before"
+                previous = torch.cat([before[None], states[:-1]]) if sequence.draft else before
+                asked.append(sequence)
+                shown.append(Shown(sequence.request.head, states, previous))
         rows, branches = [], []
-        for sequence, (_, state, _), scores in zip(asked, shown, self._heads.score(shown), strict=True):
-            sequence.stats.fed += len(scores)
-            taken = sequence.judge(scores, state)
-            if taken is not None:
+        for sequence, (_, states, _), scores in zip(asked, shown, self._heads.score(shown), strict=True):
+            num_proposed = len(states) - len(sequence.draft)
+            if sequence.position is not None:
+                taken = sequence.judge(scores[:num_proposed], states[:num_proposed])
+                if taken is None:
+                    if sequence.draft:
+                        self.backend.retract(sequence.row, len(states), held=True)
+                    continue
                 self.scheduler.observe(taken)
-                rows.append(sequence.row)
-                branches.append(taken)
-                _keep_state(sequence)
+                sequence.keep_state()
+                if not sequence.draft:
+                    rows.append(sequence.row)
+                    branches.append(taken)
+            behind = zip(sequence.draft, scores[num_proposed:], states[num_proposed:], strict=True)
+            sequence.ahead = [FedAhead(*fed) for fed in behind]
         if rows:
             self.backend.commit(rows, branches)
 
     def _look_ahead(self, settled: list[Sequence]) -> None:
-        """Rank the candidates of the next position of sequences whose last token is committed."""
+        """Rank the candidates of the next position of sequences whose last token is committed, and verify drafts."""
         settled = [sequence for sequence in settled if sequence.finish_reason is None]
         if not settled:
             return
-        logits = self.backend.logits(torch.stack([s.tip for s in settled])).float()  # type: ignore[misc]  # (B, V)
-        for row, sequence in zip(logits, settled, strict=True):
+        tips = [[sequence.tip, *(fed.state for fed in sequence.ahead)] for sequence in settled]
+        hidden = torch.stack([state for states in tips for state in states])  # type: ignore[misc]  # a tip is known now
+        logits = self.backend.logits(hidden).float()  # (B, V)
+        owners = [sequence for sequence, states in zip(settled, tips, strict=True) for _ in states]
+        for row, sequence in zip(logits, owners, strict=True):
             if sequence.request.constraint is not None:
                 sequence.request.constraint.mask(row)
-        sampling = [sequence.request.sampling for sequence in settled]
+        sampling = [sequence.request.sampling for sequence in owners]
         candidates = rank_candidates(
             logits,
             top_k=[s.top_k for s in sampling],
             top_p=[s.top_p for s in sampling],
-            temperature=[sequence.temperature or 1.0 for sequence in settled],
+            temperature=[sequence.temperature or 1.0 for sequence in owners],
             min_candidates=[s.min_candidates for s in sampling],
         )
         columns = (candidates.token_ids, candidates.log_probs, candidates.hazard_logits)
         ids, log_probs, hazard_logits = (column.tolist() for column in columns)
-        for sequence, n, *row in zip(settled, candidates.counts.tolist(), ids, log_probs, hazard_logits, strict=True):
-            sequence.open_position(row[0][:n], row[1][:n], row[2][:n])
+        counts = candidates.counts.tolist()
+        looks = iter(
+            [Look(*(c[:n] for c in row)) for n, *row in zip(counts, ids, log_probs, hazard_logits, strict=True)]
+        )
+        for sequence, states in zip(settled, tips, strict=True):
+            num_wasted, held = sequence.follow(list(islice(looks, len(states))))
+            if num_wasted:
+                self.backend.retract(sequence.row, num_wasted, held=held)
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
@@ -140,17 +168,11 @@ class Decoder:
         return [finished[id(request)] for request in requests]
 
 
-def _settle_chain(sequence: Sequence, count: int, states: Tensor) -> None:
-    """Tokens of a chain are committed by feeding them."""
+def _settle_chain(sequence: Sequence, count: int, state: Tensor) -> None:
+    """Tokens of a chain are committed by feeding them; `state` is that of the last of them."""
     del sequence.pending[:count]
-    sequence.tip = states[-1]
+    sequence.tip = state
     if sequence.token_ids:
         sequence.stats.fed += count
     if not sequence.pending:
-        _keep_state(sequence)
-
-
-def _keep_state(sequence: Sequence) -> None:
-    if sequence.request.keep_states:
-        assert sequence.tip is not None
-        sequence.states.append(sequence.tip.clone())
+        sequence.keep_state()

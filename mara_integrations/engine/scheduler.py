@@ -62,6 +62,12 @@ class Scheduler:
             return 1
         return max(1, spare, fed)
 
+    def num_drafted(self, sequence: Sequence) -> int:
+        """Tokens to feed behind a likely one: what a forward still carries at little cost."""
+        if sequence.gated and self._first_accepted < 0.6:
+            return 0  # what is fed behind a rejected candidate is lost
+        return self.knee // max(1, len(self.live)) - 1
+
     def observe(self, taken: int) -> None:
         """Learn from a decided position."""
         self._first_accepted += 0.05 * ((taken == 0) - self._first_accepted)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mara_integrations.engine.backend import Segment
+from mara_integrations.engine.drafts import NgramDraft
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
 from mara_integrations.engine.heads import Head
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -145,6 +146,27 @@ class Position:
     states: list[Tensor] = field(default_factory=list)  # of the candidates fed, each (d,)
 
 
+class Look(NamedTuple):
+    """Ranked candidates of one position, without padding; see `Candidates`."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    hazard_logits: list[float]
+
+
+class FedAhead(NamedTuple):
+    """A drafted token that was fed behind tokens not settled yet.
+
+    Attributes:
+        score: Of the head; None where no gate is asked.
+        state: Shape (d,).
+    """
+
+    token_id: int
+    score: float | None
+    state: Tensor
+
+
 @dataclass(slots=True)
 class JudgedPosition:
     """What a head was shown at one position.
@@ -168,7 +190,8 @@ class Sequence:
     """State of one live request.
 
     It alternates between tokens that are settled but not yet fed (`pending`: the prompt, later a token taken unasked)
-    and a `position` whose candidates are being fed as siblings.
+    and a `position` whose candidates are being fed as siblings. Drafted tokens may be fed behind either; one is kept if
+    it is what is taken in its place.
     """
 
     def __init__(self, request: Request, row: int, num_known: int = 0) -> None:
@@ -178,6 +201,9 @@ class Sequence:
         form = request.head.config.form if request.head and self.gated else None
         self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
         self.pending: list[int] = list(request.prompt_ids[num_known:])  # the row was opened with the others
+        self.draft: list[int] = []  # at the end of what was proposed last
+        self.ahead: list[FedAhead] = []
+        self._drafts = NgramDraft(request.prompt_ids)
         self.position: Position | None = None
         self.tip: Tensor | None = None  # hidden state of the last committed token, (d,)
         self.token_ids: list[int] = []
@@ -208,13 +234,68 @@ class Sequence:
             return False
         return self.finish_reason is None or (self.request.keep_states and bool(self.pending))
 
-    def propose(self, width: int, chunk: int) -> Segment:
-        """What to feed next: up to `chunk` pending tokens, or up to `width` more candidates."""
+    def propose(self, width: int, chunk: int, num_drafted: int = 0) -> Segment:
+        """What to feed next: up to `chunk` pending tokens, or up to `width` more candidates.
+
+        Where the text seems to repeat itself, one token that is taken or likely to be, and up to `num_drafted` behind
+        it, as one chain.
+        """
+        self.draft = self._drafted(num_drafted)
         if self.pending:
-            return Segment(self.row, self.pending[:chunk])
+            return Segment(self.row, [*self.pending[:chunk], *self.draft])
         assert self.position is not None
         fed = len(self.position.states)
+        if self.draft:
+            return Segment(self.row, [self.position.token_ids[0], *self.draft])
         return Segment(self.row, self.position.token_ids[fed : fed + width], siblings=True)
+
+    def _drafted(self, num_drafted: int) -> list[int]:
+        num_drafted = min(num_drafted, self.request.sampling.max_new_tokens - len(self.token_ids) - 1)
+        if num_drafted < 1 or self.is_prefilling or self.request.constraint is not None:
+            return []  # what a constraint allows is known only once the tokens before are settled
+        if self.position is None:
+            return self._drafts.propose((), num_drafted)
+        return [] if self.position.states else self._drafts.propose(self.position.token_ids[:1], num_drafted)
+
+    def follow(self, looks: Seq[Look]) -> tuple[int, bool]:
+        """Open the next position, and settle it and those after it as far as their tokens were fed ahead.
+
+        Args:
+            looks: At the position after the last settled token, and after each of `ahead`.
+
+        Returns:
+            How many tokens at the end were fed in vain, and whether the first of them is the first candidate of the
+            position that is open now.
+        """
+        ahead, self.ahead = self.ahead, []
+        num_kept, held = 0, False
+        for look in looks:
+            self.open_position(*look)
+            if num_kept == len(ahead):
+                break
+            fed = ahead[num_kept]
+            if fed.token_id != (self.token_ids[-1] if self.position is None else self.position.token_ids[0]):
+                break
+            if self.position is None:  # taken unasked, and fed already
+                self.pending, self.tip = [], fed.state
+            else:
+                assert fed.score is not None, "a gated sequence shows all it feeds to its head"
+                held = self.judge([fed.score], fed.state[None]) is None
+                if held:
+                    break
+            num_kept += 1
+            self.keep_state()
+            if self.finish_reason is not None:
+                break
+        if ahead:
+            self._drafts.observe(num_kept, len(ahead))
+        return len(ahead) - num_kept, held
+
+    def keep_state(self) -> None:
+        """Keep the tip for training, if the request asks for it."""
+        if self.request.keep_states:
+            assert self.tip is not None
+            self.states.append(self.tip.clone())
 
     def open_position(self, token_ids: list[int], log_probs: list[float], hazard_logits: list[float]) -> None:
         """Look at ranked candidates; where there is nothing to ask, take one at once."""
@@ -269,6 +350,7 @@ class Sequence:
     def _take(self, position: Position, taken: int, outcome: Outcome) -> None:
         token_id = position.token_ids[taken]
         self.token_ids.append(token_id)
+        self._drafts.extend((token_id,))
         self.log_probs.append(position.log_probs[taken])
         if self.request.constraint is not None:
             self.request.constraint.accept(token_id)

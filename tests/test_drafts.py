@@ -1,0 +1,106 @@
+"""Drafts save forwards where text repeats itself, and change no token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decoder import mixed_requests, prompt, references
+
+from mara_integrations.engine.backend import FusedBackend, PackedBackend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.drafts import NgramDraft
+from mara_integrations.engine.reference import generate_reference
+from mara_integrations.engine.scheduler import Scheduler
+from mara_integrations.engine.sequence import Request
+from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
+
+
+class Parrot(Scheduler):
+    """Drafts as much as it may, whatever it has seen."""
+
+    def num_drafted(self, sequence):
+        return 5
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 2), st.integers(0, 6))
+def test_a_guess_is_what_followed_the_latest_earlier_place_that_reads_the_same(tokens, first, length):
+    guess = NgramDraft(tokens).propose([first], length)
+    text = [*tokens, first]
+    want = []
+    for size in (2, 3):  # the longer match wins
+        ends = [i for i in range(size, len(tokens)) if tokens[i - size : i] == text[len(text) - size :]]
+        want = tokens[ends[-1] :][: min(length, 4)] if ends and len(text) >= size else want
+    assert guess == want
+
+
+def test_the_length_grows_while_guesses_hold_and_rests_after_failures():
+    drafts = NgramDraft([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    assert drafts.propose([], 20) == [3, 4, 5, 6]
+    drafts.observe(4, 4)
+    assert drafts.propose([], 20) == [3, 4, 5, 6, 7] and drafts.propose([], 2) == [3, 4]
+    drafts.observe(1, 5)
+    assert drafts.propose([], 20) == [3, 4]
+    drafts.observe(0, 2)
+    assert [drafts.propose([], 20) for _ in range(9)] == [[]] * 8 + [[3]]
+
+
+@pytest.mark.parametrize("kind", [FusedBackend, PackedBackend])
+def test_every_rule_head_and_setting_gives_the_reference_tokens(kind):
+    model = tiny_model(vocab_size=12)  # small, so that texts repeat themselves
+    requests = [
+        Request([t % 12 for t in r.prompt_ids] * 2, r.sampling.updated(max_new_tokens=24), r.gate, r.head)
+        for r in mixed_requests(model, count=6)
+    ]
+    scheduler = Parrot(max_live=4, prefill_chunk=6)
+    done = Decoder(kind(model), scheduler).run(requests)
+    assert [s.token_ids for s in done] == references(model, requests)
+    assert sum(s.stats.rejected for s in done) > 8
+
+
+@pytest.mark.parametrize("selection", ["first", "greedy", "sample"])
+@pytest.mark.parametrize("form", [None, "residual", "value"])
+def test_sampled_copies_are_exact_too(form, selection):
+    model = tiny_model(vocab_size=8)
+    head = random_head(32, form, seed=3) if form else None
+    for seed in range(4):
+        sampling = SamplingParams(max_new_tokens=24, temperature=0.7, seed=seed)
+        request = Request(prompt(16, seed, 8), sampling, GateParams(selection=selection), head)
+        reply = Decoder(FusedBackend(model), Parrot()).run([request])[0].token_ids
+        assert reply == generate_reference(model, request.prompt_ids, head, sampling, request.gate)
+
+
+CIRCLE = 10
+
+
+def _next_in_circle(tokens):
+    return [9.0 if t == (tokens[-1] + 1) % CIRCLE else 0.0 for t in range(CIRCLE)]
+
+
+@pytest.mark.parametrize("head", [None, random_head(CIRCLE + 1, accept_rate=1.0)])
+def test_repeated_text_takes_few_forwards(head):
+    backend = ScriptedBackend(_next_in_circle, CIRCLE)
+    sampling = SamplingParams(max_new_tokens=40, min_candidates=2 if head else 1)
+    done = Decoder(backend).run([Request([*range(CIRCLE)] * 2, sampling, head=head)])[0]
+    assert done.token_ids == [i % CIRCLE for i in range(40)] and backend.open_rows == 0
+    assert len(backend.fed) <= 12
+
+
+def test_a_reply_ends_inside_a_draft():
+    backend = ScriptedBackend(_next_in_circle, CIRCLE)
+    ids, sampling = [*range(CIRCLE)] * 2, SamplingParams(max_new_tokens=40)
+    done = Decoder(backend).run([Request(ids, sampling, eos_token_ids=frozenset([7]))])[0]
+    assert done.token_ids == [*range(8)] and done.finish_reason == "stop"
+
+
+def test_kept_states_are_those_of_a_plain_forward_with_drafts():
+    model = tiny_model(vocab_size=8)
+    for head in (None, random_head(32, accept_rate=0.7), random_head(32, "value")):
+        request = Request(prompt(16, 0, 8), SamplingParams(max_new_tokens=16), head=head, keep_states=True)
+        done = Decoder(FusedBackend(model), Parrot()).run([request])[0]
+        with torch.inference_mode():
+            whole = torch.tensor([[*request.prompt_ids, *done.token_ids]])
+            want = model(whole, output_hidden_states=True).hidden_states[-1][0, 15:]
+        torch.testing.assert_close(torch.stack(done.states), want, rtol=1e-3, atol=1e-3)

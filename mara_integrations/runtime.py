@@ -44,7 +44,7 @@ def worker_for(model: LoadedModel) -> Worker:
     """The one worker of a loaded model."""
     with _workers_lock:
         if model not in _workers:
-            _workers[model] = Worker(Decoder(make_backend(model.model, model.name)))
+            _workers[model] = Worker(Decoder.measured(make_backend(model.model, model.name)))
         return _workers[model]
 
 

@@ -10,6 +10,7 @@ import torch
 from mara_integrations.engine.backend import PackedBackend, SerialBackend, make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import HeadConfig, MARAHead
+from mara_integrations.engine.published import generate_published
 from mara_integrations.engine.reference import generate_reference
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Request
@@ -161,6 +162,12 @@ def test_the_model_stays_usable_by_others_after_we_serve_it():
         before = model(ids, attention_mask=mask).logits
         make_backend(model)
         torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 3:], before[:, 3:])
+
+
+def test_the_published_procedure_gives_the_reference_tokens():
+    model, head = tiny_model(), random_head(32, accept_rate=0.3)
+    want = generate_reference(model, prompt(8), head, SamplingParams(max_new_tokens=8))
+    assert generate_published(model, head, prompt(8), 8) == want
 
 
 def test_a_failed_forward_leaves_the_decoder_clean():

@@ -74,7 +74,7 @@ def test_prefix_credit_adds_up_to_the_reply(worth):
 def rollouts():
     model = load_model(ModelSpec((tiny_model(), tiny_tokenizer())))
     head = random_head(32, "paper", accept_rate=0.3)
-    wide = Decoder(make_backend(model.model), Scheduler(knee=10_000))  # feeds all candidates
+    wide = Decoder(make_backend(model.model), Scheduler(feeds_all=True))  # feeds all candidates
     sampling = SamplingParams(max_new_tokens=8, top_k=6)
     prompts = [(Message("user", text),) for text in "abcd"]
     gate = GateParams(selection="sample")

@@ -193,7 +193,7 @@ def test_the_strength_spends_the_budget_and_no_more(seed, budget):
 
 
 def test_calibration_sees_every_candidate(model):
-    decoder = Decoder(make_backend(model.model), Scheduler(knee=10_000))
+    decoder = Decoder(make_backend(model.model), Scheduler(feeds_all=True))
     untrained = MARAHead(HeadConfig(form="residual", hidden_size=32)).eval()
     sampling = SamplingParams(max_new_tokens=5, temperature=1.0)
     replies = sample_replies(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import rank_candidates
+from mara_integrations.engine.cost import CostCurve, measure
 from mara_integrations.engine.heads import HeadStacks, Shown
 from mara_integrations.engine.prefix import PrefixCache
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
@@ -22,10 +23,17 @@ class Decoder:
 
     def __init__(self, backend: Backend, scheduler: Scheduler | None = None) -> None:
         self.backend = backend
-        knee = CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
-        self.scheduler = scheduler or Scheduler(knee=knee)
+        self.scheduler = scheduler or Scheduler(knee=_knee(backend))
         self.prefixes = PrefixCache()
         self._heads = HeadStacks()
+
+    @classmethod
+    def measured(cls, backend: Backend) -> Decoder:
+        """One whose widths follow what forwards cost here and now; takes about half a second to make.
+
+        Not for training: with other widths last digits differ, and an interrupted run would not go on bit for bit.
+        """
+        return cls(backend, Scheduler(cost=measure(backend, CostCurve.flat_to(_knee(backend)))))
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
@@ -39,27 +47,28 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward for every live sequence; returns those that are done.
+        """One forward for the live sequences that are due; returns those that are done.
 
         Each feeds the tokens it has settled, or the next candidates of its position as siblings. The head looks at the
         siblings' states; the one the gate takes is kept, and its forward has already computed what comes after it.
         """
         self.scheduler.admit(self._start, self.prefixes)
-        live = self.scheduler.live
-        if live:
-            segments = [self._propose(s) for s in live]  # propose
+        plan = self.scheduler.plan()
+        if plan:
+            fed = [sequence for sequence, _ in plan]
+            segments = [self._propose(sequence, chunk) for sequence, chunk in plan]  # propose
             hidden = self.backend.feed(segments)  # forward: (T, d)
-            self._judge(live, segments, hidden)  # judge, commit
-            self._look_ahead([s for s in live if s.position is None and not s.pending])
+            self._judge(fed, segments, hidden)  # judge, commit
+            self._look_ahead([s for s in fed if s.position is None and not s.pending])
         return self._retire()
 
     def _start(self, request: Request) -> Sequence:
         kept, length = self.prefixes.longest(request.prompt_ids)
         return Sequence(request, self.backend.open(kept, length), num_known=length)
 
-    def _propose(self, sequence: Sequence) -> Segment:
+    def _propose(self, sequence: Sequence, chunk: int) -> Segment:
         num_drafted = self.scheduler.num_drafted(sequence) if self.backend.can_retract else 0
-        return sequence.propose(self.scheduler.width(sequence), self.scheduler.prefill_chunk, num_drafted)
+        return sequence.propose(self.scheduler.width(sequence), chunk, num_drafted)
 
     def _judge(self, live: list[Sequence], segments: list[Segment], hidden: Tensor) -> None:
         """Settle what was pending, show the new candidates to their heads, and keep the branches taken."""
@@ -85,12 +94,14 @@ class Decoder:
         for sequence, (_, states, _), scores in zip(asked, shown, self._heads.score(shown), strict=True):
             num_proposed = len(states) - len(sequence.draft)
             if sequence.position is not None:
+                num_rejected, num_fallbacks = sequence.stats.rejected, sequence.stats.fallbacks
                 taken = sequence.judge(scores[:num_proposed], states[:num_proposed])
                 if taken is None:
                     if sequence.draft:
                         self.backend.retract(sequence.row, len(states), held=True)
                     continue
-                self.scheduler.observe(taken)
+                num_rejected = sequence.stats.rejected - num_rejected
+                self.scheduler.observe(num_rejected, accepted=sequence.stats.fallbacks == num_fallbacks)
                 sequence.keep_state()
                 if not sequence.draft:
                     rows.append(sequence.row)
@@ -166,6 +177,10 @@ class Decoder:
             self.abort()
             raise
         return [finished[id(request)] for request in requests]
+
+
+def _knee(backend: Backend) -> int:
+    return CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
 
 
 def _settle_chain(sequence: Sequence, count: int, state: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from mara_integrations.engine.cost import CostCurve, best_width
 from mara_integrations.engine.prefix import MIN_TOKENS, PrefixCache, shared
 from mara_integrations.engine.sequence import Request, Sequence
 
@@ -13,22 +14,38 @@ from mara_integrations.engine.sequence import Request, Sequence
 CPU_KNEE, ACCELERATOR_KNEE = 8, 200
 
 
+# Prompt tokens in a forward while others decode are a share of those in one that only reads: nobody waits long.
+_SHARE_BESIDE_DECODING = 4
+
+
 class Scheduler:
     """Admission of requests, and the widths of what they feed.
 
     Args:
         max_live: Sequences decoded at once.
-        prefill_chunk: Prompt tokens a sequence may feed in one forward.
-        knee: Tokens a forward carries at little cost.
+        prefill_chunk: Prompt tokens in one forward, of all sequences together; fewer while others decode.
+        knee: Tokens a forward carries at little cost, where `cost` does not say.
+        cost: Of a forward.
+        feeds_all: Feed all candidates of a position at once, for those who need the state of each.
     """
 
-    def __init__(self, *, max_live: int = 64, prefill_chunk: int = 512, knee: int = CPU_KNEE) -> None:
+    def __init__(
+        self,
+        *,
+        max_live: int = 64,
+        prefill_chunk: int = 512,
+        knee: int = CPU_KNEE,
+        cost: CostCurve | None = None,
+        feeds_all: bool = False,
+    ) -> None:
         self.max_live = max_live
         self.prefill_chunk = prefill_chunk
-        self.knee = knee
+        self.cost = cost or CostCurve.flat_to(knee)
+        self.knee = knee if cost is None else cost.knee
         self.waiting: deque[Request] = deque()
         self.live: list[Sequence] = []
-        self._first_accepted = 0.9  # running share of positions whose first candidate was taken
+        self.feeds_all = feeds_all
+        self._accepted = {True: 0.9, False: 0.5}  # running share of first, and of later candidates
 
     def admit(self, start: Callable[[Request], Sequence], prefixes: PrefixCache) -> None:
         """Make waiting requests live while there is room, first come first served.
@@ -51,23 +68,41 @@ class Scheduler:
         self.live = [sequence for sequence in self.live if sequence.is_waiting]
         return done
 
-    def width(self, sequence: Sequence) -> int:
-        """Candidates to feed at once: one while firsts are mostly taken, then as many as come free, doubling.
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """Who is in the next forward, with how many prompt tokens each may feed; the others wait for the next one.
 
-        Many rows already fill a forward, so each feeds few; a lone row spends the spare width on its candidates.
+        All that decode, and of those that read their prompts as many as fit, the earlier first.
         """
-        fed = len(sequence.position.states) if sequence.position else 0
-        spare = self.knee // max(1, len(self.live))
-        if fed == 0 and self._first_accepted >= 0.83 and self.knee <= CPU_KNEE:
+        room = self.prefill_chunk
+        if not all(sequence.is_prefilling for sequence in self.live):
+            room = max(1, room // _SHARE_BESIDE_DECODING)
+        plan = []
+        for sequence in self.live:
+            chunk = min(room, len(sequence.pending))
+            if not sequence.is_prefilling:
+                plan.append((sequence, len(sequence.pending)))
+            elif chunk:
+                plan.append((sequence, chunk))
+                room -= chunk
+        return plan
+
+    def width(self, sequence: Sequence) -> int:
+        """Candidates to feed at once, see `best_width`."""
+        if sequence.position is None:
             return 1
-        return max(1, spare, fed)
+        num_fed, num_all = len(sequence.position.states), len(sequence.position.token_ids)
+        if self.feeds_all:
+            return num_all
+        first, later = (round(min(self._accepted[is_first], 0.95), 2) for is_first in (num_fed == 0, False))
+        return best_width(self.cost, len(self.live), num_all - num_fed, first, later)
 
     def num_drafted(self, sequence: Sequence) -> int:
         """Tokens to feed behind a likely one: what a forward still carries at little cost."""
-        if sequence.gated and self._first_accepted < 0.6:
+        if self.feeds_all or (sequence.gated and self._accepted[True] < 0.6):
             return 0  # what is fed behind a rejected candidate is lost
         return self.knee // max(1, len(self.live)) - 1
 
-    def observe(self, taken: int) -> None:
-        """Learn from a decided position."""
-        self._first_accepted += 0.05 * ((taken == 0) - self._first_accepted)
+    def observe(self, num_rejected: int, *, accepted: bool) -> None:
+        """Learn from a decided position: how many candidates were rejected, and whether one after them was accepted."""
+        for place in range(num_rejected + accepted):
+            self._accepted[place == 0] += 0.05 * ((place == num_rejected) - self._accepted[place == 0])

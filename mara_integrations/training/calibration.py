@@ -29,7 +29,7 @@ def calibrate(run: Run, head: MARAHead) -> float:
     """
     pool = gather.prompts_of(run, run.plan.train)
     prompts = run.random().sample(pool, min(_REPLIES, len(pool)))
-    wide = Decoder(run.backend, Scheduler(max_live=8, knee=10_000))  # feeds all candidates at once
+    wide = Decoder(run.backend, Scheduler(max_live=8, feeds_all=True))
     untrained = MARAHead(head.config).to(run.model.device).eval()
     budget = run.config.kl_budget or run.plan.method.kl_budget
     sampling = run.sampling(

@@ -1,0 +1,78 @@
+"""Timing in turns, and tables of ratios: median and range over rounds, printed and written as json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks have in common."""
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--threads", type=int, help="of torch; one is timed in CPU seconds, which others do not disturb"
+    )
+    parser.add_argument("--json", type=Path)
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """How long a call takes, and its result."""
+    clock = time.process_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    start = clock()
+    result = run()
+    return clock() - start, result
+
+
+class Ratios:
+    """Ratios of a benchmark, by row and column."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, row: str, column: str, value: float) -> None:
+        """One more measurement."""
+        self._values[row][column].append(value)
+
+    def rows(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Median and range of each."""
+        return {
+            row: {
+                column: {"median": statistics.median(values), "range": [min(values), max(values)]}
+                for column, values in columns.items()
+            }
+            for row, columns in self._values.items()
+        }
+
+    def show(self, row: str) -> None:
+        """Print a row."""
+        for column, cell in self.rows()[row].items():
+            low, high = cell["range"]
+            print(f"{row:<28} {column:<34} {cell['median']:6.2f}  ({low:.2f} to {high:.2f})", flush=True)
+
+    def write(self, path: Path | None, model: str) -> None:
+        """Write all rows, if a path is given."""
+        about = {
+            "model": model,
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "peak_bytes": peak_bytes(),
+        }
+        if path is not None:
+            path.write_text(json.dumps({"about": about, "rows": self.rows()}, indent=1) + "\n")
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -29,7 +29,7 @@ class Decoder:
 
     @classmethod
     def measured(cls, backend: Backend) -> Decoder:
-        """One whose widths follow what forwards cost here and now; takes about half a second to make.
+        """One whose widths follow what forwards cost here and now; takes about a second to make.
 
         Not for training: with other widths last digits differ, and an interrupted run would not go on bit for bit.
         """

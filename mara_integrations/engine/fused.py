@@ -21,7 +21,7 @@ from mara_integrations.engine.attention import AttentionSettings, PackedContext
 
 # Room left after the copy, as a share of the memory that is free: caches and activations come on top.
 _MAX_SHARE_OF_FREE_MEMORY = 0.5
-# Rows that oneDNN packs for; measured best or equal from 1 to 128.
+# Rows that oneDNN packs for; with it, linear layers measured faster than plain ones from 1 to 128 rows.
 _PACKED_FOR = 16
 
 _DECODER_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}

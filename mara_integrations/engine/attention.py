@@ -126,6 +126,35 @@ class PackedContext:
             torch.tensor(positions, device=device),
         )
 
+    @classmethod
+    def rectangle(
+        cls, cache: KVCache, shape: tuple[int, int, int], slots: Tensor, starts: Tensor, siblings: Tensor
+    ) -> PackedContext:
+        """Rows 0 to n - 1 of the cache with w tokens each: all that may change from step to step is in tensors.
+
+        Args:
+            cache: Has room for them.
+            shape: (n, w, number of slots that are looked at).
+            slots: Slot of each token, (n * w,).
+            starts: Committed tokens of each row, (n,).
+            siblings: Whether its tokens are siblings, (n,).
+        """
+        n, w, num_slots = shape
+        group = _Group(
+            rows=slice(0, n),
+            tokens=None,
+            n=n,
+            w=w,
+            start=starts[:, None, None],
+            own=slots.view(n, w, 1),
+            siblings=siblings[:, None, None],
+            num_slots=num_slots,
+            sees_all=False,
+            is_causal=False,
+        )
+        rows = torch.arange(n, device=slots.device).repeat_interleave(w)
+        return cls(cache, rows, slots, [group])
+
     @staticmethod
     def _group(w: int, members: list[tuple[int, int, int, int, bool]], total: int, device: torch.device) -> _Group:
         rows, offsets, starts, firsts, siblings = map(list, zip(*members, strict=True))

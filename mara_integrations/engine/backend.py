@@ -22,6 +22,7 @@ from typing_extensions import override
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
 from mara_integrations.engine.fused import FusedDecoder, PackedLinear
+from mara_integrations.engine.graphs import ForwardGraphs, Run, cuda_graph
 from mara_integrations.engine.prefix import Prefix
 from mara_integrations.engine.windows import has_windows, narrowed
 from mara_integrations.errors import ModelError
@@ -163,6 +164,30 @@ class FusedBackend(PackedBackend):
         return self._fused(token_ids, positions, context)
 
 
+class GraphedBackend(PackedBackend):
+    """The packed backend with its forwards captured as CUDA graphs; see `graphs`.
+
+    Args:
+        model: On a CUDA device.
+        capture: Turns a forward into one that is replayed.
+    """
+
+    def __init__(self, model: PreTrainedModel, capture: Callable[[Run], Run] = cuda_graph) -> None:
+        super().__init__(model)
+        self._cache = KVCache(keep_memory=True)
+        self._graphs = ForwardGraphs(self._forward, self._cache, self.device, capture)
+
+    @override
+    def feed(self, segments: Sequence[Segment]) -> Tensor:
+        hidden = self._graphs.feed(segments)
+        if hidden is None:
+            return super().feed(segments)
+        for segment in segments:
+            count = self._cache.branch if segment.siblings else self._cache.extend
+            count(segment.row, len(segment.token_ids))
+        return hidden
+
+
 @dataclass(slots=True)
 class _SerialRow:
     cache: Any
@@ -269,7 +294,8 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     elif has_windows(model) and (difference := _window_difference(model)):
         reason = f"its windows are not those of packed attention: {difference}"
     else:
-        for kind in (FusedBackend, PackedBackend):
+        fast = GraphedBackend if model.device.type == "cuda" else FusedBackend
+        for kind in (fast, PackedBackend):
             packed, reason = _probed(kind, model)
             if packed is not None:
                 return packed

@@ -26,9 +26,18 @@ class KeptRow:
 
 
 class KVCache:
-    """A slot for each token of each row: committed tokens at slots 0..length-1, held branches after them."""
+    """A slot for each token of each row: committed tokens at slots 0..length-1, held branches after them.
 
-    def __init__(self) -> None:
+    Args:
+        keep_memory: Hold it while no row is open, for those who remember where it is.
+
+    Attributes:
+        version: Changes whenever the memory moves.
+    """
+
+    def __init__(self, keep_memory: bool = False) -> None:
+        self._keep_memory = keep_memory
+        self.version = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values: (rows, Hkv, slots, D)
         self._handles: list[int] = []  # handle of the sequence in each row
         self._rows: dict[int, int] = {}  # handle -> row
@@ -75,9 +84,10 @@ class KVCache:
                 keys[row, :, :length] = keys[last, :, :length]
                 values[row, :, :length] = values[last, :, :length]
             self._handles[row], self._rows[moved] = moved, row
-        if not self._handles:  # idle: give the memory back
+        if not self._handles and not self._keep_memory:  # idle: give it back
             self._layers.clear()
             self._num_rows = self._num_slots = 0
+            self.version += 1
 
     @property
     def num_open(self) -> int:
@@ -126,11 +136,13 @@ class KVCache:
             self._lengths[handle] += 1
             self._branches[handle] = 0
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for every open row and this many slots; grows by doubling."""
-        if self.num_open <= self._num_rows and num_slots <= self._num_slots:
+    def reserve(self, num_slots: int, num_rows: int = 0) -> None:
+        """Make room for every open row, or more rows, and this many slots; grows by doubling."""
+        num_rows = max(num_rows, self.num_open)
+        if num_rows <= self._num_rows and num_slots <= self._num_slots:
             return
-        self._num_rows = max(self.num_open, min(2 * self._num_rows, self._num_rows + 64))
+        self.version += 1
+        self._num_rows = max(num_rows, min(2 * self._num_rows, self._num_rows + 64))
         if num_slots > self._num_slots:
             self._num_slots = max(num_slots + 64, min(2 * self._num_slots, self._num_slots + 1024))
         for layer, (keys, values) in self._layers.items():

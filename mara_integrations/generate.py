@@ -7,6 +7,7 @@ waits for another, so what looks at the whole batch at each token has no place h
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mara_integrations.engine.backend import Backend, make_backend
+from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.heads import candidate_settings
@@ -143,7 +144,7 @@ def gated_generate(
                 constraint=_Processed(input_ids[row], processors) if processors else None,
             )
         )
-    replies = [sequence.token_ids for sequence in Decoder(_backend_of(model)).run(requests)]
+    replies = _Driver.of(model).run(requests)
     if streamer is not None:
         if replies[0][-1] in eos_token_ids:  # no follower hears of it
             streamer.put(torch.tensor(replies[0][-1:]))
@@ -276,17 +277,31 @@ def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int
     return prompts
 
 
-def _backend_of(model: PreTrainedModel) -> Backend:
-    """The model's backend, made anew when its weights or its attention were changed; it lives as long as the model."""
-    version = _version(model)
-    known: tuple[Any, Backend] | None = vars(model).get("_mara_backend")
-    if known is None or known[0] != version:
-        backend = make_backend(model, model.name_or_path or "the model")
-        known = vars(model)["_mara_backend"] = (_version(model), backend)
-    return known[1]
+class _Driver:
+    """A model's backend, kept with the model as long as it lives; a copy of the model makes its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._backend = make_backend(model, model.name_or_path or "the model")
+        self._lock = threading.Lock()
+        self.version = _version(model)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Driver:
+        """The one of a model, made anew when its weights or its attention were changed."""
+        driver: _Driver | None = vars(model).get("_mara_driver")
+        if driver is None or driver.version != _version(model):
+            driver = vars(model)["_mara_driver"] = cls(model)
+        return driver
+
+    def run(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Decode to the ends, one call at a time."""
+        with self._lock:
+            return [sequence.token_ids for sequence in Decoder(self._backend).run(requests)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # what copies get
 
 
 def _version(model: PreTrainedModel) -> tuple[Any, ...]:
-    weights: Sequence[Tensor] = list(model.parameters())
-    stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights)
+    stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     return model.config._attn_implementation, stamps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -197,6 +199,22 @@ def test_a_filled_cache_is_refused(model, batch):
     one = {"input_ids": batch["input_ids"][:1], "past_key_values": filled(model)}
     with pytest.raises(ConfigError, match="past_key_values can't be continued"):
         gated(model, one)
+
+
+def test_a_model_that_was_gated_is_copied_as_before(batch):
+    model = tiny_model()
+    want = gated(model, batch).tolist()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    assert gated(twin, batch).tolist() == want
+
+
+def test_calls_from_several_threads_take_turns(model, batch):
+    want = gated(model, batch, head=random_head(32)).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda _: gated(model, batch, head=random_head(32)).tolist(), range(8)))
+    assert replies == [want] * 8
 
 
 def test_changed_weights_are_noticed(batch):

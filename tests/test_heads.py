@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mara_integrations import ChatMARA, MARAEngine
+from mara_integrations import MARALLM, ChatMARA, MARAEngine
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head_cache import HeadCache
@@ -191,6 +191,8 @@ def test_a_chat_model_composes_per_call_and_caches_by_weights(tmp_path):
     keys = [llm._get_llm_string(head=head) for head in (names, names[0], {names[0]: 1.0, names[1]: 0.5}, None)]
     assert len(set(keys)) == 4 and llm._get_llm_string() == keys[0]
     assert llm._identifying_params["head"] == f"{names[0]} + {names[1]}"
+    both = MARALLM(llm.model, max_tokens=20)
+    assert both.complete("hi", head=names).text == both.invoke("hi", head=names).text == llm.invoke("hi").text
 
 
 def test_a_recalibrated_head_shares_no_cached_answers(tmp_path):

@@ -3,7 +3,7 @@
 The heads are copies of one, so that the work and the tokens are the same and what differs is the heads alone. Ratios of
 tokens/s to those of the run with one head just before; the median over rounds, and their range.
 
-    python benchmarks/heads.py [--model smollm2] [--tokens 12] [--rounds 4] [--json out.json]
+    python benchmarks/heads.py [--model smollm2] [--tokens 12] [--rounds 5] [--json out.json]
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from decode import PROMPTS, typical_states
 
-from mara_integrations.engine.backend import Backend, make_backend
+from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.heads import HeadStacks, Shown
-from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Request
 from mara_integrations.messages import Message
 from mara_integrations.models import ModelSpec, load_model
@@ -35,10 +34,9 @@ BATCH, NUM_HEADS = 16, (1, 16, 256)
 
 
 def run(
-    backend: Backend, prompts: list[list[int]], heads: list[MARAHead], first: int, num_tokens: int
+    decoder: Decoder, prompts: list[list[int]], heads: list[MARAHead], first: int, num_tokens: int
 ) -> tuple[float, list[list[int]]]:
     """Tokens/s and replies, request i under head `first + i`, as if more requests had come before."""
-    decoder = Decoder(backend, Scheduler(max_live=BATCH, knee=Decoder(backend).scheduler.knee))
     sampling = SamplingParams(max_new_tokens=num_tokens)
     requests = [Request(ids, sampling, head=heads[(first + i) % len(heads)]) for i, ids in enumerate(prompts)]
     start = time.perf_counter()
@@ -64,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rate", type=float, default=0.95, help="accept rate of the heads")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
@@ -81,28 +79,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     heads = [copy.deepcopy(head) for _ in range(max(NUM_HEADS))]
     prompts = [prompts[i % len(prompts)] for i in range(args.requests)]
 
-    run(backend, prompts[:BATCH], heads, 0, 2)  # warm
-    ratios: dict[int, list[float]] = {count: [] for count in NUM_HEADS}
-    for number in range(args.rounds):
-        for count in NUM_HEADS:
-            base, want = run(backend, prompts, [head], 0, args.tokens)
-            speed, got = run(backend, prompts, heads[:count], number * args.requests, args.tokens)
-            assert got == want, "equal heads give equal tokens, stacked or not"
-            ratios[count].append(speed / base)
-    table = {
-        f"{count} heads": {
-            "ratio": statistics.median(values),
-            "range": [min(values), max(values)],
-            "evaluation_ms": evaluation_ms(heads[:count]),
-            "mb": count * head.num_bytes / 1e6,
-        }
-        for count, values in ratios.items()
-    }
+    decoder = Decoder(backend)
+    decoder.scheduler.max_live = BATCH
+    run(decoder, prompts, heads, 0, 1)  # the prompts are read, and kept
     print(f"{args.requests} requests, {BATCH} at once, accept rate {args.rate:g}; tokens/s against one head for all")
-    for name, row in table.items():
-        low, high = row["range"]
-        cost = f"{row['evaluation_ms']:5.1f} ms a full batch  {row['mb']:4.0f} MB"
-        print(f"{name:>10}  {row['ratio']:.2f} ({low:.2f}-{high:.2f})  {cost}")
+    table: dict[str, dict[str, Any]] = {}
+    for count in NUM_HEADS:
+        ratios = []
+        for number in range(args.rounds):
+            base, want = run(decoder, prompts, [head], 0, args.tokens)
+            speed, got = run(decoder, prompts, heads[:count], number * args.requests, args.tokens)
+            assert got == want, "equal heads give equal tokens, stacked or not"
+            ratios.append(speed / base)
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        cost_ms, mb = evaluation_ms(heads[:count]), count * head.num_bytes / 1e6
+        table[f"{count} heads"] = {"ratio": median, "range": [low, high], "evaluation_ms": cost_ms, "mb": mb}
+        print(
+            f"{count:>4} heads  {median:.2f} ({low:.2f}-{high:.2f})  {cost_ms:5.1f} ms a full batch  {mb:4.0f} MB",
+            flush=True,
+        )
     if args.json:
         about = {
             "model": model.name,

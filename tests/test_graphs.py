@@ -106,6 +106,19 @@ def test_rows_that_feed_nothing_and_rows_that_are_closed_are_left_alone():
     torch.testing.assert_close(got, torch.cat([want[0][4:], want[1][-1:]]), rtol=1e-3, atol=1e-3)
 
 
+def test_padding_spares_a_long_row_that_feeds_nothing():
+    model = tiny_model()
+    backend, _ = graphed(model)
+    long, short = backend.open(), backend.open()
+    ids = prompt(300)
+    backend.feed([Segment(long, ids[:299])])
+    backend.feed([Segment(short, [1, 2, 3])])
+    got = backend.feed([Segment(long, ids[299:])])
+    with torch.inference_mode():
+        want = model.model(torch.tensor([ids])).last_hidden_state[0, -1:]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_graphs_give_the_reference_tokens():

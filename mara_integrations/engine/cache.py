@@ -94,6 +94,11 @@ class KVCache:
         """Rows in use."""
         return len(self._handles)
 
+    @property
+    def num_used(self) -> int:
+        """Slots up to the furthest that any row uses."""
+        return max((self._lengths[handle] + self._branches[handle] for handle in self._handles), default=0)
+
     def row(self, handle: int) -> int:
         """Where a sequence is now."""
         return self._rows[handle]

@@ -78,7 +78,8 @@ class ForwardGraphs:
         if n is None or w is None or n * w > _MAX_TOKENS:
             return None
         ends = [cache.length(s.row) + cache.branches(s.row) + len(s.token_ids) for s in segments]
-        num_slots = max(_MIN_SLOTS, 1 << max(ends).bit_length())  # at least one more than is used, for what pads
+        used = max(cache.num_used, *ends)  # of rows that feed nothing too: padding is written to each
+        num_slots = max(_MIN_SLOTS, 1 << used.bit_length())  # at least one more than is used
         cache.reserve(num_slots, n)
         inputs, places = self._lay_out(segments, n, w, num_slots - 1)
         hidden = self._run(n, w, num_slots, inputs)

@@ -149,7 +149,8 @@ def gated_generate(
         if replies[0][-1] in eos_token_ids:  # no follower hears of it
             streamer.put(torch.tensor(replies[0][-1:]))
         streamer.end()
-    padding = generation_config.pad_token_id or 0
+    padding = getattr(generation_config, "_pad_token_tensor", None)  # the first end-of-sequence token where none is set
+    padding = 0 if padding is None else int(padding)
     longest = max(map(len, replies))
     padded = [[*reply, *[padding] * (longest - len(reply))] for reply in replies]
     sequences = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=-1)

@@ -76,6 +76,14 @@ def test_rows_end_at_their_eos_and_are_padded(model, batch):
     assert len({len([token for token in row if token]) for row in got[:, 9:].tolist()}) > 1
 
 
+def test_without_a_padding_token_rows_are_padded_with_eos(model, batch):
+    eos = gated(model, batch)[:, 9:].tolist()[1][3]
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": eos}
+    got = model.generate(**batch, **settings, custom_generate=gated_generate)
+    assert got.tolist() == model.generate(**batch, **settings).tolist()
+    assert got[1, -1] == eos
+
+
 def test_sampling_takes_the_config_and_the_seed(model, batch):
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 5, "top_p": 0.9}
     runs = []

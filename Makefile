@@ -1,15 +1,16 @@
 # Everything from a bare clone; needs Python 3.10 or newer. Set-up runs first, and does nothing when nothing has changed.
 PYTHON_BIN := .venv/bin
 
-.PHONY: help setup demo lint format test clean
+.PHONY: help setup demo lint format test test-lowest clean
 
 help:
-	@echo "make demo    train a head on the shipped preferences and see what it does (a few minutes)"
-	@echo "make test    lint, types, layers and tests"
-	@echo "make lint    lint, types and layers alone"
-	@echo "make format  put the code in order"
-	@echo "make setup   the virtual environment alone"
-	@echo "make clean   remove the virtual environment and all caches of this folder"
+	@echo "make demo         train a head on the shipped preferences and see what it does (a few minutes)"
+	@echo "make test         lint, types, layers and tests"
+	@echo "make test-lowest  the tests with the lowest versions of what we depend on, in .venv-lowest"
+	@echo "make lint         lint, types and layers alone"
+	@echo "make format       put the code in order"
+	@echo "make setup        the virtual environment alone"
+	@echo "make clean        remove the virtual environment and all caches of this folder"
 
 setup:
 	@sh .ci/setup.sh
@@ -30,5 +31,8 @@ format: setup
 test: lint
 	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope
 
+test-lowest:
+	@sh .ci/lowest.sh
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 TORCH=2.13.0
 SMOLLM2=0.1.2
-VENV=.venv
+VENV=${VENV:-.venv}
 LOG=$VENV/setup.log
 STAMP=$VENV/.stamp
 

@@ -30,7 +30,7 @@ from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.heads import candidate_settings
-from mara_integrations.engine.sequence import Request
+from mara_integrations.engine.sequence import Constraint, Request
 from mara_integrations.errors import ConfigError
 from mara_integrations.runtime import HeadSource, place_heads
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
@@ -189,7 +189,7 @@ class _Reply:
         """See `TextFollower`."""
 
 
-class _Processed:
+class _Processed(Constraint):
     """Logits processors as a constraint on one row; they see the row as `generate` shows it, its padding included."""
 
     def __init__(self, prompt: Tensor, processors: LogitsProcessorList) -> None:

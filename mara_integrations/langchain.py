@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
@@ -36,7 +37,7 @@ from pydantic import BaseModel
 from typing_extensions import Self
 
 from mara_integrations.engine.sequence import Generation
-from mara_integrations.engine.worker import Update
+from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, ToolCall
 from mara_integrations.reasoning import ThoughtSplitter
@@ -52,6 +53,8 @@ from mara_integrations.tool_calls import CallParser, Piece, ReplyForm
 
 # Arguments of a call that LangChain gives to itself.
 _LANGCHAINS_OWN = ("stream", "ls_structured_output_format", "structured_output_format")
+# Where `_astream` notes what `astream` has to stop.
+_opened: ContextVar[list[AsyncStream[Update]] | None] = ContextVar("_opened", default=None)
 # What one batch decodes at once; more wait, as they would inside the engine.
 _BATCH_THREADS = 64
 
@@ -144,12 +147,39 @@ class ChatMARA(EngineSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         reply = self._reply(stop, kwargs)
-        async with aclosing(self.engine.astream(as_conversation(messages), **reply.settings)) as updates:
+        stream = self.engine.astream(as_conversation(messages), **reply.settings)
+        if (opened := _opened.get()) is not None:
+            opened.append(stream)
+        async with aclosing(stream) as updates:
             async for update in updates:
                 for chunk in reply.chunks(update):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
+
+    def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncStream[AIMessageChunk]:
+        """Answer one input, as it is written; left early, it stops at its next token. See `Runnable.astream`."""
+        opened: list[AsyncStream[Update]] = []
+        chunks = super().astream(input, config, **kwargs)
+
+        async def noted() -> AsyncGenerator[AIMessageChunk, None]:
+            token = _opened.set(opened)  # LangChain's generators stand between this stream and the engine's
+            try:
+                first = await anext(chunks, None)
+            finally:
+                _opened.reset(token)
+            if first is not None:
+                yield first
+                async for chunk in chunks:
+                    yield chunk
+
+        def cancel() -> None:
+            for stream in opened:
+                stream.cancel()
+
+        return AsyncStream(noted(), cancel)
 
     def batch(
         self,
@@ -225,6 +255,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
             strict: Always so.
             **kwargs: Settings to bind beside it.
         """
+        schema = _named(schema) if isinstance(schema, dict) else schema
         if method == "function_calling":
             if schema is None:
                 raise ConfigError("with_structured_output needs a schema", hint="or method='json_mode'")
@@ -289,7 +320,7 @@ class _Reply:
 
     @cached_property
     def _splitter(self) -> ThoughtSplitter:
-        return thought_splitter(self.settings, self._engine.model)
+        return thought_splitter(self._engine.model)
 
     def result(self, generation: Generation) -> ChatResult:
         """The whole reply."""
@@ -356,6 +387,14 @@ class _Reply:
         if self._top_logprobs is not None:
             report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
         return report
+
+
+def _named(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema as LangChain asks for it: with a name, and not a reference as a whole."""
+    definitions, name = schema.get("$defs", {}), schema.get("$ref", "").removeprefix("#/$defs/")
+    if name in definitions:
+        schema = {**definitions[name], "$defs": definitions}
+    return schema if {"title", "name", "function"} & schema.keys() else {"title": "answer", **schema}
 
 
 def _top_logprobs(call: dict[str, Any]) -> int | None:

@@ -270,7 +270,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
         def answer(update: Update, is_stream: bool = True) -> ChatResponse:
             nonlocal splitter, parser, thoughts, text
-            splitter = splitter or thought_splitter(settings, self.engine.model)
+            splitter = splitter or thought_splitter(self.engine.model)
             parser = parser or call_parser(settings, self.engine.model)
             is_last = update.generation is not None
             thought, delta = splitter.push(update.text, final=is_last)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OPEN, CLOSE = "<think>", "</think>"
+# Where a reply stands when it begins: after an OPEN of the prompt, or where it may write one itself
+Thoughts = Literal["none", "possible", "begun"]
 
 
 @dataclass(slots=True)

@@ -29,8 +29,9 @@ from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicke
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
+from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
 from mara_integrations.sampling import GateParams, SamplingParams
-from mara_integrations.tool_calls import ReplyForm, syntax_of
+from mara_integrations.tool_calls import CallSyntax, ReplyForm, syntax_of
 
 OneHead: TypeAlias = MARAHead | str | Path
 HeadSource: TypeAlias = OneHead | Sequence[OneHead] | Mapping[Any, float]  # keys: OneHead; Mapping is invariant
@@ -230,6 +231,7 @@ class MARAEngine:
                 hint="shorten the prompt" if prompt_ids else "give it some text",
             )
         stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
+        shown = (OPEN, CLOSE, *(self._syntax.tags if form.tools else ()))
         sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))
         return Request(
             prompt_ids=prompt_ids,
@@ -237,13 +239,14 @@ class MARAEngine:
             gate=gate,
             head=head,
             eos_token_ids=self.model.eos_token_ids,
-            text=TextStream(self.model.tokenizer, stop),
+            text=TextStream(self.model.tokenizer, stop, shown),
             constraint=self._constraint(form, sampling.max_new_tokens),
         )
 
     def _constraint(self, form: ReplyForm, budget: int) -> Grammar | None:
         model = self.model
-        grammar = form.grammar(syntax_of(getattr(model.tokenizer, "chat_template", None)))
+        thoughts = thoughts_of(model)
+        grammar = form.grammar(self._syntax, thoughts)
         if grammar is None:
             return None
         vocab_size = model.model.get_output_embeddings().weight.shape[0]
@@ -253,7 +256,12 @@ class MARAEngine:
             vocab_size=vocab_size,
             eos_token_ids=model.eos_token_ids,
             budget=budget,
+            thoughts=thoughts,
         )
+
+    @property
+    def _syntax(self) -> CallSyntax:
+        return syntax_of(getattr(self.model.tokenizer, "chat_template", None))
 
     def _submit(self, prompt: Prompt, overrides: dict[str, Any]) -> ThreadTicket:
         ticket = ThreadTicket()
@@ -269,6 +277,16 @@ class MARAEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.spec, self.head_source, self.system_prompt, self.defaults)
+
+
+def thoughts_of(model: LoadedModel) -> Thoughts:
+    """Where the model's chat template leaves a reply when it begins."""
+    if OPEN not in str(getattr(model.tokenizer, "chat_template", None)):
+        return "none"
+    prompt = model.encoder.render([Message("user", "?")]).rstrip()
+    if prompt.endswith(CLOSE):  # it was told not to think
+        return "none"
+    return "begun" if prompt.endswith(OPEN) else "possible"
 
 
 def _rebuild(spec: ModelSpec, head: Any, system_prompt: str | None, defaults: dict[str, Any]) -> MARAEngine:

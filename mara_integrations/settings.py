@@ -18,10 +18,9 @@ from typing_extensions import Self
 
 from mara_integrations.engine.sequence import Generation, TracePosition
 from mara_integrations.errors import ConfigError, MaraError
-from mara_integrations.messages import Message
 from mara_integrations.models import LoadedModel, ModelSpec
-from mara_integrations.reasoning import OPEN, ThoughtSplitter
-from mara_integrations.runtime import MARAEngine, head_fingerprint, head_name, head_weights
+from mara_integrations.reasoning import ThoughtSplitter
+from mara_integrations.runtime import MARAEngine, head_fingerprint, head_name, head_weights, thoughts_of
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
 from mara_integrations.tool_calls import CallParser, ReplyForm, syntax_of
 
@@ -146,6 +145,10 @@ class EngineSettings(BaseModel):
     def _request_settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of one request in the engine's words: those of the call, then ours; None is left to the engine."""
         call = dict(call)
+        if call.pop("model", self.model_name) != self.model_name:
+            raise ConfigError(
+                "a call can't choose another model: it would have to be loaded", hint="make one object a model"
+            )
         form = ReplyForm.of_call(call)
         call = {name: value for name, value in _in_our_words(call).items() if value is not None or name == "head"}
         values = {**{name: getattr(self, name) for name in _REQUEST}, **call}
@@ -207,13 +210,9 @@ def call_parser(settings: Mapping[str, Any], model: LoadedModel) -> CallParser |
     return CallParser(syntax_of(getattr(model.tokenizer, "chat_template", None)), [tool.name for tool in form.tools])
 
 
-def thought_splitter(settings: Mapping[str, Any], model: LoadedModel) -> ThoughtSplitter:
-    """Parts the thoughts from a reply to a request with these settings."""
-    form, template = settings.get("form") or ReplyForm(), getattr(model.tokenizer, "chat_template", None)
-    is_open = False
-    if OPEN in str(template) and form.is_free:  # some templates begin the thoughts themselves
-        is_open = model.encoder.render([Message("user", "?")]).rstrip().endswith(OPEN)
-    return ThoughtSplitter(is_open)
+def thought_splitter(model: LoadedModel) -> ThoughtSplitter:
+    """Parts the thoughts from a reply."""
+    return ThoughtSplitter(is_open=thoughts_of(model) == "begun")
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Tool
+from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
 
 # A small model that falls into a string does not come out again: longer ones must be asked for, by `maxLength`.
 _LONGEST_STRING = 1000
@@ -23,8 +24,9 @@ _LONGEST_STRING = 1000
 class CallSyntax:
     """A call is written `begin name middle arguments end`; `trigger`, its beginning, announces it in free text.
 
-    `marks` are all beginnings by which a call is recognised: models are less exact than grammars. `close` ends a call
-    that a tag began.
+    `lead` stands before one that must be made; in free text a model may leave it out, or write it otherwise. `marks`
+    are all beginnings by which a call is recognised: models are less exact than grammars. `close` ends a call that a
+    tag began. `inner` are tags inside it.
     """
 
     trigger: str
@@ -33,6 +35,13 @@ class CallSyntax:
     end: str
     marks: tuple[str, ...]
     close: str = ""
+    lead: str = ""
+    inner: tuple[str, ...] = ()
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What may be a special token of the tokenizer, and yet has to be read."""
+        return (*self.marks, self.close, *self.inner)
 
 
 # A mark that begins with a bracket is JSON itself; white space between its parts does not matter.
@@ -45,8 +54,17 @@ HERMES = CallSyntax(
     close="</tool_call>",
 )
 LLAMA = CallSyntax('{"name": "', '{"name": "', '", "parameters": ', "}", marks=("<|python_tag|>", '{"name":'))
-# The special token [TOOL_CALLS] is no part of a decoded reply, unless a tokenizer has it as plain text.
-MISTRAL = CallSyntax('[{"name": "', '[{"name": "', '", "arguments": ', "}]", marks=("[TOOL_CALLS]", '[{"name":'))
+MISTRAL = CallSyntax(
+    '[{"name": "',
+    '[{"name": "',
+    '", "arguments": ',
+    "}]",
+    marks=("[TOOL_CALLS]", '[{"name":'),
+    lead="[TOOL_CALLS] ",
+    inner=("[ARGS]", "[CALL_ID]"),
+)
+# Since Mistral Small 3.1: nothing but the whole beginning announces a call
+MISTRAL_V11 = replace(MISTRAL, trigger="", begin="", middle="[ARGS]", end="", lead="[TOOL_CALLS]")
 # What a model writes that was shown tools and forgot the tags.
 _BARE = '{"name":'
 
@@ -55,7 +73,7 @@ def syntax_of(chat_template: str | None) -> CallSyntax:
     """The syntax a template was written for; `HERMES`, in which we render tools elsewhere, where it knows none."""
     template = chat_template or ""
     if "[TOOL_CALLS]" in template:
-        return MISTRAL
+        return MISTRAL_V11 if "[ARGS]" in template else MISTRAL
     if '"parameters": ' in template and "ipython" in template:
         return LLAMA
     return HERMES
@@ -120,28 +138,45 @@ class ReplyForm:
         """Whether a reply may begin with any text."""
         return self.json_schema is None and (not self.tools or self.tool_choice in ("auto", "none"))
 
-    def grammar(self, syntax: CallSyntax) -> dict[str, Any] | None:
-        """The structural tag of the replies that are allowed; None: any text."""
+    def grammar(self, syntax: CallSyntax, thoughts: Thoughts = "none") -> dict[str, Any] | None:
+        """The structural tag of the replies that are allowed, after thoughts of any length; None: any text."""
         reply = None if self.json_schema is None else _json(self.json_schema)
         if self.tools and self.tool_choice != "none":
             called = [tool for tool in self.tools if self.tool_choice in ("auto", "any", tool.name)]
-            tags = [_tag(tool, syntax) for tool in called]
+            begins = [f"{syntax.begin}{tool.name}{syntax.middle}" for tool in called]
+            tags = [_tag(begin, tool, syntax.end) for begin, tool in zip(begins, called, strict=True)]
             if self.tool_choice == "auto" and reply is None:
                 several = self.parallel is not False
-                reply = {"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags}
+                reply = {
+                    "type": "triggered_tags",
+                    "triggers": [syntax.trigger] if syntax.trigger else begins,
+                    "tags": tags,
+                }
                 reply["stop_after_first"] = not several
             else:
+                tags = [{**tag, "begin": f"{syntax.lead}{tag['begin']}"} for tag in tags]
                 calls: dict[str, Any] = {"type": "or", "elements": tags}
                 if self.parallel:
                     calls = {"type": "tags_with_separator", "tags": tags, "separator": "\n", "at_least_one": True}
                 is_free = reply is not None and self.tool_choice == "auto"
                 reply = {"type": "or", "elements": [reply, calls]} if is_free else calls
+        if reply is not None and not self.is_free:
+            reply = _after_thoughts(reply, thoughts)
         return None if reply is None else {"type": "structural_tag", "format": reply}
 
 
-def _tag(tool: Tool, syntax: CallSyntax) -> dict[str, Any]:
-    begin, arguments = f"{syntax.begin}{tool.name}{syntax.middle}", _json(tool.parameters, min_length=1)
-    return {"type": "tag", "begin": begin, "content": arguments, "end": syntax.end}
+def _after_thoughts(reply: dict[str, Any], thoughts: Thoughts) -> dict[str, Any]:
+    if thoughts == "none":
+        return reply
+    begin = OPEN if thoughts == "possible" else ""
+    tag = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": CLOSE}
+    lines = {"type": "grammar", "grammar": 'root ::= "\\n"{0,2}'}
+    thought_out = {"type": "sequence", "elements": [tag, lines, reply]}
+    return thought_out if thoughts == "begun" else {"type": "or", "elements": [thought_out, reply]}
+
+
+def _tag(begin: str, tool: Tool, end: str) -> dict[str, Any]:
+    return {"type": "tag", "begin": begin, "content": _json(tool.parameters, min_length=1), "end": end}
 
 
 def _tool(tool: Mapping[str, Any]) -> Tool:
@@ -153,7 +188,7 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
 
 def _json(schema: Mapping[str, Any], min_length: int = 0) -> dict[str, Any]:
     schema = _bounded(schema, min_length) or {"type": "object", "properties": {}}
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": 1}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def _bounded(schema: Any, min_length: int) -> Any:

@@ -741,3 +741,39 @@ def test_an_error_in_the_model_reaches_the_caller_and_leaves_the_engine_clean(
             llm.invoke("hi")
 
     assert llm.invoke("hi").content == answer
+
+
+async def test_leaving_an_async_stream_stops_before_the_event_loop_gets_its_turn(
+    llm: ChatMARA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = Forwards(llm, monkeypatch)
+
+    async for _ in llm.astream("hi", max_tokens=LONG, head=None):
+        break
+    left_at = forwards.count
+    time.sleep(0.2)  # noqa: ASYNC251  # the loop is busy, as with a reader's own work
+
+    assert forwards.count - left_at <= 2
+
+
+def test_a_call_can_name_no_other_model(llm: ChatMARA) -> None:
+    with pytest.raises(ConfigError, match="make one object a model"):
+        llm.invoke("hi", model="other")
+    assert llm.invoke("hi", model=llm.model_name).content == llm.invoke("hi").content
+
+
+def test_letters_of_other_scripts_may_begin_alike(caller: ChatMARA) -> None:
+    class Ort(BaseModel):
+        größe: Literal["ä", "é"]  # they share their first byte
+
+    assert caller.with_structured_output(Ort).invoke("hi").größe in ("ä", "é")
+
+
+def test_a_json_schema_needs_no_title_and_may_refer_to_itself(caller: ChatMARA) -> None:
+    class Tree(BaseModel):
+        size: Literal[1, 2]
+        children: list[Tree] = Field(max_length=1)
+
+    for method in ("json_schema", "function_calling", "json_mode"):
+        answer = caller.with_structured_output(Tree.model_json_schema(), method=method).invoke("hi", max_tokens=300)
+        Tree.model_validate(answer)

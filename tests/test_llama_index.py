@@ -286,7 +286,6 @@ def test_calls_can_be_read_while_they_are_written(caller: GatedLLM) -> None:
         for response in caller.stream_chat_with_tools([TOOL], "hi", tool_choice="add")
     ]
 
-    assert seen[0] == []
     assert any(calls and calls[0].tool_kwargs == {} for calls in seen)
     assert set(seen[-1][0].tool_kwargs) == {"a", "b"}
 

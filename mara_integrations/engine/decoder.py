@@ -145,8 +145,9 @@ class Decoder:
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
         for sequence in done:
-            if sequence.finish_reason is not None:  # all but its last token was fed: the next turn may begin with it
-                self._keep_prefix(sequence, [*sequence.request.prompt_ids, *sequence.token_ids[:-1]])
+            if sequence.finish_reason is not None:  # the next turn may begin with all of it that was fed
+                num_fed = len(sequence.token_ids) - max(1, len(sequence.pending))
+                self._keep_prefix(sequence, [*sequence.request.prompt_ids, *sequence.token_ids[:num_fed]])
             self.backend.close(sequence.row)
         return done
 

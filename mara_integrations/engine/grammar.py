@@ -1,31 +1,36 @@
 """A grammar as a mask on the logits (xgrammar): what it forbids is no candidate, so the head judges legal ones alone.
 
-Where it leaves one token, that is taken unasked; it moves on only with tokens that the gate took.
+Where it leaves one token, that is taken unasked; it moves on only with tokens that the gate took. JSON is written in
+one way, `{"a": 1, "b": [2, 3]}`, so that all of it but the values is certain: such text costs no forward a token.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from mara_integrations.errors import ConfigError, MissingExtraError
+from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
 
 if TYPE_CHECKING:
     import xgrammar
 
-# What closes something open in JSON, or is the shortest value, in the order in which they are tried.
-_CLOSERS = ('"', "}", "]", "0", "null", "[", "{", ":", ",")
+# What closes something open in JSON, goes on to what is still missing, or is the shortest value, in the order in which
+# they are tried: a number has no end of its own, so what may follow it comes before another digit.
+_CLOSERS = ('"', "}", "]", ",", "0", "null", "[", "{", ":")
 _WATCHED = 64  # tokens before the end of the budget from which on the way out is looked for
 _MARGIN = 16  # tokens kept beside it: the next token may open something more
 _LONGEST_WAY_OUT = 500  # steps
-# by tokenizer, and by width and end of the models that use it: the compiler, and which tokens hold control characters
-_Compilers = dict[tuple[int, str], "tuple[xgrammar.GrammarCompiler, Tensor]"]
-_compilers: weakref.WeakKeyDictionary[Any, _Compilers] = weakref.WeakKeyDictionary()
+# by tokenizer, and by width and end of the models that use it
+_vocabularies: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], _Vocabulary]] = weakref.WeakKeyDictionary()
 
 
 class Grammar:
@@ -33,12 +38,16 @@ class Grammar:
 
     A budget is kept for the end: when the tokens left just suffice for the shortest way out, that way is taken.
 
+    Attributes:
+        is_cut_short: On that way, the model would have written something else.
+
     Args:
         structural_tag: Of xgrammar, as plain JSON.
         tokenizer: Of the model.
         vocab_size: Width of the logits.
         eos_token_ids: Allowed where the grammar may end.
         budget: Tokens the reply may have.
+        thoughts: What the structural tag allows before the reply itself.
 
     Raises:
         ConfigError: If the grammar can't be compiled.
@@ -53,6 +62,7 @@ class Grammar:
         vocab_size: int,
         eos_token_ids: Collection[int],
         budget: int,
+        thoughts: Thoughts = "none",
     ) -> None:
         try:
             import xgrammar
@@ -61,22 +71,26 @@ class Grammar:
                 "tools and JSON schemas need the package xgrammar", hint="pip install 'mara-integrations[tools]'"
             ) from None
         stops = sorted(eos_token_ids) or None
-        known, key = _compilers.setdefault(tokenizer, {}), (vocab_size, str(stops))
+        known, key = _vocabularies.setdefault(tokenizer, {}), (vocab_size, str(stops))
         if key not in known:
             info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=stops)
-            known[key] = xgrammar.GrammarCompiler(info), _has_control(info.decoded_vocab)
-        compiler, has_control = known[key]
+            known[key] = _Vocabulary.of(xgrammar.GrammarCompiler(info), info.decoded_vocab)
+        self._vocabulary = known[key]
         try:
-            compiled = compiler.compile_structural_tag(json.dumps(structural_tag))
+            compiled = self._vocabulary.compiler.compile_structural_tag(json.dumps(_in_one_way(structural_tag)))
         except Exception as error:  # its C++ side raises RuntimeError and its own; all mean a schema it can't express
             reason = str(error).strip().splitlines()[-1]
             raise ConfigError(f"the schema can't be made a grammar: {reason}") from error
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)  # (1, V / 32), int32, on the CPU
         is_free_text = structural_tag["format"]["type"] == "triggered_tags"
+        has_control = self._vocabulary.has_control
         self._forbidden = torch.zeros_like(has_control) if is_free_text else has_control  # (V,)
         self._tokenizer = tokenizer
         self._left = budget
+        self.is_cut_short = False
+        self._written = b""
+        self._open_thoughts = {"none": None, "possible": OPEN.encode(), "begun": b""}[thoughts]
         self._margin = min(_MARGIN, 1 + budget // 8)
         self._watch_from = len(self._way_out() or ()) + _WATCHED
 
@@ -85,15 +99,32 @@ class Grammar:
         if self._matcher.is_terminated():
             return
         allowed = self._allowed(self._matcher)
+        certain = self.certain()
+        if certain:
+            allowed = torch.arange(len(allowed)) == certain[0]
         way_out = self._way_out() if self._left <= self._watch_from else None
-        if way_out and self._left <= len(way_out) + self._margin and allowed[way_out[0]]:
-            allowed = torch.arange(len(allowed)) == way_out[0]
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+        if way_out and self._left <= len(way_out) + self._margin and allowed[way_out[0]]:
+            self.is_cut_short |= int(logits.argmax()) != way_out[0]
+            logits.masked_fill_(torch.arange(len(logits), device=logits.device) != way_out[0], -torch.inf)
 
     def accept(self, token_id: int) -> None:
         """The gate took this token."""
         self._left -= 1
+        self._written += self._vocabulary.texts[token_id]
         self._matcher.accept_token(token_id)
+
+    def certain(self) -> list[int]:
+        """Tokens of the text that must come next, as the tokenizer writes it; up to where one may go beyond it."""
+        text = _certain_text(self._matcher)
+        left, certain, matcher = len(text.encode()), list[int](), self._matcher.fork()
+        for token_id in self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else ():
+            is_longest = int(self._vocabulary.sizes[self._allowed(matcher)].max()) <= left
+            if not is_longest or not matcher.accept_token(token_id):  # some tokenizers put a space before every text
+                break
+            certain.append(token_id)
+            left -= len(self._vocabulary.texts[token_id])
+        return certain
 
     def _allowed(self, matcher: xgrammar.GrammarMatcher) -> Tensor:
         """Which tokens may come next, (V,), on the CPU."""
@@ -104,21 +135,66 @@ class Grammar:
 
     def _way_out(self) -> list[int] | None:
         """Tokens that complete the reply, few if not the fewest; None where there are too many."""
-        matcher, token_ids = self._matcher.fork(), list[int]()
+        matcher, token_ids, written = self._matcher.fork(), list[int](), self._written
         for _ in range(_LONGEST_WAY_OUT):
             if matcher.is_completed():
                 return token_ids
-            certain = matcher.find_jump_forward_string()
-            step = next((text for text in (certain, *_CLOSERS) if text and matcher.accept_string(text)), None)
+            certain = _certain_text(matcher)
+            closers = (CLOSE,) if self._is_thinking(written) else _CLOSERS
+            step = next((text for text in (certain, *closers) if text and matcher.accept_string(text)), None)
             if step is not None:
                 token_ids += self._tokenizer(step, add_special_tokens=False)["input_ids"]
+                written += step.encode()
             else:  # inside an enum, a pattern, a character of several bytes
                 token_ids.append(int(self._allowed(matcher).int().argmax()))
+                written += self._vocabulary.texts[token_ids[-1]]
                 if not matcher.accept_token(token_ids[-1]):
                     return None
         return None
 
+    def _is_thinking(self, written: bytes) -> bool:
+        begin = self._open_thoughts
+        return begin is not None and written.startswith(begin) and CLOSE.encode() not in written
 
-def _has_control(vocab: list[bytes]) -> Tensor:
-    """Which tokens hold a control character other than a newline, (V,): bounded strings let them in, JSON does not."""
-    return torch.tensor([any(byte < 32 and byte != 10 for byte in token) for token in vocab])
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What all grammars for one vocabulary share: `sizes` are bytes, (V,).
+
+    `has_control`, (V,), is true of tokens that hold a control character other than a newline: bounded strings let them
+    in, JSON does not.
+    """
+
+    compiler: xgrammar.GrammarCompiler
+    texts: list[bytes]
+    sizes: Tensor
+    has_control: Tensor
+
+    @classmethod
+    def of(cls, compiler: xgrammar.GrammarCompiler, texts: list[bytes]) -> Self:
+        has_control = [any(byte < 32 and byte != 10 for byte in text) for text in texts]
+        return cls(compiler, texts, torch.tensor([len(text) for text in texts]), torch.tensor(has_control))
+
+
+def _certain_text(matcher: xgrammar.GrammarMatcher) -> str:
+    try:
+        return matcher.find_jump_forward_string()
+    except UnicodeDecodeError:  # the rest of a character
+        return ""
+
+
+def _in_one_way(form: Any) -> Any:
+    """A structural tag whose JSON schemas are grammars without free white space."""
+    import xgrammar
+
+    if isinstance(form, list):
+        return [_in_one_way(each) for each in form]
+    if not isinstance(form, Mapping):
+        return form
+    if form.get("type") != "json_schema":
+        return {key: _in_one_way(value) for key, value in form.items()}
+    schema = json.dumps(form["json_schema"])
+    grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False, separators=(", ", ": "))
+    # what it prints of a letter up to U+00FF would be read as a longer escape where a hexadecimal digit follows
+    text = re.sub(r"(?<!\\)((?:\\\\)*)\\x([0-9a-f]{2})", r"\1\\u00\2", str(grammar))
+    return {"type": "grammar", "grammar": text}

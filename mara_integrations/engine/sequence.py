@@ -29,6 +29,15 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> None:
         """The gate took this token."""
 
+    def certain(self) -> Seq[int]:
+        """Tokens that come next whatever the model says, where that is known ahead."""
+        return ()
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the reply was brought to its end before `max_new_tokens`, other than the model would have."""
+        return False
+
 
 class TextFollower(Protocol):
     """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""
@@ -120,7 +129,8 @@ class Generation:
         log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
             `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
         prompt_tokens: Length of the prompt.
-        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`.
+        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`, also where a
+            `Constraint` brought the reply to an end that fits them.
         stats: What the gate did.
         trace: Position by position, on request.
     """
@@ -310,6 +320,7 @@ class Sequence:
             self.position = position
             return
         self.pending = self.token_ids[-1:]
+        self._take_certain()
 
     def judge(self, scores: Seq[float], states: Tensor) -> int | None:
         """Hear the head on N candidates just fed; returns the branch to keep, if decided.
@@ -331,6 +342,15 @@ class Sequence:
             return None
         self._settle(position, verdict)
         return verdict.taken
+
+    def _take_certain(self) -> None:
+        """Take what the constraint leaves no choice in, to be fed in one forward with the token before."""
+        constraint = self.request.constraint
+        for token_id in constraint.certain() if constraint and self.finish_reason is None else ():
+            self._take(Position([token_id], [0.0], [0.0], self._random.random()), 0, "single")
+            self.pending.append(token_id)
+            if self.finish_reason is not None:
+                return
 
     def _settle(self, position: Position, verdict: Verdict) -> None:
         taken, visited = verdict
@@ -370,7 +390,8 @@ class Sequence:
         if text is not None and token_id not in self.request.eos_token_ids:
             text.push(token_id)
         if token_id in self.request.eos_token_ids or (text is not None and text.stopped):
-            self.finish_reason = "stop"
+            is_cut_short = self.request.constraint is not None and self.request.constraint.is_cut_short
+            self.finish_reason = "length" if is_cut_short else "stop"
         elif len(self.token_ids) >= self.request.sampling.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and text is not None:

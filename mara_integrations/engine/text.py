@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
@@ -14,11 +14,16 @@ class TextStream:
     Args:
         tokenizer: Anything with transformers' `decode`.
         stop: Strings that end the reply; text that may be the beginning of one is held back until it is clear.
+        shown: Special tokens that are part of the text, as what begins a tool call; all others are left out.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        added = getattr(tokenizer, "added_tokens_decoder", {}) if shown else {}
+        special = {token_id: token.content for token_id, token in added.items() if token.special}
+        hidden = {token_id for token_id, text in special.items() if text not in shown}
+        self._hidden = hidden if len(hidden) < len(special) else None  # None: all of them, as the tokenizer does itself
         self._token_ids: list[int] = []
         self._prefix = self._read = 0  # tokens before _read are in the text; decoding starts at _prefix for context
         self._held = ""
@@ -43,8 +48,11 @@ class TextStream:
         return self._release(now[len(known) :], final=True)
 
     def _decode(self, start: int, end: int | None) -> str:
+        token_ids = self._token_ids[start:end]
+        if self._hidden is not None:
+            token_ids = [token_id for token_id in token_ids if token_id not in self._hidden]
         text: str = self._tokenizer.decode(
-            self._token_ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            token_ids, skip_special_tokens=self._hidden is None, clean_up_tokenization_spaces=False
         )
         return text
 

@@ -1,0 +1,165 @@
+"""Calls and thoughts in the ways of model families whose marks are tokens of their own, from token ids to messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.tools import tool
+from llama_index.core.llms import ChatMessage
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel
+
+from mara_integrations import MARALLM
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.messages import Message
+from mara_integrations.runtime import worker_for
+from mara_integrations.testing import ScriptedBackend, tiny_model, tiny_tokenizer
+
+TURN = "[assistant] "
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}" + TURN
+# What a template says of the family: its marks, and where tools go.
+MISTRAL = "{{ tools }}{# [TOOL_CALLS] #}" + PLAIN
+MISTRAL_V11 = "{{ tools }}{# [TOOL_CALLS] [ARGS] #}" + PLAIN
+LLAMA = '{{ tools }}{# ipython "parameters": #}' + PLAIN
+HERMES = "{{ tools }}{# <tool_call> #}" + PLAIN
+THINKING = "{# <think> #}" + PLAIN
+BEGUN = PLAIN + "{{ '<think>\n' }}"
+OFF = PLAIN + "{{ '<think>\n\n</think>\n\n' }}"
+
+SPECIAL = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|im_start|>"]
+ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # of Qwen: tokens of their own, not special
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def model(
+    template: str, reply: str, special: list[str] = SPECIAL, added: list[str] = ADDED, **settings: Any
+) -> MARALLM:
+    """One that writes a reply, as far as it may; where it may not go on, an 8 or what is first."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(added)
+    size = len(tokenizer)
+    llm = MARALLM((tiny_model(vocab_size=size, max_position_embeddings=4096), tokenizer), max_tokens=200, **settings)
+    turn = TURN + llm.engine.model.encoder.render([Message("user", "?")]).rpartition(TURN)[2]
+    begin, wanted = (list(tokenizer(text)["input_ids"]) for text in (turn, reply))
+
+    def script(token_ids: Any) -> list[float]:
+        places = [i + len(begin) for i in range(len(token_ids)) if list(token_ids[i : i + len(begin)]) == begin]
+        done = list(token_ids[max(places, default=len(token_ids)) :])
+        following = [*wanted, 0][len(done)] if done == wanted[: len(done)] else 0
+        return [20.0 if token_id == following else float(token_id == 24) for token_id in range(size)]
+
+    worker_for(llm.engine.model)._decoder = Decoder(ScriptedBackend(script, size))
+    return llm
+
+
+def total(chunks: Any) -> AIMessage:
+    whole: Any = None
+    for chunk in chunks:
+        whole = chunk if whole is None else whole + chunk
+    assert isinstance(whole, AIMessageChunk)
+    return whole
+
+
+CALLS = [
+    (MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": 2}}]'),
+    (MISTRAL, '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1, "b": 2}}]'),
+    (MISTRAL_V11, '[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}'),
+    (MISTRAL_V11, '[TOOL_CALLS]add[CALL_ID]x1[ARGS]{"a": 1, "b": 2}'),
+    (LLAMA, '<|python_tag|>{"name": "add", "parameters": {"a": 1, "b": 2}}'),
+    (LLAMA, '{"name": "add", "parameters": {"a": 1, "b": 2}}'),
+    (HERMES, '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'),
+]
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(("template", "reply"), CALLS)
+def test_a_call_is_read_whether_its_marks_are_special_tokens_or_not(
+    template: str, reply: str, is_special: bool
+) -> None:
+    marks = [*SPECIAL, *ADDED]
+    llm = model(template, reply, special=marks if is_special else [], added=[] if is_special else marks)
+    caller = llm.bind_tools([add])
+
+    for message in (caller.invoke("hi"), total(caller.stream("hi"))):
+        assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", {"a": 1, "b": 2})]
+        assert message.text == "" and not message.invalid_tool_calls
+    response = llm.chat_with_tools([FunctionTool.from_defaults(add.func)], "hi")
+    assert [call.tool_kwargs for call in llm.get_tool_calls_from_response(response)] == [{"a": 1, "b": 2}]
+
+
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL_V11, LLAMA, HERMES])
+@pytest.mark.parametrize("choice", ["any", "add"])
+def test_a_forced_call_is_written_in_the_familys_way(template: str, choice: str) -> None:
+    llm = model(template, "I would rather talk.")
+
+    message = llm.bind_tools([add], tool_choice=choice).invoke("hi", max_tokens=90)
+
+    (call,) = message.tool_calls
+    assert call["name"] == "add" and set(call["args"]) == {"a", "b"}
+    written = llm.engine.model.tokenizer.decode(message.response_metadata["token_ids"])
+    begins = {
+        MISTRAL: "[TOOL_CALLS] [{",
+        MISTRAL_V11: "[TOOL_CALLS]add[ARGS]{",
+        LLAMA: '{"name"',
+        HERMES: "<tool_call>",
+    }
+    assert written.startswith(begins[template])
+    ids = llm.engine.model.tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "<tool_call>"])
+    assert (message.response_metadata["token_ids"][0] in ids) == (template != LLAMA)  # the mark itself, not its letters
+
+
+def test_other_special_tokens_stay_out_of_the_text() -> None:
+    llm = model(MISTRAL, "<|im_start|>Well.[TOOL_CALLS]<|im_start|> me")
+
+    assert llm.bind_tools([add]).invoke("hi").text == "Well.[TOOL_CALLS] me"
+    assert llm.invoke("hi").text == "Well. me"  # without tools there are no calls to be read
+
+
+class Answer(BaseModel):
+    is_cat: bool
+
+
+JSON = '{"is_cat": true}'
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "thoughts"),
+    [(THINKING, "<think>\nA \"cat\"? {\n</think>\n\n"), (THINKING, ""), (BEGUN, "A cat? {\n</think>\n\n"), (OFF, "")],
+)  # fmt: skip
+def test_a_model_thinks_before_it_is_held_to_a_form(template: str, thoughts: str, is_special: bool) -> None:
+    marks = {"special": ADDED, "added": []} if is_special else {"special": [], "added": ADDED}
+    call = f'<tool_call>\n{{"name": "Answer", "arguments": {JSON}}}\n</tool_call>'
+
+    json_llm, call_llm = (model(template, thoughts + end, **marks) for end in (JSON, call))
+
+    raw = json_llm.with_structured_output(Answer, include_raw=True).invoke("hi")
+    assert raw["parsed"] == Answer(is_cat=True)
+    reasoning = raw["raw"].additional_kwargs.get("reasoning_content", "")
+    assert bool(thoughts) == reasoning.startswith("A ") and "think" not in reasoning
+    assert list(json_llm.with_structured_output(Answer).stream("hi"))[-1] == Answer(is_cat=True)
+    forced = call_llm.bind_tools([Answer], tool_choice="Answer").invoke("hi")
+    assert [each["args"] for each in forced.tool_calls] == [{"is_cat": True}]
+    assert forced.additional_kwargs.get("reasoning_content", "") == reasoning
+    response = json_llm.as_structured_llm(Answer).chat([ChatMessage("hi")])
+    assert isinstance(response.raw, Answer)
+
+
+@pytest.mark.parametrize(("template", "thoughts"), [(THINKING, "<think>\n"), (BEGUN, "")])
+def test_thoughts_without_end_leave_room_for_the_answer(template: str, thoughts: str) -> None:
+    llm = model(template, thoughts + "Hm. " * 200)
+
+    raw = llm.with_structured_output(Answer, include_raw=True).invoke("hi")
+
+    assert isinstance(raw["parsed"], Answer)
+    assert raw["raw"].additional_kwargs["reasoning_content"].startswith("Hm. Hm.")
+    assert raw["raw"].response_metadata["finish_reason"] == "length"

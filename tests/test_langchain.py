@@ -760,20 +760,3 @@ def test_a_call_can_name_no_other_model(llm: ChatMARA) -> None:
     with pytest.raises(ConfigError, match="make one object a model"):
         llm.invoke("hi", model="other")
     assert llm.invoke("hi", model=llm.model_name).content == llm.invoke("hi").content
-
-
-def test_letters_of_other_scripts_may_begin_alike(caller: ChatMARA) -> None:
-    class Ort(BaseModel):
-        größe: Literal["ä", "é"]  # they share their first byte
-
-    assert caller.with_structured_output(Ort).invoke("hi").größe in ("ä", "é")
-
-
-def test_a_json_schema_needs_no_title_and_may_refer_to_itself(caller: ChatMARA) -> None:
-    class Tree(BaseModel):
-        size: Literal[1, 2]
-        children: list[Tree] = Field(max_length=1)
-
-    for method in ("json_schema", "function_calling", "json_mode"):
-        answer = caller.with_structured_output(Tree.model_json_schema(), method=method).invoke("hi", max_tokens=300)
-        Tree.model_validate(answer)

@@ -197,3 +197,39 @@ def test_public_names_are_there() -> None:
     assert set(dir(mara_integrations)) >= set(mara_integrations.__all__)
     with pytest.raises(AttributeError, match="no attribute 'MARALM'"):
         mara_integrations.MARALM  # noqa: B018
+
+
+COMPANIONS = "langchain langgraph langchain_tests llama_index.retrievers llama_index.embeddings llama_index.llms"
+RUNS = """
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from llama_index.core import Document, SummaryIndex
+from mara_integrations import MARALLM
+from mara_integrations.testing import tiny_model, tiny_tokenizer
+
+llm = MARALLM((tiny_model(max_position_embeddings=2048), tiny_tokenizer()), max_tokens=3)
+answer = (ChatPromptTemplate.from_messages([("human", "{q}")]) | llm | StrOutputParser()).invoke({"q": "hi"})
+assert answer == llm.complete("hi").text
+assert str(SummaryIndex.from_documents([Document(text="a")]).as_query_engine(llm=llm).query("hi"))
+assert llm.as_langchain().bind_tools([{"title": "f", "type": "object", "properties": {}}])
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code"),
+    [
+        (COMPANIONS, RUNS),
+        ("llama_index", "from mara_integrations import ChatMARA; ChatMARA().bind(max_tokens=2)"),
+        ("langchain_core langchain", "from mara_integrations.llama_index import GatedLLM; GatedLLM(max_tokens=2)"),
+    ],
+)
+def test_it_works_without_what_it_does_not_need(blocked: str, code: str) -> None:
+    block = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == each or name.startswith(each + ".") for each in {blocked.split()!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+    subprocess.run([sys.executable, "-c", block + code], check=True)

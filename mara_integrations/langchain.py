@@ -210,7 +210,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Length of the prompt that these messages become, the chat template's own tokens included."""
-        form = ReplyForm.of_call({"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+        form = ReplyForm.of_call({"tools": [_openai_tool(tool) for tool in tools or ()]})
         return len(self.engine.encode(as_conversation(messages), self.system_prompt, form.tools))
 
     def bind_tools(
@@ -232,7 +232,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
         Raises:
             ConfigError: If `tool_choice` is no tool's name.
         """
-        bound = {"tools": [convert_to_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        bound = {"tools": [_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
         bound["parallel_tool_calls"] = parallel_tool_calls
         ReplyForm.of_call(dict(bound))  # refuses a wrong choice now
         return self.bind(**{name: value for name, value in bound.items() if value is not None}, **kwargs)
@@ -262,7 +262,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
             return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         wanted: dict[str, Any] = {"type": "json_object"}
         if schema is not None:
-            json_schema = convert_to_json_schema(schema)
+            json_schema = _json_schema(schema) or convert_to_json_schema(schema)
             named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
             wanted = {"type": "json_schema", "json_schema": named}
             kwargs["ls_structured_output_format"] = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
@@ -395,6 +395,23 @@ def _named(schema: dict[str, Any]) -> dict[str, Any]:
     if name in definitions:
         schema = {**definitions[name], "$defs": definitions}
     return schema if {"title", "name", "function"} & schema.keys() else {"title": "answer", **schema}
+
+
+def _json_schema(schema: Any) -> dict[str, Any] | None:
+    """That of a pydantic class with definitions: LangChain leaves out what refers to itself."""
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        return None
+    json_schema = schema.model_json_schema()
+    return _named(json_schema) if "$defs" in json_schema else None
+
+
+def _openai_tool(tool: Any) -> dict[str, Any]:
+    converted = convert_to_openai_tool(tool)
+    if json_schema := _json_schema(tool):
+        said_already = ("title", "description")
+        parameters = {key: value for key, value in json_schema.items() if key not in said_already}
+        converted["function"]["parameters"] = parameters
+    return converted
 
 
 def _top_logprobs(call: dict[str, Any]) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import enum
+import uuid
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -26,8 +27,11 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
+Digit = Annotated[int, Field(ge=0, le=9)]
+
+
 class Inner(BaseModel):
-    size: float
+    size: Digit
     tag: Literal["a"] | None = None
 
 
@@ -36,9 +40,9 @@ class Thing(BaseModel):
 
     colour: Colour
     inner: Inner
-    many: list[int | Literal["x"]] = Field(max_length=2)
-    when: datetime.date
-    at: datetime.datetime
+    many: list[Digit | Literal["x"]] = Field(max_length=2)
+    at: datetime.time
+    id: uuid.UUID
     maybe: Inner | None = None
     letter: Literal["s", "m"] = "m"
     pair: tuple[Literal[1, 2], bool]

@@ -37,7 +37,7 @@ from mara_integrations.training.run import train
 
 def settings(folder_model, prompts_file, output, **values):
     small = {"max_reply_tokens": 10, "epochs": 4, "inner_size": 32, "eval_prompts": 3, "max_replies": 40}
-    named = {"reward": "tests/reward_for_tests.py:vowels", "reward_parts": True}
+    named = {"reward": "tests/reward_for_tests.py:vowels", "partial_text": True}
     return TrainConfig.of(model=folder_model, data=prompts_file, output=output, **{**small, **named, **values})
 
 
@@ -139,10 +139,10 @@ def test_the_strength_found_on_decisions_spends_the_budget():
 # --- whole runs ---
 
 
-@pytest.mark.parametrize("how", [{"reward_parts": True}, {"max_replies": 240, "replies_each": 12}])
+@pytest.mark.parametrize("how", [{"partial_text": True}, {"max_replies": 240, "replies_each": 12}])
 def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file, tmp_path, how):
     usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
-    result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**usual, "reward_parts": False, **how}))
+    result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**usual, "partial_text": False, **how}))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "judgement"]
     assert [line["stage"] for line in judged] == ["round 1", "round 2"]

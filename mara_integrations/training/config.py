@@ -39,9 +39,9 @@ class TrainConfig(Params):
             strength is calibrated to it, and no bound for `rule`, which holds or does not.
         rounds: Of `rloo` and `reward-model`: times that they learn from what the gated model writes, after the base
             model's own replies.
-        reward_parts: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
+        partial_text: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
             every candidate passed over, is judged too, some 100 texts a reply, which teaches far more than one number a
-            reply. Left out, as the reward itself says (`takes_parts`), else not.
+            reply. Left out, as the reward itself says (`takes_partial_text`), else not.
         correction_rounds: Times that `rule` learns from what the gated model still writes.
         form: Of the head; left out, the method's own.
         beta: Of `dpo` and `kto`: what a nat between head and base model is worth; a small one lets the head go far.
@@ -81,7 +81,7 @@ class TrainConfig(Params):
     eval_prompts: int = Field(64, ge=0)
     kl_budget: float | None = Field(None, gt=0.0)
     rounds: int = Field(1, ge=0, le=100)
-    reward_parts: bool | None = None
+    partial_text: bool | None = None
     correction_rounds: int = Field(1, ge=0, le=10)
     form: HeadForm | None = None
     beta: float = Field(0.3, gt=0.0)

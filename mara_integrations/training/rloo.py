@@ -94,9 +94,9 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     Raises:
         DataError: If the reward has no opinion, or the same of all replies.
     """
-    by_parts, budget = takes_parts(run), run.config.kl_budget or run.plan.method.kl_budget
+    by_parts, budget = takes_partial_text(run), run.config.kl_budget or run.plan.method.kl_budget
     if not by_parts:
-        run.say("  the reward judges whole replies; --reward-parts, if it can judge unfinished ones, teaches far more")
+        run.say("  the reward judges whole replies; --partial-text, if it can judge unfinished ones, teaches far more")
     each = run.config.replies_each or (1 if by_parts else 4)
     most = max(1, run.config.max_replies // each)
     train, held_out = (
@@ -134,12 +134,12 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     return Learned(rewards=rewards)
 
 
-def takes_parts(run: Run) -> bool:
+def takes_partial_text(run: Run) -> bool:
     """Whether the reward is asked about unfinished replies: as the settings say, else as it says itself."""
-    if run.config.reward_parts is not None:
-        return run.config.reward_parts
+    if run.config.partial_text is not None:
+        return run.config.partial_text
     assert run.plan.reward is not None
-    return bool(getattr(inspect.unwrap(run.plan.reward), "takes_parts", False))
+    return bool(getattr(inspect.unwrap(run.plan.reward), "takes_partial_text", False))
 
 
 def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch], checking: Sequence[Batch]) -> None:

@@ -152,6 +152,15 @@ def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file,
     assert all(line["visits_per_token"] >= 1.0 for line in judged)
 
 
+def test_replies_without_an_opinion_teach_nothing_and_are_not_judged(folder_model, prompts_file, tmp_path):
+    undecided = {"reward": "tests/reward_for_tests.py:undecided", "rounds": 0}
+    train(settings(folder_model, prompts_file, tmp_path / "h", **undecided))
+    lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
+    rewards = {line["stage"]: line for line in lines if line["event"] == "rewards"}
+    assert 0 < rewards["base replies"]["judged"] < rewards["base replies"]["replies"]
+    assert "undecided" in next(line for line in lines if line["event"] == "judgement")["opinions"]
+
+
 def test_a_reward_that_tells_nothing_apart_is_refused(folder_model, prompts_file, tmp_path):
     with pytest.raises(DataError, match=r"gave every reply 1\.0"):
         train(settings(folder_model, prompts_file, tmp_path / "h", reward="tests/reward_for_tests.py:constant"))

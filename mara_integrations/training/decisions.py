@@ -49,13 +49,19 @@ class Decisions:
         """The reply each decision belongs to, (N,)."""
         return torch.arange(len(self.counts)).repeat_interleave(self.counts)
 
-    def take(self, replies: Tensor) -> Decisions:
-        """Those of the named replies, numbered as named."""
+    def rows(self, replies: Tensor) -> Tensor:
+        """Where the decisions of the named replies are, reply by reply."""
         starts = self.counts.cumsum(0) - self.counts
         counts = self.counts[replies]
         inner = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        rows = starts[replies].repeat_interleave(counts) + inner
-        return Decisions(self.states[rows], self.hazard_logits[rows], self.accepted[rows], self.tokens[rows], counts)
+        return starts[replies].repeat_interleave(counts) + inner
+
+    def take(self, replies: Tensor) -> Decisions:
+        """Those of the named replies, numbered as named."""
+        rows = self.rows(replies)
+        return Decisions(
+            self.states[rows], self.hazard_logits[rows], self.accepted[rows], self.tokens[rows], self.counts[replies]
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Decisions]) -> Decisions:

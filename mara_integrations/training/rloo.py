@@ -53,6 +53,7 @@ class Batch:
     """Replies of one round to one side's prompts, judged.
 
     Attributes:
+        written: All of them.
         replies: That the reward has an opinion on.
         worths: Of each reply.
         decisions: By which they were written.
@@ -60,6 +61,7 @@ class Batch:
         gains: What each decision's candidate changes, (N,); empty for whole replies.
     """
 
+    written: list[Reply]
     replies: list[Reply]
     worths: list[float]
     decisions: Decisions
@@ -120,7 +122,7 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
             scores = _scores(head, base.decisions)
             _set_strength(head, strength_on_decisions(base.decisions, scores, budget, _num_tokens(base)))
         gated = _write(run, f"held-out gated replies {number + 1}", held_out, head, by_parts)
-        judgement = judge(run, rewards, held_out.data, held_out.prompts, base.replies, gated.replies, head)
+        judgement = judge(run, rewards, held_out.data, held_out.prompts, base.written, gated.written, head)
         report(run, f"round {number + 1}", judgement)
         gain = next(iter(judgement.opinions.values())).difference.mean
         if best is None or gain > best[0]:
@@ -207,12 +209,7 @@ class Episodes:
 
     def take(self, rows: Tensor) -> Episodes:
         """The named replies."""
-        mine = Decisions(self.written[:, None], *self._columns()).take(rows)
-        return Episodes(self.decisions.take(rows), self.advantages[rows], mine.states[:, 0])
-
-    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d = self.decisions
-        return d.hazard_logits, d.accepted, d.tokens, d.counts
+        return Episodes(self.decisions.take(rows), self.advantages[rows], self.written[self.decisions.rows(rows)])
 
     def loss(self, scores: Tensor, strength: float) -> Tensor:
         """Of scores f of the decisions, (N,); a scalar."""
@@ -227,7 +224,7 @@ class Episodes:
 
 
 def _write(run: Run, name: str, side: Side, head: MARAHead, by_parts: bool, *, is_base: bool = False) -> Batch:
-    """Replies of a gate and what the reward says of them, both kept; those it has no opinion on are left out."""
+    """Replies of a gate and what the reward says of them, both kept; those it has no opinion on teach nothing."""
     replies = gather.sample(run, name, side.prompts, side.each, side.seed, head, is_base=is_base)
 
     def worth() -> dict[str, object]:
@@ -248,7 +245,7 @@ def _write(run: Run, name: str, side: Side, head: MARAHead, by_parts: bool, *, i
     mean = sum(data["worths"]) / len(judged)
     run.log("rewards", stage=name, replies=len(replies), judged=len(judged), mean_reward=mean)
     run.say(f"  mean reward of {len(judged)} {name}: {mean:+.3f}")
-    return Batch(judged, data["worths"], decisions_taken(judged), data["prefixes"], data["gains"])
+    return Batch(replies, judged, data["worths"], decisions_taken(judged), data["prefixes"], data["gains"])
 
 
 def _part(run: Run, side: Side, number: int) -> Side:

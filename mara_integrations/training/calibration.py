@@ -62,12 +62,17 @@ def calibrate(run: Run, head: MARAHead) -> float:
                 strength = found if gate_head is untrained else min(strength, found)
             kl = float(scored.kl(strength).sum()) / num_tokens
             head.config = head.config.model_copy(update={"strength": strength})
+    report_strength(run, strength, kl, budget)
+    return kl
+
+
+def report_strength(run: Run, strength: float, kl: float, budget: float | None) -> None:
+    """Log the strength that was found and the KL it comes to, and say both."""
     if strength >= MAX_STRENGTH:
         run.say("  [yellow]the head hardly moves any token: its strength met the upper bound[/]")
     run.log("strength", strength=strength, kl_per_token=kl, budget=budget)
     bound = f"budget {budget}" if budget is not None else "no budget"
     run.say(f"  strength {strength:.2f}, KL {kl:.3f} nats a token ({bound})")
-    return kl
 
 
 def decisions_kl(decisions: Decisions, scores: Tensor, strength: float, written_at: float = 0.0) -> float:
@@ -84,20 +89,24 @@ def decisions_kl(decisions: Decisions, scores: Tensor, strength: float, written_
 
     Source: chain rule of the KL divergence over the decisions, see `objectives.decision_kl`; importance sampling.
     """
-    hazards = decisions.hazard_logits
-    z, z_written = (accept_logit("residual", scores, hazards, s) for s in (strength, written_at))
+    if len(decisions.tokens) == 0:
+        return 0.0
+    hazards = decisions.hazard_logits.double()
+    z, z_written = (accept_logit("residual", scores.double(), hazards, s) for s in (strength, written_at))
     ratios = torch.where(decisions.accepted, 0.0, logsigmoid(-z) - logsigmoid(-z_written))
     places = decisions.replies * (int(decisions.tokens.max()) + 1) + decisions.tokens
     is_first = torch.ones(len(places), dtype=torch.bool)
     is_first[1:] = places[1:] != places[:-1]
-    before = (ratios.cumsum(0) - ratios).double()
+    before = ratios.cumsum(0) - ratios
     before = before - before[is_first][is_first.cumsum(0) - 1]  # log of how much more often the gate comes here
     return float((before.exp() * decision_kl(z, hazards)).sum())
 
 
-def strength_on_decisions(decisions: Decisions, scores: Tensor, budget: float, num_tokens: int) -> float:
-    """Largest strength whose KL a token stays within the budget, on base replies; see `decisions_kl`."""
-    return _largest(lambda strength: decisions_kl(decisions, scores, strength) / num_tokens, budget)
+def strength_on_decisions(
+    decisions: Decisions, scores: Tensor, budget: float, num_tokens: int, written_at: float = 0.0
+) -> float:
+    """Largest strength whose KL a token stays within the budget; arguments as in `decisions_kl`."""
+    return _largest(lambda strength: decisions_kl(decisions, scores, strength, written_at) / num_tokens, budget)
 
 
 @dataclass(frozen=True, slots=True)

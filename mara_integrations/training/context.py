@@ -39,10 +39,12 @@ class Learned:
         held_out_accuracy: Share of held-out pairs of better and worse replies that it orders rightly; None where there
             are none.
         rewards: Rewards that came of it, by name, for the final evaluation to judge by.
+        kl_per_token: KL(gate || base) on held-out replies of the gate, where the method has set the strength itself.
     """
 
     held_out_accuracy: Interval | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
+    kl_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from mara_integrations.messages import Conversation
 from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
-from mara_integrations.training.calibration import strength_on_decisions
+from mara_integrations.training.calibration import decisions_kl, report_strength, strength_on_decisions
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.decisions import Decisions, decisions_taken
 from mara_integrations.training.fitting import Table, fit, outputs
@@ -97,6 +97,7 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
         DataError: If the reward has no opinion, or the same of all replies.
     """
     by_parts, budget = takes_partial_text(run), run.config.kl_budget or run.plan.method.kl_budget
+    assert budget is not None, "methods that teach by rewards have one"
     if not by_parts:
         run.say("  the reward judges whole replies; --partial-text, if it can judge unfinished ones, teaches far more")
     each = run.config.replies_each or (1 if by_parts else 4)
@@ -112,28 +113,48 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     fitting = [_write(run, "base replies", train, untrained, by_parts, is_base=True)]
     checking = [base := _write(run, "held-out base replies", held_out, untrained, by_parts, is_base=True)]
     _check_differ(fitting[0].worths)
-    best: tuple[float, dict[str, Tensor], float] | None = None
+    best: Candidate | None = None
     for number in range(run.config.rounds + 1):
         if by_parts:
             fit_look_ahead(run, f"fit {number + 1}", head, fitting, checking)
         else:
             fit_whole(run, f"fit {number + 1}", head, fitting[-1], checking[-1])
-        if by_parts and budget is not None:  # the scale of f means nothing by itself
-            scores = _scores(head, base.decisions)
-            _set_strength(head, strength_on_decisions(base.decisions, scores, budget, _num_tokens(base)))
+        _set_strength(head, _strength(head, base, budget))
         gated = _write(run, f"held-out gated replies {number + 1}", held_out, head, by_parts)
         judgement = judge(run, rewards, held_out.data, held_out.prompts, base.written, gated.written, head)
         report(run, f"round {number + 1}", judgement)
         gain = next(iter(judgement.opinions.values())).difference.mean
-        if best is None or gain > best[0]:
-            best = gain, {name: tensor.clone() for name, tensor in head.state_dict().items()}, head.config.strength
+        if best is None or gain > best.gain:
+            weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+            best = Candidate(gain, weights, head.config.strength, gated)
         if number < run.config.rounds:
             fitting.append(_write(run, f"gated replies {number + 1}", _part(run, train, number), head, by_parts))
             checking.append(gated)
     assert best is not None
-    head.load_state_dict(best[1])
-    _set_strength(head, best[2])
-    return Learned(rewards=rewards)
+    head.load_state_dict(best.weights)
+    strength = min(best.strength, _strength(head, best.gated, budget, best.strength))  # its own replies lie further out
+    _set_strength(head, strength)
+    scores, decisions = _scores(head, best.gated.decisions), best.gated.decisions
+    kl = decisions_kl(decisions, scores, strength, best.strength) / _num_tokens(best.gated)
+    report_strength(run, strength, kl, budget)
+    return Learned(rewards=rewards, kl_per_token=kl)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The head as it was after some round, and what it wrote to be judged.
+
+    Attributes:
+        gain: In the reward, over the base model.
+        weights: Of the head.
+        strength: At which it wrote.
+        gated: Its replies to held-out prompts.
+    """
+
+    gain: float
+    weights: dict[str, Tensor]
+    strength: float
+    gated: Batch
 
 
 def takes_partial_text(run: Run) -> bool:
@@ -289,6 +310,12 @@ def _squared_error(head: MARAHead, table: Table) -> Tensor:
 @torch.inference_mode()
 def _scores(head: MARAHead, decisions: Decisions) -> Tensor:
     return outputs(head, decisions.states)
+
+
+def _strength(head: MARAHead, batch: Batch, budget: float, written_at: float = 0.0) -> float:
+    """Within the KL budget, on replies that a gate of the strength `written_at` wrote."""
+    scores = _scores(head, batch.decisions)
+    return strength_on_decisions(batch.decisions, scores, budget, _num_tokens(batch), written_at)
 
 
 def _num_tokens(batch: Batch) -> int:

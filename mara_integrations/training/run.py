@@ -77,7 +77,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     torch.manual_seed(config.seed)
     head = run.new_head()
     learned = LOOPS[run.plan.method.name](run, head)
-    kl = calibrate(run, head)
+    kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
     head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
     evaluation = _evaluate(run, head, learned)
     _save(run, head, evaluation, learned, kl)

@@ -24,8 +24,8 @@ from mara_integrations.messages import Message
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training import gather
-from mara_integrations.training.bank import sample_replies
+from mara_integrations.training import gather, keeping
+from mara_integrations.training.bank import Reply, sample_replies
 from mara_integrations.training.calibration import decisions_kl, strength_on_decisions
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.decisions import Decisions, decisions_taken, taken_rank
@@ -218,6 +218,27 @@ def test_a_damaged_file_is_gathered_again(tmp_path):
         path.write_bytes(damage(path.read_bytes()))
         assert kept_data(path, lambda: [torch.ones(3)])[1] is False, "damaged, so gathered again"
         assert kept_data(path, lambda: pytest.fail("it is there"))[1] is True
+
+
+def test_the_cache_drops_what_was_used_longest_ago(monkeypatch):
+    sample = [Reply(0, "text", (1, 2), torch.zeros(3, 64).half())]
+    keeping.cached("first", lambda: sample)
+    size = next(keeping.cache_dir().rglob("*.pt")).stat().st_size
+    monkeypatch.setattr(keeping, "MAX_CACHE_BYTES", 2 * size + 10)
+    keeping.cached("second", lambda: sample)
+    for age, name in enumerate(("second", "first")):  # written within one tick of the clock
+        os.utime(keeping.cache_dir() / "replies" / f"{name}.pt", ns=(age, age))
+    keeping.cached("first", lambda: pytest.fail("it is there"))  # which makes it younger
+    keeping.cached("third", lambda: sample)
+    assert sorted(path.stem for path in keeping.cache_dir().rglob("*.pt")) == ["first", "third"]
+    assert keeping.cached("first", lambda: pytest.fail("it is there"))[1] is True
+
+
+def test_a_fine_tuned_model_has_another_bank():
+    model, same, other = (load_model(ModelSpec((tiny_model(), tiny_tokenizer()))) for _ in range(3))
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
+    assert keeping.model_fingerprint(model) == keeping.model_fingerprint(same) != keeping.model_fingerprint(other)
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from mara_integrations.progress import Reporter
+from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,29 @@ class Interrupting(Reporter):
         yield advance
 
 
+@pytest.fixture(autouse=True)
+def own_reply_cache(tmp_path_factory, monkeypatch):
+    """No test finds the replies of another."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("mara_integrations.training.keeping.cache_dir", lambda: folder)
+
+
 @pytest.fixture
 def interrupting():
     return Interrupting
+
+
+@pytest.fixture
+def folder_model(tmp_path):
+    """A model as a folder on disk, as `--model` names one."""
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} {chr(97 + i % 26)}?"}) + "\n" for i in range(20)))
+    return path

@@ -12,3 +12,13 @@ def vader(completions, **_):
 
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+
+def constant(completions, **_):
+    """The same of every reply."""
+    return [1.0] * len(completions)
+
+
+def brevity(completions, **_):
+    """Few characters."""
+    return [-float(len(text)) for text in completions]

@@ -6,11 +6,8 @@ there are none, the model writes some (`sample_replies`), through the same decod
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +17,6 @@ from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.sequence import JudgedPosition, Request
 from mara_integrations.engine.text import TextStream
-from mara_integrations.files import write_atomically
 from mara_integrations.messages import Prompt
 from mara_integrations.models import LoadedModel
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -41,6 +37,7 @@ class Reply:
         token_ids: T tokens.
         states: Of the last prompt token and of each reply token, half precision, (T + 1, d).
         positions: What the gate saw while the reply was written; empty for replies that were read.
+        log_probs: Of the tokens under the base model, in nats; empty for replies that were read.
     """
 
     prompt: int
@@ -48,6 +45,7 @@ class Reply:
     token_ids: tuple[int, ...]
     states: Tensor
     positions: list[JudgedPosition] = field(default_factory=list)
+    log_probs: tuple[float, ...] = ()
 
 
 def sample_replies(
@@ -107,6 +105,7 @@ def sample_replies(
             tuple(sequence.token_ids),
             torch.stack(sequence.states).half().cpu(),
             sequence.positions,
+            tuple(sequence.log_probs),
         )
         for index, sequence in enumerate(done)
     ]
@@ -183,48 +182,16 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """Replies from a file of an interrupted run, or gathered now and written there; and whether they were kept."""
-    stored, was_kept = kept_data(path, lambda: [_packed(reply) for reply in gather()])
-    return [_unpacked(item) for item in stored], was_kept
+def token_texts(model: LoadedModel, token_ids: Sequence[int], last: int | None = None) -> list[str]:
+    """The reply's text after each of its tokens; an unfinished character counts once it is whole.
 
-
-def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
-    """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts."""
-    if path.exists():
-        return torch.load(path, weights_only=True), True
-    gathered, buffer = gather(), io.BytesIO()
-    torch.save(gathered, buffer)
-    write_atomically(path, buffer.getvalue())
-    return gathered, False
-
-
-_POSITION = ("index", "token_ids", "hazard_logits", "states", "previous")
-
-
-def _packed(reply: Reply) -> dict[str, Any]:
-    """As plain data, in half precision, so that a resumed run and an uninterrupted one see the same numbers."""
-    positions = [
-        (p.index, p.token_ids, p.hazard_logits, p.states.half().cpu(), p.previous.half().cpu()) for p in reply.positions
-    ]
-    return {
-        "prompt": reply.prompt,
-        "text": reply.text,
-        "token_ids": reply.token_ids,
-        "states": reply.states,
-        "positions": positions,
-    }
-
-
-def _unpacked(item: dict[str, Any]) -> Reply:
-    positions = [JudgedPosition(**dict(zip(_POSITION, values, strict=True))) for values in item["positions"]]
-    return Reply(**{**item, "positions": positions})
-
-
-def token_texts(model: LoadedModel, token_ids: Sequence[int]) -> list[str]:
-    """The reply's text after each of its tokens; an unfinished character counts once it is whole."""
+    Args:
+        model: Whose tokens they are.
+        token_ids: Of the reply.
+        last: After the last so many tokens only.
+    """
     decode = model.tokenizer.decode
     return [
         decode(list(token_ids[: t + 1]), skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
-        for t in range(len(token_ids))
+        for t in range(len(token_ids) - (last or len(token_ids)), len(token_ids))
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import accept_logit, kl_to_base
@@ -17,6 +18,8 @@ from mara_integrations.sampling import HeadForm
 from mara_integrations.training import gather
 from mara_integrations.training.bank import sample_replies
 from mara_integrations.training.context import Run
+from mara_integrations.training.decisions import Decisions
+from mara_integrations.training.objectives import decision_kl
 
 MAX_STRENGTH = 100.0
 _REPLIES, _TOKENS = 12, 16
@@ -67,6 +70,36 @@ def calibrate(run: Run, head: MARAHead) -> float:
     return kl
 
 
+def decisions_kl(decisions: Decisions, scores: Tensor, strength: float, written_at: float = 0.0) -> float:
+    """KL(gate || base) of residual heads, in nats, summed over all tokens of replies that a gate has drawn.
+
+    Needs only the candidates that were visited: the KL of each decision, weighted by how much more often the gate at
+    this strength would come to it than the one that wrote the replies.
+
+    Args:
+        decisions: By which the replies were written.
+        scores: f of each, (N,).
+        strength: Of the gate whose KL is asked for.
+        written_at: Strength of the gate that wrote them; 0 is the base model.
+
+    Source: chain rule of the KL divergence over the decisions, see `objectives.decision_kl`; importance sampling.
+    """
+    hazards = decisions.hazard_logits
+    z, z_written = (accept_logit("residual", scores, hazards, s) for s in (strength, written_at))
+    ratios = torch.where(decisions.accepted, 0.0, logsigmoid(-z) - logsigmoid(-z_written))
+    places = decisions.replies * (int(decisions.tokens.max()) + 1) + decisions.tokens
+    is_first = torch.ones(len(places), dtype=torch.bool)
+    is_first[1:] = places[1:] != places[:-1]
+    before = (ratios.cumsum(0) - ratios).double()
+    before = before - before[is_first][is_first.cumsum(0) - 1]  # log of how much more often the gate comes here
+    return float((before.exp() * decision_kl(z, hazards)).sum())
+
+
+def strength_on_decisions(decisions: Decisions, scores: Tensor, budget: float, num_tokens: int) -> float:
+    """Largest strength whose KL a token stays within the budget, on base replies; see `decisions_kl`."""
+    return _largest(lambda strength: decisions_kl(decisions, scores, strength) / num_tokens, budget)
+
+
 @dataclass(frozen=True, slots=True)
 class PositionScores:
     """Positions with all their candidates scored by a head of some form, padded: (P, K) each."""
@@ -106,13 +139,15 @@ def strength_for_budget(positions: PositionScores, budget: float, num_tokens: in
         budget: Nats a token.
         num_tokens: Tokens the positions were taken from; those with a lone candidate cost nothing and count too.
     """
+    return _largest(lambda strength: float(positions.kl(strength).sum()) / num_tokens, budget)
+
+
+def _largest(kl_at: Callable[[float], float], budget: float) -> float:
+    """By bisection: KL grows with the strength."""
     low, high = 0.0, MAX_STRENGTH
-    if float(positions.kl(high).sum()) / num_tokens <= budget:
+    if kl_at(high) <= budget:
         return high
     for _ in range(30):
         middle = (low + high) / 2
-        if float(positions.kl(middle).sum()) / num_tokens <= budget:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if kl_at(middle) <= budget else (low, middle)
     return low

@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.files import append_line
 from mara_integrations.models import LoadedModel
 from mara_integrations.progress import Reporter
-from mara_integrations.rewards import reward_spec
+from mara_integrations.rewards import Reward, reward_spec
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.fitting import Epoch, FitSettings
@@ -38,9 +38,11 @@ class Learned:
     Attributes:
         held_out_accuracy: Share of held-out pairs of better and worse replies that it orders rightly; None where there
             are none.
+        rewards: Rewards that came of it, by name, for the final evaluation to judge by.
     """
 
     held_out_accuracy: Interval | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Run:
         plan: What follows from it.
         model: The base model.
         backend: On that model.
+        model_fingerprint: Of the model's weights, see `keeping.model_fingerprint`.
         reporter: Hears the news.
         started: When the run began, by the monotonic clock.
     """
@@ -60,6 +63,7 @@ class Run:
     plan: Plan
     model: LoadedModel
     backend: Backend
+    model_fingerprint: str
     reporter: Reporter
     started: float = field(default_factory=time.monotonic)
 
@@ -97,9 +101,7 @@ class Run:
         parts = [
             self.config.described(),
             self.plan.train.fingerprint,
-            self.model.name,
-            self.model.revision,
-            str(self.model.dtype),
+            self.model_fingerprint,
         ]
         fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return self.config.output / WORK_FOLDER / fingerprint

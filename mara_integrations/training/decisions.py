@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import MAX_HAZARD_LOGIT, rank_candidates
+from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.messages import Prompt
 from mara_integrations.models import LoadedModel
 from mara_integrations.sampling import SamplingParams
@@ -84,6 +85,11 @@ class _Taken:
         return Decisions(torch.cat(self.states), hazard_logits, accepted, tokens, count)
 
 
+def taken_rank(reply: Reply, position: JudgedPosition) -> int:
+    """Which of a position's candidates the reply went on with; a gate that draws has rejected those before it."""
+    return position.token_ids.index(reply.token_ids[position.index])
+
+
 def decisions_taken(replies: Sequence[Reply], *, with_forced: bool = False) -> Decisions:
     """The decisions by which the gate wrote replies, from what it was shown.
 
@@ -95,7 +101,7 @@ def decisions_taken(replies: Sequence[Reply], *, with_forced: bool = False) -> D
     for reply in replies:
         taken = _Taken(reply.states.shape[1])
         for position in reply.positions:
-            rank = position.token_ids.index(reply.token_ids[position.index])
+            rank = taken_rank(reply, position)
             asked = rank + (with_forced or rank < len(position.token_ids) - 1)
             accepted = [False] * rank + [True] * (asked - rank)
             taken.add(position.index, position.states[:asked], position.hazard_logits[:asked], accepted)

@@ -1,10 +1,13 @@
 """Replies for a run to learn from: written by the model or brought by the data, with what a reward says of them.
 
-All are kept on disk in parts as they come, so that an interrupted run goes on where it was.
+All are kept on disk in parts as they come, so that an interrupted run goes on where it was. Those of the base model do
+not depend on what is taught: they are kept in the platform's cache, and one bank serves every reward.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,10 +19,12 @@ from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gath
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import score
-from mara_integrations.training.bank import Reply, kept, kept_data, read_replies, sample_replies
+from mara_integrations.rewards import Reward, score
+from mara_integrations.sampling import SamplingParams
+from mara_integrations.training.bank import Reply, read_replies, sample_replies
 from mara_integrations.training.context import Run
-from mara_integrations.training.decisions import Decisions, read_decisions
+from mara_integrations.training.decisions import Decisions, read_decisions, taken_rank
+from mara_integrations.training.keeping import cached, kept, kept_data
 
 _READ_PART = 256  # replies between two files of an interrupted run
 _LIVE = 64  # replies written at once: one part
@@ -32,9 +37,9 @@ def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
     return list(dict.fromkeys(conversation_of(run, row) for row in data.rows))
 
 
-def limited_prompts(run: Run, data: Dataset) -> list[Conversation]:
-    """At most `max_replies` of the prompts, chosen by seed."""
-    prompts, most = prompts_of(run, data), run.config.max_replies
+def limited_prompts(run: Run, data: Dataset, most: int | None = None) -> list[Conversation]:
+    """At most `most` of the prompts, or `max_replies`, chosen by seed."""
+    prompts, most = prompts_of(run, data), most or run.config.max_replies
     if len(prompts) <= most:
         return prompts
     run.say(f"  using {most} of {len(prompts)} prompts (--max-replies)")
@@ -53,6 +58,8 @@ def sample(
     each: int,
     seed: int,
     head: MARAHead | None = None,
+    *,
+    is_base: bool = False,
 ) -> list[Reply]:
     """Replies written by the model, gated where a head is given; prompt by prompt, `each` to every one.
 
@@ -62,32 +69,70 @@ def sample(
         prompts: With the system prompt.
         each: Replies to each prompt.
         seed: Reply j to prompt i draws from seed + i * each + j.
-        head: Its positions are kept too.
+        head: What it is shown is kept too.
+        is_base: The head is an untrained one, there only to have the candidates kept that the base model passes over.
     """
     part = max(1, _LIVE // each)
     sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
     replies: list[Reply] = []
     with run.stage(name, len(prompts) * each) as advance:
         for start in range(0, len(prompts), part):
-            write = partial(
-                sample_replies,
-                run.model,
-                run.new_decoder(),
-                prompts[start : start + part],
-                sampling=sampling,
-                replies_each=each,
-                seed=seed + start * each,
-                head=head,
-                keep_positions=head is not None,
-                on_reply=advance,
-            )
-            written, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", write)
+            asked = prompts[start : start + part]
+            write = partial(_write, run, asked, sampling, each, seed + start * each, head, advance)
+            if head is None or is_base:
+                written, was_kept = cached(_key(run, asked, sampling, each, seed + start * each, head), write)
+            else:
+                written, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", write)
             if was_kept:
                 advance(len(written))
             for reply in written:
                 reply.prompt += start
             replies += written
     return replies
+
+
+def _write(
+    run: Run,
+    prompts: Sequence[Conversation],
+    sampling: SamplingParams,
+    each: int,
+    seed: int,
+    head: MARAHead | None,
+    on_reply: Callable[[int], None],
+) -> list[Reply]:
+    replies = sample_replies(
+        run.model,
+        run.new_decoder(),
+        prompts,
+        sampling=sampling,
+        replies_each=each,
+        seed=seed,
+        head=head,
+        keep_positions=head is not None,
+        on_reply=on_reply,
+    )
+    if head is not None and head.config.form != "paper":  # drawn: what was fed ahead and never visited is dropped
+        for reply in replies:
+            for position in reply.positions:
+                position.states = position.states[: taken_rank(reply, position) + 1]
+    return replies
+
+
+def _key(
+    run: Run, prompts: Sequence[Conversation], sampling: SamplingParams, each: int, seed: int, head: MARAHead | None
+) -> str:
+    """Names base replies by all that decides them: the model, its device, the prompts' tokens, how they are drawn."""
+    parts = [
+        run.model_fingerprint,
+        str(run.model.device.type),
+        [run.model.encoder.encode(prompt) for prompt in prompts],
+        [run.model.encoder.stop_for(prompt) for prompt in prompts],
+        sampling.model_dump(mode="json"),
+        each,
+        seed,
+        head is not None,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:32]
 
 
 def read(run: Run, name: str, texts: Sequence[Written]) -> list[Reply]:
@@ -159,22 +204,30 @@ def rewarded(run: Run, name: str, data: Dataset, seed: int) -> tuple[list[Reply]
 
 
 def scores(
-    run: Run, data: Dataset, prompts: Sequence[Conversation], replies: Sequence[Reply], texts: Sequence[str] = ()
+    run: Run,
+    data: Dataset,
+    prompts: Sequence[Conversation],
+    replies: Sequence[Reply],
+    texts: Sequence[str] = (),
+    *,
+    reward: Reward | None = None,
 ) -> list[float | None]:
-    """What the run's reward says of replies.
+    """What a reward says of replies.
 
     Args:
-        run: With a reward.
+        run: The run.
         data: Where the prompts come from; brings the other columns.
         prompts: That `Reply.prompt` counts.
         replies: To judge.
         texts: Judged in place of the replies' own texts, as parts of them.
+        reward: Left out, the run's own.
     """
-    assert run.plan.reward is not None
+    reward = reward or run.plan.reward
+    assert reward is not None
     rows: dict[Conversation, Row] = {conversation_of(run, row): row for row in data.rows}
     owners = [rows[prompts[reply.prompt]] for reply in replies]
     return score(
-        run.plan.reward,
+        reward,
         [row.prompt for row in owners],
         texts or [reply.text for reply in replies],
         completion_ids=[reply.token_ids for reply in replies],

@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
         Method("value", ("reward", "pairs", "labels"), "value"),
         Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
         Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
+        Method("rloo", ("reward",), "residual"),
         Method("sac", ("reward",), "residual", other_forms=("paper",)),
         Method("sac-published", ("reward",), "paper", kl_budget=None),
         Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
@@ -69,7 +70,7 @@ METHODS: dict[str, Method] = {
 
 # What `auto` takes: the first source that is there decides. A rule or a reward was asked for by a flag of its own, so
 # it goes before the labels that the data may hold.
-AUTO: dict[Source, str] = {"rule": "rule", "reward": "value", "pairs": "value", "labels": "value"}
+AUTO: dict[Source, str] = {"rule": "rule", "reward": "rloo", "pairs": "value", "labels": "value"}
 
 
 def choose(name: str, given: Collection[Source], form: HeadForm | None = None) -> tuple[Method, Source]:

@@ -138,3 +138,52 @@ def kto_loss(log_ratios: Tensor, good: Tensor, beta: float, good_weight: float) 
     margin = torch.where(good, log_ratios - reference, reference - log_ratios)
     weights = torch.where(good, good_weight, 1.0)
     return (weights * torch.sigmoid(-beta * margin)).sum() / weights.sum()
+
+
+def discounted_returns(gains: Tensor, gamma: float) -> Tensor:
+    """What each token of a reply leads to: its own gain and all later ones, each discounted once a token.
+
+    Args:
+        gains: Of the tokens of one reply, (T,).
+        gamma: Discount; the horizon is about 1 / (1 - gamma) tokens.
+    """
+    returns, ahead = torch.zeros_like(gains), gains.new_zeros(())
+    for t in range(len(gains) - 1, -1, -1):
+        ahead = gains[t] + gamma * ahead
+        returns[t] = ahead
+    return returns
+
+
+def look_ahead_advantages(
+    accepted: Tensor, returns: Tensor, gains: Tensor, before: Tensor, after: Tensor, gamma: float
+) -> Tensor:
+    """How much better than expected a candidate is: by what followed where it was taken, else by looking one step on.
+
+    Args:
+        accepted: Whether the candidate was taken, (N,), bool.
+        returns: Discounted return of the token that was taken there, (N,).
+        gains: What the candidate itself changes in the reward of the text, (N,).
+        before: Critic's value of the text before it, (N,), itself included.
+        after: Critic's value of the text with it, of all that follows, (N,).
+        gamma: Discount.
+
+    Returns:
+        Shape (N,). A residual head has its optimum where f is this over beta.
+
+    Source: the optimum of E[Q] - beta KL under the gate, f = (Q - V) / beta; actor-critic's one-step return for Q.
+    """
+    return torch.where(accepted, returns, gains + gamma * after) - before
+
+
+def clipped_policy_loss(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Mean loss of tokens under PPO's clipped objective.
+
+    Args:
+        log_ratios: log pi - log pi of the gate that wrote the token, (T,).
+        advantages: Of each token, (T,).
+        clip: A token is pushed no further than this from a ratio of 1.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
+    """
+    ratio = log_ratios.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages).mean()

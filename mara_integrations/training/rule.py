@@ -95,7 +95,7 @@ def rule_table(model: LoadedModel, replies: Sequence[Reply], rule: Rule) -> Tabl
             for candidate, state in zip(position.token_ids, position.states, strict=False):  # the first ones were fed
                 if candidate == reply.token_ids[position.index]:
                     continue
-                text = token_texts(model, [*reply.token_ids[: position.index], candidate])[-1]
+                text = token_texts(model, [*reply.token_ids[: position.index], candidate], last=1)[0]
                 states.append(state.half().cpu()[None])
                 offends.append(len(rule.violations(text)) > already)
     return Table(torch.cat(states), torch.tensor(offends, dtype=torch.float32), torch.ones(len(offends)))

@@ -18,12 +18,13 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.training import preference, rule, sac, value
+from mara_integrations.training import preference, rloo, rule, sac, value
 from mara_integrations.training.calibration import calibrate
 from mara_integrations.training.card import figures, model_card
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.gather import conversation_of, try_reward
+from mara_integrations.training.keeping import model_fingerprint
 from mara_integrations.training.plan import make_plan
 
 _SHOWN_CHARACTERS = 600  # of a sample
@@ -33,6 +34,7 @@ LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {
     "value": value.learn,
     "dpo": preference.learn_dpo,
     "kto": preference.learn_kto,
+    "rloo": rloo.learn,
     "rule": rule.learn,
     "sac": sac.learn,
     "sac-published": sac.learn,
@@ -76,7 +78,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     learned = LOOPS[run.plan.method.name](run, head)
     kl = calibrate(run, head)
     head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
-    evaluation = _evaluate(run, head)
+    evaluation = _evaluate(run, head, learned)
     _save(run, head, evaluation, learned, kl)
     run.forget()
     return TrainResult(head, config.output, evaluation, learned.held_out_accuracy, kl)
@@ -92,7 +94,7 @@ def _begin(config: TrainConfig, reporter: Reporter) -> Run:
         reporter.say(f"  {escape(note)}")
     model = load_model(ModelSpec(config.model, device=config.device, dtype=config.dtype))
     reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
-    run = Run(config, plan, model, make_backend(model.model, model.name), reporter)
+    run = Run(config, plan, model, make_backend(model.model, model.name), model_fingerprint(model), reporter)
     _show_samples(run)
     return run
 
@@ -111,7 +113,7 @@ def _show_samples(run: Run) -> None:
         run.say("\n".join(f"  | {escape(line)}" for line in text.splitlines()))
 
 
-def _evaluate(run: Run, head: MARAHead) -> Evaluation | None:
+def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
     """Base against gate on held-out prompts."""
     config, plan = run.config, run.plan
     if config.eval_prompts == 0:
@@ -123,7 +125,7 @@ def _evaluate(run: Run, head: MARAHead) -> Evaluation | None:
         evaluation = evaluate(
             engine,
             prompts,
-            plan.rule or plan.reward,
+            learned.rewards or plan.rule or plan.reward,
             seed=config.seed,
             temperature=plan.method.temperature,
             max_new_tokens=config.max_reply_tokens,

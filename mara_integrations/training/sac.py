@@ -25,11 +25,13 @@ from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
 from mara_integrations.training import gather
 from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, collapse
-from mara_integrations.training.bank import Reply, kept_data, sample_replies, token_texts
+from mara_integrations.training.bank import Reply, sample_replies
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
 from mara_integrations.training.decisions import Decisions, decisions_taken
+from mara_integrations.training.keeping import kept_data
 from mara_integrations.training.replay import ReplayBuffer, Transitions
+from mara_integrations.training.worth import prefix_worths
 
 _ROUND = 64  # episodes between updates: a full batch of the decoder
 _VISITS = 8  # transitions a token the buffer has room for; a gate at work visits 2 to 4
@@ -159,33 +161,12 @@ def _rewards(
 ) -> Tensor:
     """What each decision gets of what its reply was worth, (N,)."""
     if settings.credit == "prefix":
-        return prefix_credit(decisions, _prefix_worths(run, prompts, replies, worths))
+        return prefix_credit(decisions, prefix_worths(run, run.plan.train, prompts, replies, worths))
     mean = statistics.fmean(worths) if settings.standardise else 0.0
     centred = [worth - mean for worth in worths]
     if settings.credit == "terminal":
         return terminal_credit(decisions, centred)
     return postback_credit(decisions, centred, settings.gamma, spare_first=settings.spare_first)
-
-
-def _prefix_worths(
-    run: Run, prompts: Sequence[Conversation], replies: Sequence[Reply], worths: Sequence[float]
-) -> list[list[float]]:
-    """What each reply's text is worth after 0, 1, ... T tokens; where the reward has no opinion, what it was before.
-
-    The reward is not asked about empty texts: they are taken for worth what texts of one token are on average.
-    """
-    texts = [token_texts(run.model, reply.token_ids)[:-1] for reply in replies]
-    repeated = [reply for reply, parts in zip(replies, texts, strict=True) for _ in parts]
-    values = iter(gather.scores(run, run.plan.train, prompts, repeated, [part for parts in texts for part in parts]))
-    known = [[next(values) for _ in parts] + [worth] for parts, worth in zip(texts, worths, strict=True)]
-    firsts = [row[0] for row in known if row[0] is not None]
-    start = statistics.fmean(firsts) if firsts else statistics.fmean(worths)
-    filled = []
-    for row in known:
-        filled.append([start])
-        for value in row:
-            filled[-1].append(filled[-1][-1] if value is None else value)
-    return filled
 
 
 def _report_collapse(run: Run, number: int, problem: str) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from mara_integrations.data import Format
 from mara_integrations.sampling import HeadForm, Params
 
-Method = Literal["auto", "value", "dpo", "kto", "rloo", "rule", "sac", "sac-published"]
+Method = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "sac-published"]
 
 
 class TrainConfig(Params):
@@ -37,7 +37,8 @@ class TrainConfig(Params):
         eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
         kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
             strength is calibrated to it, and no bound for `rule`, which holds or does not.
-        rounds: Of `rloo`: times that it learns from what the gated model writes, after the base model's own replies.
+        rounds: Of `rloo` and `reward-model`: times that they learn from what the gated model writes, after the base
+            model's own replies.
         reward_parts: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
             every candidate passed over, is judged too, some 100 texts a reply, which teaches far more than one number a
             reply. Left out, as the reward itself says (`takes_parts`), else not.

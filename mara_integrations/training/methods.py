@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
         Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
         Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
         Method("rloo", ("reward",), "residual"),
+        Method("reward-model", ("pairs", "labels"), "residual"),
         Method("sac", ("reward",), "residual", other_forms=("paper",)),
         Method("sac-published", ("reward",), "paper", kl_budget=None),
         Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),

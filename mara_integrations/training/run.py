@@ -18,7 +18,7 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.training import preference, rloo, rule, sac, value
+from mara_integrations.training import preference, reward_model, rloo, rule, sac, value
 from mara_integrations.training.calibration import calibrate
 from mara_integrations.training.card import figures, model_card
 from mara_integrations.training.config import TrainConfig
@@ -34,6 +34,7 @@ LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {
     "value": value.learn,
     "dpo": preference.learn_dpo,
     "kto": preference.learn_kto,
+    "reward-model": reward_model.learn,
     "rloo": rloo.learn,
     "rule": rule.learn,
     "sac": sac.learn,

@@ -1,0 +1,246 @@
+"""The `reward-model` method: fit a small reward model to preferences, then teach the gate by it with `rloo`.
+
+Given replies are other people's: steering straight from them has to bridge that. A reward model judges what the model
+itself writes. It is linear in the n-grams of a reply, so that it takes parts of replies and costs next to nothing. A
+second one of another kind, on the model's own token embeddings, is fitted to pairs that the first never saw, and judges
+the head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from torch import Tensor
+from torch.nn.functional import embedding_bag, logsigmoid
+
+from mara_integrations.data import Dataset, Pair, Row
+from mara_integrations.data.rows import prompt_key
+from mara_integrations.engine.head import MARAHead
+from mara_integrations.errors import DataError
+from mara_integrations.evaluation.metrics import Interval, wilson
+from mara_integrations.models import LoadedModel
+from mara_integrations.training import gather, rloo
+from mara_integrations.training.context import Learned, Run
+
+_JUDGE_SHARE = 0.3  # of the prompts: what the second model is fitted to, and the first never sees
+_MIN_PAIRS = 20
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?|[^\w\s]")
+_MAX_FEATURES, _MIN_TEXTS = 20_000, 3  # n-grams that are in fewer replies say nothing of others
+_STEPS, _DECAYS = 150, (1e-4, 1e-3, 1e-2)
+
+Preference = tuple[str, str]  # a better and a worse reply
+
+
+def learn(run: Run, head: MARAHead) -> Learned:
+    """Fit both reward models, report how well they order held-out pairs, and teach the gate by the first."""
+    rows = run.plan.train.rows
+    keys = sorted({prompt_key(row) for row in rows})
+    judged = set(run.random().sample(keys, round(_JUDGE_SHARE * len(keys))))
+    sides = [
+        preferences(run, _with_rows(run.plan.train, [row for row in rows if (prompt_key(row) in judged) is is_judge]))
+        for is_judge in (False, True)
+    ]
+    held_out = preferences(run, run.plan.held_out)
+    if min(map(len, sides)) < _MIN_PAIRS:
+        raise DataError(
+            f"{sum(map(len, sides))} pairs are too few for a reward model and a judge of it",
+            hint=f"some {4 * _MIN_PAIRS} are needed at least; `--method value` makes do with fewer",
+        )
+    reward = NGramReward.fit(sides[0], run.config.seed)
+    judge = EmbeddingReward.fit(sides[1], run.config.seed, run.model)
+    accuracy = None
+    for name, model in (("reward model", reward), ("second judge", judge)):
+        found = ordering(model, held_out)
+        run.log(name, pairs=len(held_out), accuracy=asdict(found))
+        doubt = " [yellow]not distinguishable from chance[/]" if found.low <= 0.5 else ""
+        interval = escape(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
+        run.say(f"  {name}: {interval} of {len(held_out)} held-out pairs ordered rightly{doubt}")
+        accuracy = accuracy or found
+    taught = replace(run, plan=replace(run.plan, reward=reward))
+    return replace(
+        rloo.teach(taught, head, {"reward model": reward, "second judge": judge}), held_out_accuracy=accuracy
+    )
+
+
+def preferences(run: Run, data: Dataset) -> list[Preference]:
+    """Better and worse replies: the pairs, or a reply labelled good with one labelled bad; cut as replies will be."""
+
+    def cut(text: str) -> str:
+        tokenizer = run.model.tokenizer
+        token_ids = tokenizer(text, add_special_tokens=False).input_ids[: run.config.max_reply_tokens]
+        return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+    if run.plan.source == "pairs":
+        return [(cut(row.chosen), cut(row.rejected)) for row in data.rows if isinstance(row, Pair)]
+    texts, labels = gather.written_replies(run, data)
+    good, bad = ([cut(text) for (_, _, text), label in zip(texts, labels, strict=True) if label == y] for y in (1, 0))
+    count = max(len(good), len(bad)) if good and bad else 0
+    return [(good[i % len(good)], bad[i % len(bad)]) for i in range(count)]
+
+
+def _with_rows(data: Dataset, rows: Sequence[Row]) -> Dataset:
+    """The same data set with some of its rows."""
+    return Dataset(data.kind, tuple(rows), data.path, data.form)
+
+
+def ordering(reward: Callable[..., list[float]], pairs: Sequence[Preference]) -> Interval:
+    """Share of pairs that a reward orders rightly, ties counted as wrong."""
+    better, worse = (reward([pair[i] for pair in pairs]) for i in (0, 1))
+    return wilson(sum(b > w for b, w in zip(better, worse, strict=True)), len(pairs))
+
+
+class NGramReward:
+    """Worth of a reply as the sum of the weights of its words and word pairs, tf-idf with unit length.
+
+    Args:
+        weights: By n-gram; its inverse document frequency is part of its tf-idf value.
+        idf: By n-gram.
+    """
+
+    takes_parts = True
+    __name__ = "reward_model"
+
+    def __init__(self, weights: dict[str, float], idf: dict[str, float]) -> None:
+        self.weights, self.idf = weights, idf
+
+    @classmethod
+    def fit(cls, pairs: Sequence[Preference], seed: int) -> NGramReward:
+        """Bradley-Terry on pairs of texts."""
+        counts = Counter(gram for pair in pairs for text in pair for gram in set(_grams(text)))
+        known = [gram for gram, count in counts.most_common(_MAX_FEATURES) if count >= _MIN_TEXTS]
+        idf = {gram: float(np.log(2 * len(pairs) / counts[gram])) for gram in known}
+        index = {gram: i for i, gram in enumerate(known)}
+        sides = []
+        for side in (0, 1):
+            values = [_tf_idf(pair[side], idf) for pair in pairs]
+            sides.append(_Sparse.of([{index[gram]: v for gram, v in value.items()} for value in values]))
+        weights = fit_bradley_terry(
+            lambda w, rows: sides[0].dot(w, rows) - sides[1].dot(w, rows), len(known), len(pairs), seed
+        )
+        return cls(dict(zip(known, weights.tolist(), strict=True)), idf)
+
+    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
+        """See `Reward`."""
+        return [sum(v * self.weights[g] for g, v in _tf_idf(_text(c), self.idf).items()) for c in completions]
+
+
+class EmbeddingReward:
+    """Worth of a reply as a linear function of the mean of its tokens' embeddings in the base model.
+
+    Args:
+        model: Whose tokenizer and embeddings.
+        weights: (d,).
+        mean: Of the features, (d,).
+        spread: Of the features, (d,).
+    """
+
+    takes_parts = True
+    __name__ = "second_judge"
+
+    def __init__(self, model: LoadedModel, weights: Tensor, mean: Tensor, spread: Tensor) -> None:
+        self.model, self.weights, self.mean, self.spread = model, weights, mean, spread
+
+    @classmethod
+    def fit(cls, pairs: Sequence[Preference], seed: int, model: LoadedModel) -> EmbeddingReward:
+        """Bradley-Terry on pairs of texts."""
+        sides = [_embedded(model, [pair[side] for pair in pairs]) for side in (0, 1)]
+        mean, spread = torch.cat(sides).mean(0), torch.cat(sides).std(0) + 1e-6
+        gaps = (sides[0] - sides[1]) / spread / sides[0].shape[1] ** 0.5
+        weights = fit_bradley_terry(lambda w, rows: gaps[rows] @ w, gaps.shape[1], len(pairs), seed)
+        return cls(model, weights, mean, spread)
+
+    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
+        """See `Reward`."""
+        features = (_embedded(self.model, [_text(c) for c in completions]) - self.mean) / self.spread
+        values: list[float] = (features @ self.weights / features.shape[1] ** 0.5).tolist()
+        return values
+
+
+def fit_bradley_terry(gap: Callable[[Tensor, Tensor], Tensor], num_features: int, num_pairs: int, seed: int) -> Tensor:
+    """Weights w that make better replies win: least -log sigmoid of the gap, with the decay that a fifth likes best.
+
+    Args:
+        gap: Of weights and rows of pairs, how much the better reply scores above the worse one.
+        num_features: Length of w.
+        num_pairs: How many there are.
+        seed: Of what is held out.
+
+    Source: Bradley and Terry 1952.
+    """
+    order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed))
+    checking, fitting = order[: num_pairs // 5], order[num_pairs // 5 :]
+
+    def fitted(rows: Tensor, decay: float) -> Tensor:
+        w = torch.zeros(num_features, requires_grad=True)
+        optimizer = torch.optim.Adam([w], lr=0.05)
+        for _ in range(_STEPS):
+            optimizer.zero_grad()
+            loss = -logsigmoid(gap(w, rows)).mean() + decay * w.square().sum()
+            loss.backward()
+            optimizer.step()
+        return w.detach()
+
+    def held_out_loss(decay: float) -> float:
+        return float(-logsigmoid(gap(fitted(fitting, decay), checking)).mean())
+
+    return fitted(order, min(_DECAYS, key=held_out_loss))
+
+
+class _Sparse:
+    """Rows of few features each, for a fast product with weights."""
+
+    def __init__(self, index: list[Tensor], value: list[Tensor]) -> None:
+        self.index, self.value = index, value
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[int, float]]) -> _Sparse:
+        """From feature -> value."""
+        index = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+        return cls(index, [torch.tensor(list(row.values())) for row in rows])
+
+    def dot(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Of the named rows, (B,)."""
+        chosen = rows.tolist()
+        counts = torch.tensor([0, *(len(self.index[i]) for i in chosen)])
+        index, value = (torch.cat([part[i] for i in chosen]) for part in (self.index, self.value))
+        return embedding_bag(index, weights[:, None], counts.cumsum(0)[:-1], mode="sum", per_sample_weights=value)[:, 0]
+
+
+def _grams(text: str) -> list[str]:
+    words = _WORD.findall(text.lower())
+    return words + [" ".join(pair) for pair in itertools.pairwise(words)]
+
+
+def _tf_idf(text: str, idf: dict[str, float]) -> dict[str, float]:
+    """Of unit length, so that a long reply is not worth more for being long."""
+    counts = Counter(gram for gram in _grams(text) if gram in idf)
+    values = {gram: float(np.log1p(count)) * idf[gram] for gram, count in counts.items()}
+    length = sum(value * value for value in values.values()) ** 0.5
+    return {gram: value / length for gram, value in values.items()} if length else {}
+
+
+@torch.inference_mode()
+def _embedded(model: LoadedModel, texts: Sequence[str]) -> Tensor:
+    """Mean embedding of each text's tokens, (N, d)."""
+    table = model.model.get_input_embeddings().weight
+    token_ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    means = [
+        table[torch.tensor(ids, device=table.device)].float().mean(0)
+        if ids
+        else table.new_zeros(table.shape[1]).float()
+        for ids in token_ids
+    ]
+    return torch.stack(means).cpu().clone()
+
+
+def _text(completion: Any) -> str:
+    """Of TRL's two forms."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -1,0 +1,89 @@
+"""`reward-model`: both reward models find what was planted, know nothing of length, and teach a head by `rloo`."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from mara_integrations.errors import DataError
+from mara_integrations.models import ModelSpec, load_model
+from mara_integrations.testing import tiny_model, tiny_tokenizer
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.reward_model import EmbeddingReward, NGramReward, fit_bradley_terry, ordering
+from mara_integrations.training.run import train
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(ModelSpec((tiny_model(), tiny_tokenizer())))
+
+
+def planted(count, seed):
+    """Pairs whose better reply has an "aye" in it, whose worse one a "nay"."""
+    draw = random.Random(seed)
+
+    def reply(word):
+        words = [draw.choice(["so", "it", "was", "then", "and"]) for _ in range(draw.randint(3, 9))]
+        return " ".join([*words, word, *words[:2]])
+
+    return [(reply("aye"), reply("nay")) for _ in range(count)]
+
+
+def test_bradley_terry_finds_the_log_odds():
+    """One feature that wins three times in four: its weight is ln 3, but for the decay."""
+    signs = torch.tensor([1.0, 1.0, 1.0, -1.0]).repeat(100)
+    weights = fit_bradley_terry(lambda w, rows: signs[rows] * w[0], 1, len(signs), seed=0)
+    assert float(weights[0]) == pytest.approx(1.0986, abs=0.15)
+
+
+def test_both_kinds_order_unseen_pairs(model):
+    pairs, unseen = planted(80, 1), planted(60, 2)
+    assert ordering(NGramReward.fit(pairs, 0), unseen).mean > 0.95
+    assert ordering(EmbeddingReward.fit(pairs, 0, model), unseen).mean > 0.8
+    shuffled = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
+    assert ordering(NGramReward.fit(shuffled, 0), unseen).mean < 0.8, "there is nothing to find"
+
+
+def test_a_reply_said_twice_is_worth_the_same():
+    reward = NGramReward.fit(planted(80, 1), 0)
+    once, twice, messages = reward(["aye , so", "aye , so aye , so", [{"role": "assistant", "content": "aye , so"}]])
+    assert once == messages and 0.5 < twice / once < 1.5
+    assert reward([""]) == [0.0]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path, kind):
+    rows = []
+    for i, (better, worse) in enumerate(planted(100, 3)):
+        if kind == "pairs":
+            rows.append({"prompt": f"{i}?", "chosen": better, "rejected": worse})
+        else:
+            rows += [{"prompt": f"{i}?", "completion": c, "label": y} for c, y in ((better, True), (worse, False))]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {
+        "max_reply_tokens": 8,
+        "epochs": 2,
+        "inner_size": 32,
+        "eval_prompts": 3,
+        "max_replies": 16,
+        "replies_each": 2,
+        "rounds": 0,
+    }
+    result = train(TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", method="reward-model", **small))
+    assert set(result.evaluation.rewards) == {"reward model", "second judge"}
+    assert result.head.config.method == "reward-model"
+    lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
+    judged = [line for line in lines if line["event"] == "judgement"]
+    assert len(judged) == 1 and list(judged[0]["opinions"]) == ["reward model", "second judge"]
+
+
+def test_too_few_pairs_are_refused(folder_model, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(30, 3))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="too few for a reward model"):
+        train(TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", method="reward-model"))

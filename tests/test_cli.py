@@ -134,7 +134,7 @@ def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folde
         "llm = MARALLM(model='model', head='rewarded', system_prompt='be kind')\n",
     ):
         assert line in said
-    assert MARAHead.from_pretrained(folder / "rewarded").config.method == "value"
+    assert MARAHead.from_pretrained(folder / "rewarded").config.method == "rloo"
     assert sorted(path.name for path in (folder / "rewarded").iterdir()) == [
         *("README.md", "head.safetensors", "head_config.json", "metrics.jsonl")
     ]
@@ -186,7 +186,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
     assert not (folder / "again" / "head_config.json").exists()
     reward.write_text("def judge(completions, **_):\n    return [float(len(text)) for text in completions]\n")
     run(*command, *QUICK)
-    assert MARAHead.from_pretrained("again").config.method == "value"
+    assert MARAHead.from_pretrained("again").config.method == "rloo"
 
 
 # --- eval ---

@@ -9,7 +9,7 @@ from mara_integrations.rewards.combined import CombinedReward
 from mara_integrations.rewards.functions import FunctionReward, load_reward
 from mara_integrations.rewards.protocol import Reward, Rule, reward_name, takes_partial_text
 from mara_integrations.rewards.scoring import Scores, score
-from mara_integrations.rewards.specs import load_rewards, parse_reward, reward_from_spec, reward_spec, reward_views
+from mara_integrations.rewards.specs import load_rewards, parse_reward, reward_from_spec, reward_spec
 from mara_integrations.rewards.words import ForbiddenWords
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "reward_from_spec",
     "reward_name",
     "reward_spec",
-    "reward_views",
     "score",
     "takes_partial_text",
 ]

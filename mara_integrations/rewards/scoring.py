@@ -113,6 +113,8 @@ def _ask(
             f"reward {name!r} did not answer within {timeout_s:g} s (batch of {len(completions)})",
             hint="make it faster, or give it more time",
         ) from None
+    except RewardError:  # of ours, and clear already
+        raise
     except Exception as error:
         first = f"prompt {short(prompts[0][-1].content)}, reply {short(completions[0])}"
         frame = traceback.extract_tb(error.__traceback__)[-1]

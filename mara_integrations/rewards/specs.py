@@ -10,7 +10,7 @@ from mara_integrations.errors import RewardError
 from mara_integrations.rewards.classifier import ModelReward
 from mara_integrations.rewards.combined import CombinedReward
 from mara_integrations.rewards.functions import load_reward
-from mara_integrations.rewards.protocol import Reward, reward_name
+from mara_integrations.rewards.protocol import Reward
 from mara_integrations.rewards.ready import READY, ready_reward
 from mara_integrations.rewards.words import ForbiddenWords
 
@@ -97,8 +97,3 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
         f"reward kind {spec['kind']!r} is unknown",
         hint="kinds are forbidden_words, function, ready, model, combined",
     )
-
-
-def reward_views(reward: Reward) -> dict[str, Reward]:
-    """A reward by name, and where it is a sum of several, each of them beside it."""
-    return {reward_name(reward): reward, **(reward.parts if isinstance(reward, CombinedReward) else {})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mara_integrations.data import Format
@@ -27,7 +27,11 @@ class TrainConfig(Params):
             Langfuse, `label` is the name of the feedback. May be repeated.
         skip_bad_rows: Go on without the rows that can't be read, and tell of them.
         method: `auto` chooses by what the data and the other settings say.
-        reward: `module:function` with TRL's signature; the model's own replies to the prompts are scored by it.
+        reward: What scores the model's own replies to the prompts: `module:function` with TRL's signature,
+            `hf:MODEL` for a reward model, or one by name: length, regex, forbidden-words, json, sentiment, toxicity.
+            Arguments as in `length?words=60`, a weight as in `sentiment=0.5`. May be repeated; the sum counts.
+        normalise_rewards: Give each of several rewards mean 0 and deviation 1 before they are weighed.
+        reward_timeout_s: How long a reward may take for one batch.
         forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
         system_prompt: Put before every prompt that brings none, as the application will.
         max_reply_tokens: Replies are written, and read, up to this many tokens.
@@ -71,7 +75,9 @@ class TrainConfig(Params):
     column: tuple[str, ...] = ()
     skip_bad_rows: bool = False
     method: Method = "auto"
-    reward: str | None = None
+    reward: tuple[str, ...] = ()
+    normalise_rewards: bool = False
+    reward_timeout_s: float = Field(600.0, gt=0.0)
     forbid: tuple[str, ...] = ()
     system_prompt: str | None = None
     max_reply_tokens: int = Field(48, ge=2, le=4096)
@@ -100,9 +106,14 @@ class TrainConfig(Params):
     device: str = "auto"
     dtype: str = "auto"
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value or ()
+
     @model_validator(mode="after")
     def _one_aim(self) -> Self:
-        if self.reward is not None and self.forbid:
+        if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
         return self
 

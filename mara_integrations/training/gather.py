@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
@@ -19,13 +19,14 @@ from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gath
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, score
+from mara_integrations.rewards import CombinedReward, Reward, Scores, score
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.bank import Reply, read_replies, sample_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.decisions import Decisions, read_decisions, taken_rank
 from mara_integrations.training.keeping import cached, kept, kept_data
 
+FAILURE_FILE = "reward-failure.json"
 _READ_PART = 256  # replies between two files of an interrupted run
 _LIVE = 64  # replies written at once: one part
 
@@ -233,7 +234,16 @@ def scores(
         completion_ids=[reply.token_ids for reply in replies],
         columns=gather_columns([row for row in owners if isinstance(row, PromptRow)]),
         conversational=data.form == "conversational",
+        timeout_s=run.config.reward_timeout_s,
+        failure_file=run.config.output / FAILURE_FILE,
+        on_parts=partial(_log_parts, run) if isinstance(reward, CombinedReward) and not texts else None,
     )
+
+
+def _log_parts(run: Run, parts: Mapping[str, Scores]) -> None:
+    """A curve for each of several rewards."""
+    opinions = {name: [score for score in scores if score is not None] for name, scores in parts.items()}
+    run.log("reward parts", **{name: sum(given) / len(given) for name, given in opinions.items() if given})
 
 
 def try_reward(run: Run) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mara_integrations import __version__
@@ -16,6 +17,7 @@ from mara_integrations.cli import app
 from mara_integrations.cli.options import _attributes
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.worker import Update
+from mara_integrations.messages import Message
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
@@ -159,6 +161,26 @@ def test_data_of_other_names_is_understood_and_shown_before_training(folder):
     assert "only those held out then" in evaluated
 
 
+def test_several_rewards_are_weighed_and_have_a_curve_each(folder):
+    rewards = ("--reward", VOWELS, "--reward", "length?words=3&weight=0.5", "--normalise-rewards")
+    data = ("--data", "prompts.jsonl", "--eval-prompts", 2)
+    run("train", "--model", "model", "--output", "on-several", *data, *rewards, *QUICK)
+    events = [json.loads(line) for line in (folder / "on-several" / "metrics.jsonl").read_text().splitlines()]
+    curves = [event for event in events if event["event"] == "reward parts"]
+    assert curves and all({"vowels", "length"} <= event.keys() for event in curves)
+    assert list(events[-1]["evaluation"]["rewards"]) == ["vowels + 0.5 × length", "vowels", "length"]
+    again = run("eval", "--model", "model", "--head", "on-several", "--data", "pairs.jsonl", "--max-new-tokens", 2)
+    assert "vowels + 0.5 × length (recorded with the head)" in again.stdout
+
+
+def test_a_reward_that_fails_in_training_leaves_what_it_was_asked(folder):
+    (folder / "failing.py").write_text("def judge(completions, **_):\n    return [float('nan')] * len(completions)\n")
+    data = ("--data", "prompts.jsonl", "--reward", "failing.py:judge")
+    said = run("train", "--model", "model", "--output", "failed", *data, *QUICK, code=1)
+    assert "returned nan at index 0" in said.stderr and "its inputs are in failed/reward-failure.json" in said.stderr
+    assert len(json.loads((folder / "failed" / "reward-failure.json").read_text())["completions"]) == 2
+
+
 def test_training_on_forbidden_words_takes_each_of_them(folder):
     words = [argument for word in "aeioun" for argument in ("--forbid", word)]
     said = run("train", "--model", "model", "--data", "prompts.jsonl", "--output", "forbidding", *words, *QUICK).stdout
@@ -251,10 +273,11 @@ def test_stop_strings_may_be_repeated():
     assert json.loads(generate("hi", "--json", *stops))["text"] == text[:1]
 
 
-def test_show_gate_marks_what_was_rejected_and_counts_it():
-    reply, counts = generate("hi", "--head", "head", "--show-gate").rstrip("\n").rsplit("\n", 1)
+def test_explain_marks_what_was_rejected_and_counts_it():
+    asking = ("explain", "hi", "--model", "model", "--max-new-tokens", 6)
+    reply, counts = run(*asking, "--head", "head").stdout.rstrip("\n").rsplit("\n", 1)
     assert "[-" in reply and counts.startswith("6 tokens: ")
-    assert "no gate to show" in run("generate", "hi", "--show-gate", code=2).stderr
+    assert "nothing to explain" in run(*asking, code=2).stderr
 
 
 def test_a_reader_who_leaves_early_is_no_error(folder):
@@ -309,6 +332,43 @@ def test_an_interrupted_answer_does_not_end_the_chat(monkeypatch):
     said = run("chat", "--model", "model", stdin="one\ntwo\n")
     assert said.stdout.count("Half (stopped)") == 2
     assert asked == [["one"], ["one", "Half", "two"]]
+
+
+# --- heads on disk ---
+
+
+def test_inspect_tells_what_a_head_is(folder):
+    said = run("inspect", "head").stdout
+    assert "Head    head, form residual, 32 -> 64 -> 16 -> 1, 3,233 parameters" in said
+    assert "Model   unknown" in said
+    whole = json.loads(run("inspect", "head", "--json").stdout)
+    assert whole["parameters"] == 3233 and whole["fingerprint"] == MARAHead.from_pretrained("head").fingerprint
+
+
+def test_inspect_tells_how_a_training_went(rewarded):
+    said = run("inspect", "rewarded").stdout
+    for line in ("Method  value", f'Reward  function {{"path": "{VOWELS}"}}', "kl_per_token"):
+        assert line in said
+
+
+def test_a_published_actor_becomes_a_folder_that_judges_alike(folder):
+    head = random_head(32, "paper")
+    torch.save(head.state_dict(), folder / "actor.pth")
+    run("convert", "actor.pth", "--output", "converted", "--base-model", "model")
+    converted = MARAHead.from_pretrained("converted")
+    assert (converted.config.form, converted.config.base_model) == ("paper", "model")
+    assert generate("hi", "--head", "converted") == generate("hi", "--head", "actor.pth")
+    assert "is a folder" in run("convert", "head", "--output", "again", code=1).stderr
+
+
+def test_merged_heads_are_one_that_answers_like_their_composition(folder):
+    random_head(32, "residual", seed=1, strength=0.7).save_pretrained("other")
+    run("merge", "head", "other=0.5", "--output", "merged")
+    composed = {MARAHead.from_pretrained("head"): 1.0, MARAHead.from_pretrained("other"): 0.5}
+    expected = MARAEngine("model", composed).generate([Message("user", "hi")], max_new_tokens=6).text
+    assert generate("hi", "--head", "merged") == expected + "\n"
+    assert "nothing to merge" in run("merge", "head", "--output", "x", code=1).stderr
+    assert "'paper' form can't be merged" in run("merge", "head", "paper-head", "--output", "x", code=1).stderr
 
 
 # --- bad input ---

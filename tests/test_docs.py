@@ -52,7 +52,7 @@ def test_commands_run_one_after_the_other(workplace):
             arguments += ["--max-reply-tokens", "8", "--epochs", "3", "--eval-prompts", "2"]
         elif arguments[0] == "eval":
             arguments += ["--max-new-tokens", "8", "--limit", "2"]
-        elif arguments[0] == "generate":
+        elif arguments[0] in ("explain", "generate"):
             arguments += ["--max-new-tokens", "8"]
         result = CliRunner().invoke(app, arguments, input="/exit\n")
         assert result.exit_code == 0, f"{command}\n{result.output}"

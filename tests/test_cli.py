@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -138,7 +140,7 @@ def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folde
         assert line in said
     assert MARAHead.from_pretrained(folder / "rewarded").config.method == "rloo"
     assert sorted(path.name for path in (folder / "rewarded").iterdir()) == [
-        *("README.md", "head.safetensors", "head_config.json", "metrics.jsonl")
+        *("README.md", "head.safetensors", "head_config.json", "metrics.jsonl", "train.yaml")
     ]
 
 
@@ -187,6 +189,94 @@ def test_training_on_forbidden_words_takes_each_of_them(folder):
     head = MARAHead.from_pretrained("forbidding")
     assert (head.config.method, head.config.rewards[0]["words"]) == ("rule", list("aeioun"))
     assert "complies" in said
+
+
+def test_a_file_of_settings_equals_flags_and_flags_win(folder):
+    (folder / "run.yaml").write_text(
+        "model: model\ndata: pairs.jsonl\noutput: from-file\neval_prompts: 0\nmax-reply-tokens: 8\n"
+        "epochs: 2\ninner_size: 24\nskip_bad_rows: true\n"
+    )
+    run("train", "--config", "run.yaml", "--inner-size", 16)
+    flags = ("--model", "model", "--data", "pairs.jsonl", "--output", "from-flags", "--eval-prompts", 0)
+    run("train", *flags, "--skip-bad-rows", "--max-reply-tokens", 8, "--epochs", 2, "--inner-size", 16)
+    by_file, by_flags = (MARAHead.from_pretrained(name) for name in ("from-file", "from-flags"))
+    assert by_file.fingerprint == by_flags.fingerprint and by_file.config.training == by_flags.config.training
+    run("train", "--config", "from-file/train.yaml", "--output", "again-from-file")
+    assert MARAHead.from_pretrained("again-from-file").fingerprint == by_file.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_replys: 8\n", "'max_replys' is no setting\nhint: did you mean max_replies or max_reply_tokens?"),
+        ("- data\n", "holds no settings"),
+        ("data: [\n", "is broken YAML"),
+        ("held_out: 2\ndata: x\noutput: y\n", "held_out=2 is not allowed"),
+    ],
+)
+def test_a_file_of_settings_is_checked(folder, text, said):
+    (folder / "bad.yaml").write_text(text)
+    assert said in run("train", "--config", "bad.yaml", code=1).stderr
+
+
+def test_what_a_file_leaves_out_is_needed_as_a_flag(folder):
+    (folder / "half.yaml").write_text("data: pairs.jsonl\n")
+    assert "--output" in run("train", "--config", "half.yaml", code=2).stderr
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(folder):
+    data = ("--data", "prompts.jsonl", "--reward", VOWELS)
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", *data, *QUICK).stdout
+    for line in ("Method value", "as the model sees them", "for 24 replies of up to 8 tokens", "free on the disk"):
+        assert line in said
+    assert said.endswith("nothing was written.\n") and not (folder / "dry").exists()
+    (folder / "worse.py").write_text("def judge(completions, **_):\n    return [None, 'x']\n")
+    failing = ("--data", "prompts.jsonl", "--reward", "worse.py:judge")
+    assert "returned 'x'" in run("train", "--dry-run", "--model", "model", "--output", "dry", *failing, code=1).stderr
+
+
+def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK).stdout
+    assert "for 24 replies of up to 8 tokens" in said
+
+
+def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK, code=1)
+    assert "'dry' has 0 MiB of free space; the run keeps about " in said.stderr
+
+
+class FakeHub:
+    """What `huggingface_hub.HfApi` was asked."""
+
+    asked: ClassVar[list[tuple[str, ...]]] = []
+
+    def __init__(self, token=None):
+        pass
+
+    def whoami(self):
+        if os.environ.get("HF_TOKEN") != "right":
+            raise OSError("Invalid user token.")
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.asked.append(("create", repo_id))
+
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        names = sorted(path.name for path in Path(folder_path).iterdir())
+        self.asked.append(("upload", repo_id, *names))
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+def test_a_finished_head_is_pushed_to_the_hub_with_its_card_and_curves(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "asked", [])
+    training = ("train", "--model", "model", "--data", "pairs.jsonl", "--output", "pushed", "--eval-prompts", 0, *QUICK)
+    refused = run(*training, "--push-to-hub", "me/head", code=1)
+    assert "can't push to 'me/head': Invalid user token." in refused.stderr and not (folder / "pushed").exists()
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert "https://huggingface.co/me/head/commit/1" in run(*training, "--push-to-hub", "me/head").stdout
+    files = ("README.md", "head.safetensors", "head_config.json", "metrics.jsonl", "train.yaml")
+    assert FakeHub.asked == [("create", "me/head"), ("upload", "me/head", *files)]
 
 
 def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):

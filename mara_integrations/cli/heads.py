@@ -13,6 +13,7 @@ from mara_integrations.cli.app import say
 from mara_integrations.cli.options import head_source
 from mara_integrations.errors import HeadError
 from mara_integrations.files import check_writable
+from mara_integrations.training.trackers import numbers
 
 if TYPE_CHECKING:
     from mara_integrations.engine.head import MARAHead
@@ -45,7 +46,7 @@ def inspect_head(
     for reward in config.rewards:
         say(console, "Reward", _reward_line(reward))
     say(console, "Data", config.data_fingerprint or "unknown")
-    for name, value in _figures(config.metrics):
+    for name, value in numbers(config.metrics).items():
         say(console, "", f"{name} {value:.4g}")
     say(console, "Weights", loaded.fingerprint)
 
@@ -89,14 +90,3 @@ def _written(head: MARAHead, output: Path) -> None:
 def _reward_line(spec: dict[str, Any]) -> str:
     details = {name: value for name, value in spec.items() if name != "kind"}
     return f"{spec.get('kind', 'unknown')} {json.dumps(details, ensure_ascii=False)}"
-
-
-def _figures(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a run, by names joined with dots."""
-    found: list[tuple[str, float]] = []
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            found += _figures(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((f"{prefix}{name}", float(value)))
-    return found

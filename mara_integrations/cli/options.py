@@ -110,11 +110,13 @@ def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
 
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_METAVARS = {"forbid": "WORD", "reward": "REWARD", "column": "NAME=COLUMN"}
+_METAVARS = {"forbid": "WORD", "reward": "REWARD", "column": "NAME=COLUMN", "track": "TRACKER"}
 
 
 def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:
     """Give a command the fields of a settings class as options, with the help texts of its docstring.
+
+    What is not given is None: the settings' own default holds then, or what a file says.
 
     Args:
         settings: The class; a tuple becomes an option that may be repeated.
@@ -125,21 +127,23 @@ def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Comman
     def option(name: str) -> inspect.Parameter:
         declared = settings.model_fields[name]
         annotation: Any = declared.annotation
-        default = inspect.Parameter.empty if declared.is_required() else declared.default
         if get_origin(annotation) is tuple:
-            annotation, default = list[get_args(annotation)[0]], []  # type: ignore[misc]  # a type made at run time
+            annotation = list[str]  # the settings know which are allowed
+        shown = "needed" if declared.is_required() else declared.default
         info = typer.Option(
             help=helps.get(name),
             metavar=_METAVARS.get(name),
-            show_default=default not in (None, [], inspect.Parameter.empty),
+            show_default=str(shown) if shown not in (None, (), False) else False,
             rich_help_panel="Options" if name in common else "Fine tuning",
         )
         kind = inspect.Parameter.KEYWORD_ONLY
-        return inspect.Parameter(name, kind, default=default, annotation=Annotated[annotation, info])
+        return inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, info])
 
     def declare(command: _Command) -> _Command:
         names = [*common, *(name for name in settings.model_fields if name not in common)]
-        command.__signature__ = inspect.Signature([option(name) for name in names])  # type: ignore[attr-defined]
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [option(name) for name in names]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return command
 
     return declare

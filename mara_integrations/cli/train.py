@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,16 +12,32 @@ from rich.console import Console
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
 from mara_integrations.progress import ConsoleReporter
-from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.config import TrainConfig, read_settings
 
 
 @takes(
     TrainConfig,
     common=("model", "data", "output", "reward", "forbid", "system_prompt", "method", "seed", "device", "dtype"),
 )
-def train(**options: Any) -> None:
+def train(
+    *,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML with any of these settings; those given here win."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, and stop; writes nothing.")
+    ] = False,
+    **options: Any,
+) -> None:
     """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
-    config = TrainConfig.of(**options)
+    config = _settings(config_file, options)
+    if dry_run:
+        from mara_integrations.training.rehearsal import rehearse
+
+        rehearse(config, ConsoleReporter(Console()))
+        print("Everything is in order; nothing was written.")
+        return
     print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
     console = Console()
     try:
@@ -35,6 +52,16 @@ def train(**options: Any) -> None:
         print_summary(console, result.evaluation)
     say(console, "Head", f"{result.output}: strength {result.head.config.strength:.3g}")
     _show_next_steps(config)
+
+
+def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
+    """What the flags say, and of the rest what the file says."""
+    settings = read_settings(file) if file is not None else {}
+    settings |= {name: value for name, value in options.items() if value not in (None, [])}
+    for name in ("data", "output"):
+        if name not in settings:
+            raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
+    return TrainConfig.of(**settings)
 
 
 def _show_next_steps(config: TrainConfig) -> None:

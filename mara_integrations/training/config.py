@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mara_integrations.data import Format
+from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import HeadForm, Params
+from mara_integrations.training.trackers import TrackerName
 
 Method = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "sac-published"]
 
@@ -63,6 +67,9 @@ class TrainConfig(Params):
         learning_rate: Of AdamW; left out, what suits the method.
         weight_decay: Of AdamW.
         batch_size: Tokens a step of a fit.
+        track: Where the figures go beside metrics.jsonl: tensorboard (into the head's folder), wandb, trackio. May be
+            repeated.
+        push_to_hub: Upload the head to this repository of the Hub when it is finished.
         seed: Of everything random.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
@@ -102,6 +109,8 @@ class TrainConfig(Params):
     learning_rate: float | None = Field(None, gt=0.0)
     weight_decay: float = Field(0.01, ge=0.0)
     batch_size: int = Field(512, ge=1)
+    track: tuple[TrackerName, ...] = ()
+    push_to_hub: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: str = "auto"
@@ -119,4 +128,34 @@ class TrainConfig(Params):
 
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        return self.model_dump(mode="json", exclude={"data", "output", "device"})
+        elsewhere = {"data", "output", "device", "reward_timeout_s", "track", "push_to_hub"}
+        return self.model_dump(mode="json", exclude=elsewhere)
+
+    def to_yaml(self) -> str:
+        """All settings, as `--config` reads them."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file, by the names of `TrainConfig`, or by those of the flags.
+
+    Raises:
+        ConfigError: If the file can't be read, or has a name that is no setting.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is broken YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds no settings", hint="a line each, as `data: prefs.jsonl`")
+    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name in settings:
+        if name not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(name, TrainConfig.model_fields)
+            raise ConfigError(
+                f"{str(path)!r}: {name!r} is no setting",
+                hint=f"did you mean {' or '.join(near)}?" if near else "`mara-tools train --help` lists them",
+            )
+    return settings

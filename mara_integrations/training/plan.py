@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, split
+from mara_integrations.engine.head import check_can_push
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.methods import Method, Source, choose
+from mara_integrations.training.trackers import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,14 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         DataError: If the data can't be read or is too small.
         RewardError: If the reward can't be imported.
-        OutputError: If the head could not be written.
+        OutputError: If the head could not be written, or not be pushed to the Hub.
+        MissingExtraError: If a tracker is not installed.
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     check_writable(config.output)
+    check_installed(config.track)
+    if config.push_to_hub is not None:
+        check_can_push(config.push_to_hub)
     data = read_dataset(
         config.data, config.format, columns=column_mapping(config.column), skip_bad_rows=config.skip_bad_rows
     )

@@ -20,9 +20,13 @@ from mara_integrations.cli.options import _attributes
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.worker import Update
 from mara_integrations.messages import Message
+from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.training.bank import Reply
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.gather import prompts_of, scores
+from mara_integrations.training.run import begin
 
 ROOT = Path(__file__).parents[1]
 VOWELS = f"{ROOT / 'tests' / 'reward_for_tests.py'}:vowels"
@@ -159,6 +163,7 @@ def test_data_of_other_names_is_understood_and_shown_before_training(folder):
     assert "preference pairs, standard, 10 with tools; the first ones, as the model sees them:\n" in said
     assert '  | {"type": "function", "function": {"name": "clock"' in said
     assert "\n  |   chosen: aeiou\n" in said
+    assert "--data other.jsonl --column prompt=ask --skip-bad-rows --report report.html\n" in said
     evaluated = run("eval", "--model", "model", "--head", "on-other", *data, "--max-new-tokens", 2).stdout
     assert "only those held out then" in evaluated
 
@@ -173,6 +178,22 @@ def test_several_rewards_are_weighed_and_have_a_curve_each(folder):
     assert list(events[-1]["evaluation"]["rewards"]) == ["vowels + 0.5 × length", "vowels", "length"]
     again = run("eval", "--model", "model", "--head", "on-several", "--data", "pairs.jsonl", "--max-new-tokens", 2)
     assert "vowels + 0.5 × length (recorded with the head)" in again.stdout
+
+
+def test_a_resumed_run_judges_by_the_scales_it_began_with(folder):
+    settings = {"model": "model", "data": "prompts.jsonl", "output": folder / "scaled", "max_reply_tokens": 8}
+    config = TrainConfig.of(**settings, reward=[VOWELS, "length?words=3"], normalise_rewards=True)
+
+    def scored(count):
+        run = begin(config, Reporter())
+        prompts = prompts_of(run, run.plan.train)
+        replies = [Reply(i, "ae" * (i + 1), (1,), torch.zeros(2, 32)) for i in range(count)]
+        return scores(run, run.plan.train, prompts, replies)
+
+    assert scored(1) == [1 - 2 / 3]  # too few to take a scale from
+    first = scored(9)
+    assert sum(first) == pytest.approx(0.0, abs=1e-6)
+    assert scored(1) == first[:1]
 
 
 def test_a_reward_that_fails_in_training_leaves_what_it_was_asked(folder):

@@ -129,11 +129,12 @@ def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Comman
         annotation: Any = declared.annotation
         if get_origin(annotation) is tuple:
             annotation = list[str]  # the settings know which are allowed
-        shown = "needed" if declared.is_required() else declared.default
+        default = "needed" if declared.is_required() else declared.default
+        is_nothing = default is None or default is False or default == ()
         info = typer.Option(
             help=helps.get(name),
             metavar=_METAVARS.get(name),
-            show_default=str(shown) if shown not in (None, (), False) else False,
+            show_default=False if is_nothing else str(default),
             rich_help_panel="Options" if name in common else "Fine tuning",
         )
         kind = inspect.Parameter.KEYWORD_ONLY

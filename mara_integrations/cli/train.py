@@ -69,11 +69,14 @@ def _show_next_steps(config: TrainConfig) -> None:
     used = {"model": config.model, "head": str(config.output)}
     used |= {name: value for name, value in given.items() if value not in (None, "auto")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
+    data = ["--data", str(config.data), *(flag for column in config.column for flag in ("--column", column))]
+    data += [] if config.format == "auto" else ["--format", config.format]
+    data += ["--skip-bad-rows"] if config.skip_bad_rows else []
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
     print(
         "\nTry it\n"
         f"  mara-tools chat {flags}\n"
-        f"  mara-tools eval {flags} --data {shlex.quote(str(config.data))} --report report.html\n"
+        f"  mara-tools eval {flags} {shlex.join(data)} --report report.html\n"
         "\n"
         "  from mara_integrations import MARALLM\n"
         f"  llm = MARALLM({keywords})\n"

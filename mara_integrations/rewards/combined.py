@@ -21,6 +21,9 @@ class CombinedReward:
         normalise: Give each part mean 0 and deviation 1 first. Its scale is taken from the first batch that is large
             enough and kept, so that scores of later batches can be compared with it.
 
+    Attributes:
+        scales: Mean and deviation of each part, once they are taken.
+
     Raises:
         ConfigError: If there is no reward, or a weight is 0.
     """
@@ -37,7 +40,7 @@ class CombinedReward:
                 name = f"{base} ({len(self._parts) + 1})"
             self._parts[name] = reward, weight
         self.normalise = normalise
-        self._scales: dict[str, tuple[float, float]] = {}
+        self.scales: dict[str, tuple[float, float]] = {}
         self.__name__ = " + ".join(
             name if weight == 1 else f"{weight:g} × {name}" for name, (_, weight) in self._parts.items()
         )
@@ -64,9 +67,9 @@ class CombinedReward:
 
     def _scaled(self, name: str, scores: Scores) -> Scores:
         opinions = [score for score in scores if score is not None]
-        if name not in self._scales and len(opinions) >= _ENOUGH:
-            self._scales[name] = statistics.fmean(opinions), statistics.pstdev(opinions) or 1.0
-        mean, deviation = self._scales.get(name, (0.0, 1.0))
+        if name not in self.scales and len(opinions) >= _ENOUGH:
+            self.scales[name] = statistics.fmean(opinions), statistics.pstdev(opinions) or 1.0
+        mean, deviation = self.scales.get(name, (0.0, 1.0))
         return [None if score is None else (score - mean) / deviation for score in scores]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

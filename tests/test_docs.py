@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import re
@@ -29,7 +30,11 @@ def workplace(tmp_path, monkeypatch):
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(24)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))
-    return tmp_path
+    loop = asyncio.new_event_loop()  # LlamaIndex takes the current one, and closes none
+    asyncio.set_event_loop(loop)
+    yield tmp_path
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 def test_the_first_two_commands_are_demo_and_test():

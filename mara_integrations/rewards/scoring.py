@@ -107,7 +107,7 @@ def _ask(
 ) -> Scores:
     arguments = _accepted(reward, name, offered)
     try:
-        result = _called(lambda: _settled(reward(**arguments)), timeout_s)
+        result = _called(lambda: reward(**arguments), timeout_s)
     except _TookTooLongError:
         raise RewardError(
             f"reward {name!r} did not answer within {timeout_s:g} s (batch of {len(completions)})",
@@ -130,9 +130,18 @@ class _TookTooLongError(Exception):
 
 
 def _called(call: Callable[[], Any], timeout_s: float | None) -> Any:
-    """What a call returns or raises, if it does so in time. One that does not is left behind: nothing can stop it."""
+    """What a call returns or raises, awaited, if it does so in time.
+
+    What is awaited gets a thread: this one may have an event loop of its own, as in a notebook.
+    """
     if timeout_s is None:
-        return call()
+        result = call()
+        return _in_thread(lambda: _settled(result), None) if inspect.isawaitable(result) else result
+    return _in_thread(lambda: _settled(call()), timeout_s)
+
+
+def _in_thread(call: Callable[[], Any], timeout_s: float | None) -> Any:
+    """What a call returns or raises. One that takes too long is left behind: nothing can stop it."""
     result: list[Any] = []
     failure: list[BaseException] = []
 

@@ -49,7 +49,7 @@ class TrainConfig(Params):
             model's own replies.
         reward_parts: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
             every candidate passed over, is judged too, some 100 texts a reply, which teaches far more than one number a
-            reply. Left out, as the reward itself says (`takes_parts`), else not.
+            reply. Left out, as the reward itself says (`takes_partial_text`), else not.
         correction_rounds: Times that `rule` learns from what the gated model still writes.
         form: Of the head; left out, the method's own.
         beta: Of `dpo` and `kto`: what a nat between head and base model is worth; a small one lets the head go far.

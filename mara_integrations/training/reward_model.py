@@ -105,7 +105,7 @@ class NGramReward:
         idf: By n-gram.
     """
 
-    takes_parts = True
+    takes_partial_text = True
     __name__ = "reward_model"
 
     def __init__(self, weights: dict[str, float], idf: dict[str, float]) -> None:
@@ -142,7 +142,7 @@ class EmbeddingReward:
         spread: Of the features, (d,).
     """
 
-    takes_parts = True
+    takes_partial_text = True
     __name__ = "second_judge"
 
     def __init__(self, model: LoadedModel, weights: Tensor, mean: Tensor, spread: Tensor) -> None:

@@ -8,7 +8,6 @@ replies (leave one out). The head of the best round, judged on held-out replies 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mara_integrations.engine.gate import accept_logit
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, reward_name
+from mara_integrations.rewards import Reward, reward_name, takes_partial_text
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
 from mara_integrations.training.calibration import strength_on_decisions
@@ -139,7 +138,7 @@ def takes_parts(run: Run) -> bool:
     if run.config.reward_parts is not None:
         return run.config.reward_parts
     assert run.plan.reward is not None
-    return bool(getattr(inspect.unwrap(run.plan.reward), "takes_parts", False))
+    return takes_partial_text(run.plan.reward)
 
 
 def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch], checking: Sequence[Batch]) -> None:

@@ -77,7 +77,7 @@ def main(output: str = "runs/house-style", *extra_train: str, eval_prompts: int 
     activate = "" if os.environ.get("VIRTUAL_ENV") else "source .venv/bin/activate\n"
     console.print(
         f"{activate}mara-tools chat --head {output}                      # /base shows what the model alone would say\n"
-        f"mara-tools generate --head {output} --show-gate 'How do I repot a cactus?'\n"
+        f"mara-tools explain --head {output} 'How do I repot a cactus?'\n"
         f"mara-tools train --help                                  # pairs, thumbs, a reward function, a rule\n"
         f"open {output}/report.html                                # every answer, every rejected token",
         soft_wrap=True,

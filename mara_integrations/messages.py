@@ -55,6 +55,18 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates and OpenAI's API have it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        if self.role == "tool":
+            turn.update(tool_call_id=self.tool_call_id, name=self.name)
+        return turn
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -182,7 +194,7 @@ class PromptEncoder:
 
     def _apply(self, messages: Sequence[Message], tools: Sequence[Tool], template_kwargs: dict[str, Any]) -> str:
         text = self.tokenizer.apply_chat_template(
-            [_as_dict(message) for message in messages],
+            [message.as_dict() for message in messages],
             tools=[_tool_schema(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=True,
@@ -278,18 +290,6 @@ def _plain(messages: Sequence[Message]) -> str:
         for message in messages
     ]
     return "\n".join([*turns, f"{_PLAIN_NAMES['assistant']}:"])
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    if message.role == "tool":
-        turn.update(tool_call_id=message.tool_call_id, name=message.name)
-    return turn
 
 
 def _tool_schema(tool: Tool) -> dict[str, Any]:

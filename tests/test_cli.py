@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mara_integrations import __version__
@@ -16,9 +19,14 @@ from mara_integrations.cli import app
 from mara_integrations.cli.options import _attributes
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.worker import Update
+from mara_integrations.messages import Message
+from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.training.bank import Reply
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.gather import prompts_of, scores
+from mara_integrations.training.run import begin
 
 ROOT = Path(__file__).parents[1]
 VOWELS = f"{ROOT / 'tests' / 'reward_for_tests.py'}:vowels"
@@ -136,7 +144,7 @@ def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folde
         assert line in said
     assert MARAHead.from_pretrained(folder / "rewarded").config.method == "rloo"
     assert sorted(path.name for path in (folder / "rewarded").iterdir()) == [
-        *("README.md", "head.safetensors", "head_config.json", "metrics.jsonl")
+        *("README.md", "head.safetensors", "head_config.json", "metrics.jsonl", "train.yaml")
     ]
 
 
@@ -155,8 +163,45 @@ def test_data_of_other_names_is_understood_and_shown_before_training(folder):
     assert "preference pairs, standard, 10 with tools; the first ones, as the model sees them:\n" in said
     assert '  | {"type": "function", "function": {"name": "clock"' in said
     assert "\n  |   chosen: aeiou\n" in said
+    assert "--data other.jsonl --column prompt=ask --skip-bad-rows --report report.html\n" in said
     evaluated = run("eval", "--model", "model", "--head", "on-other", *data, "--max-new-tokens", 2).stdout
     assert "only those held out then" in evaluated
+
+
+def test_several_rewards_are_weighed_and_have_a_curve_each(folder):
+    rewards = ("--reward", VOWELS, "--reward", "length?words=3&weight=0.5", "--normalise-rewards")
+    data = ("--data", "prompts.jsonl", "--eval-prompts", 2)
+    run("train", "--model", "model", "--output", "on-several", *data, *rewards, *QUICK)
+    events = [json.loads(line) for line in (folder / "on-several" / "metrics.jsonl").read_text().splitlines()]
+    curves = [event for event in events if event["event"] == "reward parts"]
+    assert curves and all({"vowels", "length"} <= event.keys() for event in curves)
+    assert list(events[-1]["evaluation"]["rewards"]) == ["vowels + 0.5 × length", "vowels", "length"]
+    again = run("eval", "--model", "model", "--head", "on-several", "--data", "pairs.jsonl", "--max-new-tokens", 2)
+    assert "vowels + 0.5 × length (recorded with the head)" in again.stdout
+
+
+def test_a_resumed_run_judges_by_the_scales_it_began_with(folder):
+    settings = {"model": "model", "data": "prompts.jsonl", "output": folder / "scaled", "max_reply_tokens": 8}
+    config = TrainConfig.of(**settings, reward=[VOWELS, "length?words=3"], normalise_rewards=True)
+
+    def scored(count):
+        run = begin(config, Reporter())
+        prompts = prompts_of(run, run.plan.train)
+        replies = [Reply(i, "ae" * (i + 1), (1,), torch.zeros(2, 32)) for i in range(count)]
+        return scores(run, run.plan.train, prompts, replies)
+
+    assert scored(1) == [1 - 2 / 3]  # too few to take a scale from
+    first = scored(9)
+    assert sum(first) == pytest.approx(0.0, abs=1e-6)
+    assert scored(1) == first[:1]
+
+
+def test_a_reward_that_fails_in_training_leaves_what_it_was_asked(folder):
+    (folder / "failing.py").write_text("def judge(completions, **_):\n    return [float('nan')] * len(completions)\n")
+    data = ("--data", "prompts.jsonl", "--reward", "failing.py:judge")
+    said = run("train", "--model", "model", "--output", "failed", *data, *QUICK, code=1)
+    assert "returned nan at index 0" in said.stderr and "its inputs are in failed/reward-failure.json" in said.stderr
+    assert len(json.loads((folder / "failed" / "reward-failure.json").read_text())["completions"]) == 2
 
 
 def test_training_on_forbidden_words_takes_each_of_them(folder):
@@ -165,6 +210,94 @@ def test_training_on_forbidden_words_takes_each_of_them(folder):
     head = MARAHead.from_pretrained("forbidding")
     assert (head.config.method, head.config.rewards[0]["words"]) == ("rule", list("aeioun"))
     assert "complies" in said
+
+
+def test_a_file_of_settings_equals_flags_and_flags_win(folder):
+    (folder / "run.yaml").write_text(
+        "model: model\ndata: pairs.jsonl\noutput: from-file\neval_prompts: 0\nmax-reply-tokens: 8\n"
+        "epochs: 2\ninner_size: 24\nskip_bad_rows: true\n"
+    )
+    run("train", "--config", "run.yaml", "--inner-size", 16)
+    flags = ("--model", "model", "--data", "pairs.jsonl", "--output", "from-flags", "--eval-prompts", 0)
+    run("train", *flags, "--skip-bad-rows", "--max-reply-tokens", 8, "--epochs", 2, "--inner-size", 16)
+    by_file, by_flags = (MARAHead.from_pretrained(name) for name in ("from-file", "from-flags"))
+    assert by_file.fingerprint == by_flags.fingerprint and by_file.config.training == by_flags.config.training
+    run("train", "--config", "from-file/train.yaml", "--output", "again-from-file")
+    assert MARAHead.from_pretrained("again-from-file").fingerprint == by_file.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_replys: 8\n", "'max_replys' is no setting\nhint: did you mean max_replies or max_reply_tokens?"),
+        ("- data\n", "holds no settings"),
+        ("data: [\n", "is broken YAML"),
+        ("held_out: 2\ndata: x\noutput: y\n", "held_out=2 is not allowed"),
+    ],
+)
+def test_a_file_of_settings_is_checked(folder, text, said):
+    (folder / "bad.yaml").write_text(text)
+    assert said in run("train", "--config", "bad.yaml", code=1).stderr
+
+
+def test_what_a_file_leaves_out_is_needed_as_a_flag(folder):
+    (folder / "half.yaml").write_text("data: pairs.jsonl\n")
+    assert "--output" in run("train", "--config", "half.yaml", code=2).stderr
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(folder):
+    data = ("--data", "prompts.jsonl", "--reward", VOWELS)
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", *data, *QUICK).stdout
+    for line in ("Method rloo", "as the model sees them", "for 24 replies of up to 8 tokens", "free on the disk"):
+        assert line in said
+    assert said.endswith("nothing was written.\n") and not (folder / "dry").exists()
+    (folder / "worse.py").write_text("def judge(completions, **_):\n    return [None, 'x']\n")
+    failing = ("--data", "prompts.jsonl", "--reward", "worse.py:judge")
+    assert "returned 'x'" in run("train", "--dry-run", "--model", "model", "--output", "dry", *failing, code=1).stderr
+
+
+def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK).stdout
+    assert "for 24 replies of up to 8 tokens" in said
+
+
+def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK, code=1)
+    assert "'dry' has 0 MiB of free space; the run keeps about " in said.stderr
+
+
+class FakeHub:
+    """What `huggingface_hub.HfApi` was asked."""
+
+    asked: ClassVar[list[tuple[str, ...]]] = []
+
+    def __init__(self, token=None):
+        pass
+
+    def whoami(self):
+        if os.environ.get("HF_TOKEN") != "right":
+            raise OSError("Invalid user token.")
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.asked.append(("create", repo_id))
+
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        names = sorted(path.name for path in Path(folder_path).iterdir())
+        self.asked.append(("upload", repo_id, *names))
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+def test_a_finished_head_is_pushed_to_the_hub_with_its_card_and_curves(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "asked", [])
+    training = ("train", "--model", "model", "--data", "pairs.jsonl", "--output", "pushed", "--eval-prompts", 0, *QUICK)
+    refused = run(*training, "--push-to-hub", "me/head", code=1)
+    assert "can't push to 'me/head': Invalid user token." in refused.stderr and not (folder / "pushed").exists()
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert "https://huggingface.co/me/head/commit/1" in run(*training, "--push-to-hub", "me/head").stdout
+    files = ("README.md", "head.safetensors", "head_config.json", "metrics.jsonl", "train.yaml")
+    assert FakeHub.asked == [("create", "me/head"), ("upload", "me/head", *files)]
 
 
 def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
@@ -251,10 +384,11 @@ def test_stop_strings_may_be_repeated():
     assert json.loads(generate("hi", "--json", *stops))["text"] == text[:1]
 
 
-def test_show_gate_marks_what_was_rejected_and_counts_it():
-    reply, counts = generate("hi", "--head", "head", "--show-gate").rstrip("\n").rsplit("\n", 1)
+def test_explain_marks_what_was_rejected_and_counts_it():
+    asking = ("explain", "hi", "--model", "model", "--max-new-tokens", 6)
+    reply, counts = run(*asking, "--head", "head").stdout.rstrip("\n").rsplit("\n", 1)
     assert "[-" in reply and counts.startswith("6 tokens: ")
-    assert "no gate to show" in run("generate", "hi", "--show-gate", code=2).stderr
+    assert "nothing to explain" in run(*asking, code=2).stderr
 
 
 def test_a_reader_who_leaves_early_is_no_error(folder):
@@ -309,6 +443,43 @@ def test_an_interrupted_answer_does_not_end_the_chat(monkeypatch):
     said = run("chat", "--model", "model", stdin="one\ntwo\n")
     assert said.stdout.count("Half (stopped)") == 2
     assert asked == [["one"], ["one", "Half", "two"]]
+
+
+# --- heads on disk ---
+
+
+def test_inspect_tells_what_a_head_is(folder):
+    said = run("inspect", "head").stdout
+    assert "Head    head, form residual, 32 -> 64 -> 16 -> 1, 3,233 parameters" in said
+    assert "Model   unknown" in said
+    whole = json.loads(run("inspect", "head", "--json").stdout)
+    assert whole["parameters"] == 3233 and whole["fingerprint"] == MARAHead.from_pretrained("head").fingerprint
+
+
+def test_inspect_tells_how_a_training_went(rewarded):
+    said = run("inspect", "rewarded").stdout
+    for line in ("Method  rloo", f'Reward  function {{"path": "{VOWELS}"}}', "kl_per_token"):
+        assert line in said
+
+
+def test_a_published_actor_becomes_a_folder_that_judges_alike(folder):
+    head = random_head(32, "paper")
+    torch.save(head.state_dict(), folder / "actor.pth")
+    run("convert", "actor.pth", "--output", "converted", "--base-model", "model")
+    converted = MARAHead.from_pretrained("converted")
+    assert (converted.config.form, converted.config.base_model) == ("paper", "model")
+    assert generate("hi", "--head", "converted") == generate("hi", "--head", "actor.pth")
+    assert "is a folder" in run("convert", "head", "--output", "again", code=1).stderr
+
+
+def test_merged_heads_are_one_that_answers_like_their_composition(folder):
+    random_head(32, "residual", seed=1, strength=0.7).save_pretrained("other")
+    run("merge", "head", "other=0.5", "--output", "merged")
+    composed = {MARAHead.from_pretrained("head"): 1.0, MARAHead.from_pretrained("other"): 0.5}
+    expected = MARAEngine("model", composed).generate([Message("user", "hi")], max_new_tokens=6).text
+    assert generate("hi", "--head", "merged") == expected + "\n"
+    assert "nothing to merge" in run("merge", "head", "--output", "x", code=1).stderr
+    assert "'paper' form can't be merged" in run("merge", "head", "paper-head", "--output", "x", code=1).stderr
 
 
 # --- bad input ---

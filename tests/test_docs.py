@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import re
@@ -29,7 +30,11 @@ def workplace(tmp_path, monkeypatch):
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(24)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))
-    return tmp_path
+    loop = asyncio.new_event_loop()  # LlamaIndex takes the current one, and closes none
+    asyncio.set_event_loop(loop)
+    yield tmp_path
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 def test_the_first_two_commands_are_demo_and_test():
@@ -52,7 +57,7 @@ def test_commands_run_one_after_the_other(workplace):
             arguments += ["--max-reply-tokens", "8", "--epochs", "3", "--eval-prompts", "2"]
         elif arguments[0] == "eval":
             arguments += ["--max-new-tokens", "8", "--limit", "2"]
-        elif arguments[0] == "generate":
+        elif arguments[0] in ("explain", "generate"):
             arguments += ["--max-new-tokens", "8"]
         result = CliRunner().invoke(app, arguments, input="/exit\n")
         assert result.exit_code == 0, f"{command}\n{result.output}"

@@ -87,6 +87,12 @@ class TestWhatARewardIsGiven:
 
         assert score(brand, PROMPTS, REPLIES) == [6.0, 8.0]
 
+    async def test_it_is_awaited_where_an_event_loop_runs_already_too(self) -> None:
+        async def brand(completions: list[str]) -> list[float]:
+            return [float(len(text)) for text in completions]
+
+        assert score(brand, PROMPTS, REPLIES) == [6.0, 8.0]
+
     def test_it_is_called_once_a_batch_and_not_for_an_empty_one(self) -> None:
         calls: list[int] = []
 

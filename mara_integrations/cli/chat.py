@@ -9,22 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mara_integrations.cli.app import dim, show_error
 from mara_integrations.cli.generate import show_verdicts, stream_reply
-from mara_integrations.cli.options import (
-    AnyHeads,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Seed,
-    Stop,
-    Strength,
-    SystemPrompt,
-    Temperature,
-    TopK,
-    TopP,
-    given,
-    head_source,
-)
+from mara_integrations.cli.options import asks_a_model, engine_for
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.messages import Message
 from mara_integrations.sampling import GateParams
@@ -34,28 +19,13 @@ if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
 
 
-def chat(
-    model: Model = "smollm2",
-    head: AnyHeads = None,
-    strength: Strength = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    max_new_tokens: MaxNewTokens = 512,
-    stop: Stop = None,
-    seed: Seed = None,
-    system_prompt: SystemPrompt = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
+@asks_a_model
+def chat(*, asking: dict[str, Any]) -> None:
     """Talk with the model; /help lists what can be asked of the chat itself."""
-    from mara_integrations.runtime import MARAEngine, head_name
+    from mara_integrations.runtime import head_name
 
-    settings = given(top_k=top_k, top_p=top_p, stop=stop, seed=seed)
-    settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "trace": True}
-    engine = MARAEngine(
-        model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
-    ).load()
+    strength = asking.pop("strength")
+    engine = engine_for(asking, trace=True).load()
     conversation = _Chat(engine)
     if strength is not None:
         conversation.set_strength(str(strength))

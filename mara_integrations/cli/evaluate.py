@@ -46,8 +46,8 @@ def evaluate_head(
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="A reward with TRL's signature; may be repeated.",
+            metavar="REWARD",
+            help="module:function with TRL's signature, hf:MODEL, or one by name; may be repeated.",
             show_default="the head's own",
         ),
     ] = None,
@@ -75,10 +75,10 @@ def evaluate_head(
 ) -> None:
     """Compare base model and head on the same prompts with the same random numbers."""
     from mara_integrations.data import column_mapping, read_prompts
-    from mara_integrations.rewards import ForbiddenWords, load_reward, reward_name
+    from mara_integrations.rewards import ForbiddenWords, parse_reward, reward_name
 
     prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
-    rewards: list[Reward] = [load_reward(path) for path in reward or ()]
+    rewards: list[Reward] = [parse_reward(text)[0] for text in reward or ()]
     if forbid:
         rewards.append(ForbiddenWords(forbid))
 

@@ -12,22 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mara_integrations.cli.options import (
-    AnyHeads,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Seed,
-    Stop,
-    Strength,
-    SystemPrompt,
-    Temperature,
-    TopK,
-    TopP,
-    given,
-    head_source,
-)
+from mara_integrations.cli.options import asks_a_model, engine_for
 from mara_integrations.messages import Message, Prompt
 
 if TYPE_CHECKING:
@@ -35,21 +20,14 @@ if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
 
 
+Question = Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+
+
+@asks_a_model
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
-    model: Model = "smollm2",
-    head: AnyHeads = None,
-    strength: Strength = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    max_new_tokens: MaxNewTokens = 512,
-    stop: Stop = None,
-    seed: Seed = None,
-    system_prompt: SystemPrompt = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
+    prompt: Question,
+    raw: Raw = False,
     stream: Annotated[bool, typer.Option(help="Print each token as soon as it is certain.")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, tokens, and what the gate did.")
@@ -57,27 +35,14 @@ def generate(
     trace: Annotated[
         bool, typer.Option("--trace", help="Add to it what the gate saw and did at each position.")
     ] = False,
-    show_gate: Annotated[
-        bool, typer.Option("--show-gate", help="Print the reply with the rejected candidates struck through.")
-    ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    asking: dict[str, Any],
 ) -> None:
     """Write one reply to standard output."""
-    if show_gate and not head:
-        raise typer.BadParameter("without --head there is no gate to show", param_hint="--show-gate")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-        prompt = prompt if raw else prompt.strip()
-    from mara_integrations.runtime import MARAEngine
-    from mara_integrations.settings import answer_report
-
-    settings = given(strength=strength, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
-    settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    settings["trace"] = trace or show_gate
-    engine = MARAEngine(model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings)
-    said: Prompt = prompt if raw else [Message("user", prompt)]
+    engine, said = engine_for(asking, trace=trace), _prompt(prompt, raw)
     if as_json or trace:
+        from mara_integrations.settings import answer_report
+
         generation = engine.generate(said)
         answer = answer_report(generation, engine.model)
         print(
@@ -85,12 +50,25 @@ def generate(
                 {"text": generation.text, "prompt_tokens": generation.prompt_tokens, **answer}, ensure_ascii=False
             )
         )
-    elif show_gate:
-        show_verdicts(engine, said, engine.generate(said))
     elif stream:
         stream_reply(engine, said)
     else:
         print(engine.generate(said).text)
+
+
+@asks_a_model
+def explain(prompt: Question, raw: Raw = False, *, asking: dict[str, Any]) -> None:
+    """Write one reply with the candidates that the head rejected struck through, and count what it did."""
+    if not asking["head"]:
+        raise typer.BadParameter("without a head there is nothing to explain", param_hint="--head")
+    engine, said = engine_for(asking, trace=True), _prompt(prompt, raw)
+    show_verdicts(engine, said, engine.generate(said))
+
+
+def _prompt(text: str, raw: bool) -> Prompt:
+    if text == "-":
+        text = sys.stdin.read() if raw else sys.stdin.read().strip()
+    return text if raw else [Message("user", text)]
 
 
 def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = None, **overrides: Any) -> Generation:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
 
 import typer
 from pydantic import BaseModel
 
 from mara_integrations.data import Format
+
+if TYPE_CHECKING:
+    from mara_integrations.runtime import MARAEngine
 
 _AS_TRAINED = "as the head was trained"
 
@@ -65,12 +69,54 @@ def given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of whoever asks a model, in the place of its parameter `asking`, which gets them."""
+    shared = inspect.signature(_asked_model, eval_str=True).parameters
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "asking"]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        asking = {name: values.pop(name) for name in shared}
+        command(**values, asking=asking)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p.replace(kind=keyword) for p in (*own, *shared.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _asked_model(
+    model: Model = "smollm2",
+    head: AnyHeads = None,
+    strength: Strength = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = 512,
+    stop: Stop = None,
+    seed: Seed = None,
+    system_prompt: SystemPrompt = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """The options; nothing is ever called."""
+
+
+def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
+    """The engine that the options of `asks_a_model` describe, with more settings."""
+    from mara_integrations.runtime import MARAEngine
+
+    return MARAEngine(**given(**{**asking, "head": head_source(asking["head"]), **more}))
+
+
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_METAVARS = {"forbid": "WORD", "reward": "MODULE:FUNCTION", "column": "NAME=COLUMN"}
+_METAVARS = {"forbid": "WORD", "reward": "REWARD", "column": "NAME=COLUMN", "track": "TRACKER"}
 
 
 def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:
     """Give a command the fields of a settings class as options, with the help texts of its docstring.
+
+    What is not given is None: the settings' own default holds then, or what a file says.
 
     Args:
         settings: The class; a tuple becomes an option that may be repeated.
@@ -81,21 +127,24 @@ def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Comman
     def option(name: str) -> inspect.Parameter:
         declared = settings.model_fields[name]
         annotation: Any = declared.annotation
-        default = inspect.Parameter.empty if declared.is_required() else declared.default
         if get_origin(annotation) is tuple:
-            annotation, default = list[get_args(annotation)[0]], []  # type: ignore[misc]  # a type made at run time
+            annotation = list[str]  # the settings know which are allowed
+        default = "needed" if declared.is_required() else declared.default
+        is_nothing = default is None or default is False or default == ()
         info = typer.Option(
             help=helps.get(name),
             metavar=_METAVARS.get(name),
-            show_default=default not in (None, [], inspect.Parameter.empty),
+            show_default=False if is_nothing else str(default),
             rich_help_panel="Options" if name in common else "Fine tuning",
         )
         kind = inspect.Parameter.KEYWORD_ONLY
-        return inspect.Parameter(name, kind, default=default, annotation=Annotated[annotation, info])
+        return inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, info])
 
     def declare(command: _Command) -> _Command:
         names = [*common, *(name for name in settings.model_fields if name not in common)]
-        command.__signature__ = inspect.Signature([option(name) for name in names])  # type: ignore[attr-defined]
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [option(name) for name in names]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return command
 
     return declare

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,16 +12,32 @@ from rich.console import Console
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
 from mara_integrations.progress import ConsoleReporter
-from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.config import TrainConfig, read_settings
 
 
 @takes(
     TrainConfig,
     common=("model", "data", "output", "reward", "forbid", "system_prompt", "method", "seed", "device", "dtype"),
 )
-def train(**options: Any) -> None:
+def train(
+    *,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML with any of these settings; those given here win."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, and stop; writes nothing.")
+    ] = False,
+    **options: Any,
+) -> None:
     """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
-    config = TrainConfig.of(**options)
+    config = _settings(config_file, options)
+    if dry_run:
+        from mara_integrations.training.rehearsal import rehearse
+
+        rehearse(config, ConsoleReporter(Console()))
+        print("Everything is in order; nothing was written.")
+        return
     print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
     console = Console()
     try:
@@ -37,16 +54,29 @@ def train(**options: Any) -> None:
     _show_next_steps(config)
 
 
+def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
+    """What the flags say, and of the rest what the file says."""
+    settings = read_settings(file) if file is not None else {}
+    settings |= {name: value for name, value in options.items() if value not in (None, [])}
+    for name in ("data", "output"):
+        if name not in settings:
+            raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
+    return TrainConfig.of(**settings)
+
+
 def _show_next_steps(config: TrainConfig) -> None:
     given = {name: getattr(config, name) for name in ("system_prompt", "device", "dtype")}
     used = {"model": config.model, "head": str(config.output)}
     used |= {name: value for name, value in given.items() if value not in (None, "auto")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
+    data = ["--data", str(config.data), *(flag for column in config.column for flag in ("--column", column))]
+    data += [] if config.format == "auto" else ["--format", config.format]
+    data += ["--skip-bad-rows"] if config.skip_bad_rows else []
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
     print(
         "\nTry it\n"
         f"  mara-tools chat {flags}\n"
-        f"  mara-tools eval {flags} --data {shlex.quote(str(config.data))} --report report.html\n"
+        f"  mara-tools eval {flags} {shlex.join(data)} --report report.html\n"
         "\n"
         "  from mara_integrations import MARALLM\n"
         f"  llm = MARALLM({keywords})\n"

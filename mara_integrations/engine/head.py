@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,15 +182,38 @@ class MARAHead(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload MARA head"))
+            return push_folder(self.save_pretrained(folder), repo_id, private=private, token=token)
+
+
+def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a head's folder with all that the trainer wrote beside it; see `MARAHead.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload MARA head", ignore_patterns=[".*", ".*/**"]
+        )
+    )
+
+
+def check_can_push(repo_id: str) -> None:
+    """Find out before the work whether the Hub would take its result.
+
+    Raises:
+        OutputError: If nobody is logged in, or there is no way to the Hub.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network: a sentence each
+        reason = str(error).strip().split("\n")[0]
+        raise OutputError(
+            f"can't push to {repo_id!r}: {reason}", hint="log in with `hf auth login`, or set HF_TOKEN"
+        ) from None
 
 
 def default_card(config: HeadConfig) -> str:

@@ -33,7 +33,7 @@ from mara_integrations.evaluation.metrics import (
     win_counts,
 )
 from mara_integrations.messages import Conversation, Message
-from mara_integrations.rewards import Reward, reward_name, score
+from mara_integrations.rewards import CombinedReward, Reward, Scores, reward_name, score
 from mara_integrations.runtime import MARAEngine, head_name, worker_for
 from mara_integrations.sampling import GateParams, SamplingParams
 
@@ -185,7 +185,7 @@ class Evaluation:
         speed_ratio: Median over batches of the gated side's tokens/s over the base side's, timed in turns in this run.
             Noisy: replies differ in length, and the machine may be busy.
         gate: What the gate did, summed over the gated replies.
-        rewards: By name.
+        rewards: By name; of a sum of rewards, the sum and each of them.
         examples: Every prompt, in order.
     """
 
@@ -308,7 +308,7 @@ def evaluate(
         gate=GateStats(*(sum(getattr(g.stats, f.name) for g in gated_replies) for f in fields(GateStats))),
         rewards={
             name: _compared([e.base.scores[name] for e in examples], [e.gated.scores[name] for e in examples], seed)
-            for name in named
+            for name in examples[0].base.scores
         },
         examples=tuple(examples),
     )
@@ -367,17 +367,18 @@ def _decode(worker: Worker, requests: Sequence[Request]) -> list[Generation]:
 def _scored(
     rewards: Mapping[str, Reward], rows: Sequence[PromptRow], generations: Sequence[Generation], conversational: bool
 ) -> list[Reply]:
-    scores = {
-        name: score(
+    scores: dict[str, Scores] = {}
+    for name, reward in rewards.items():
+        scores[name] = []  # before its parts
+        scores[name] = score(
             reward,
             [row.prompt for row in rows],
             [generation.text for generation in generations],
             completion_ids=[generation.token_ids for generation in generations],
             columns=gather_columns(rows),
             conversational=conversational,
+            on_parts=scores.update if isinstance(reward, CombinedReward) else None,
         )
-        for name, reward in rewards.items()
-    }
     return [
         Reply(g.text, g.token_ids, g.log_probs, g.finish_reason, {name: scores[name][i] for name in scores})
         for i, g in enumerate(generations)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mara_integrations.data import Format
+from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import HeadForm, Params
+from mara_integrations.training.trackers import TrackerName
 
 Method = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "sac-published"]
 
@@ -27,7 +31,11 @@ class TrainConfig(Params):
             Langfuse, `label` is the name of the feedback. May be repeated.
         skip_bad_rows: Go on without the rows that can't be read, and tell of them.
         method: `auto` chooses by what the data and the other settings say.
-        reward: `module:function` with TRL's signature; the model's own replies to the prompts are scored by it.
+        reward: What scores the model's own replies to the prompts: `module:function` with TRL's signature,
+            `hf:MODEL` for a reward model, or one by name: length, regex, forbidden-words, json, sentiment, toxicity.
+            Arguments as in `length?words=60`, a weight as in `sentiment=0.5`. May be repeated; the sum counts.
+        normalise_rewards: Give each of several rewards mean 0 and deviation 1 before they are weighed.
+        reward_timeout_s: How long a reward may take for one batch.
         forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
         system_prompt: Put before every prompt that brings none, as the application will.
         max_reply_tokens: Replies are written, and read, up to this many tokens.
@@ -59,6 +67,9 @@ class TrainConfig(Params):
         learning_rate: Of AdamW; left out, what suits the method.
         weight_decay: Of AdamW.
         batch_size: Tokens a step of a fit.
+        track: Where the figures go beside metrics.jsonl: tensorboard (into the head's folder), wandb, trackio. May be
+            repeated.
+        push_to_hub: Upload the head to this repository of the Hub when it is finished.
         seed: Of everything random.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
@@ -71,7 +82,9 @@ class TrainConfig(Params):
     column: tuple[str, ...] = ()
     skip_bad_rows: bool = False
     method: Method = "auto"
-    reward: str | None = None
+    reward: tuple[str, ...] = ()
+    normalise_rewards: bool = False
+    reward_timeout_s: float = Field(600.0, gt=0.0)
     forbid: tuple[str, ...] = ()
     system_prompt: str | None = None
     max_reply_tokens: int = Field(48, ge=2, le=4096)
@@ -96,16 +109,53 @@ class TrainConfig(Params):
     learning_rate: float | None = Field(None, gt=0.0)
     weight_decay: float = Field(0.01, ge=0.0)
     batch_size: int = Field(512, ge=1)
+    track: tuple[TrackerName, ...] = ()
+    push_to_hub: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: str = "auto"
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value or ()
+
     @model_validator(mode="after")
     def _one_aim(self) -> Self:
-        if self.reward is not None and self.forbid:
+        if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
         return self
 
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        return self.model_dump(mode="json", exclude={"data", "output", "device"})
+        elsewhere = {"data", "output", "device", "reward_timeout_s", "track", "push_to_hub"}
+        return self.model_dump(mode="json", exclude=elsewhere)
+
+    def to_yaml(self) -> str:
+        """All settings, as `--config` reads them."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file, by the names of `TrainConfig`, or by those of the flags.
+
+    Raises:
+        ConfigError: If the file can't be read, or has a name that is no setting.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is broken YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds no settings", hint="a line each, as `data: prefs.jsonl`")
+    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name in settings:
+        if name not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(name, TrainConfig.model_fields)
+            raise ConfigError(
+                f"{str(path)!r}: {name!r} is no setting",
+                hint=f"did you mean {' or '.join(near)}?" if near else "`mara-tools train --help` lists them",
+            )
+    return settings

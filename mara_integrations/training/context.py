@@ -27,6 +27,7 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.fitting import Epoch, FitSettings
 from mara_integrations.training.plan import Plan
+from mara_integrations.training.trackers import Tracker, numbers, open_trackers
 
 METRICS_FILE, WORK_FOLDER = "metrics.jsonl", ".run"
 
@@ -58,6 +59,7 @@ class Run:
         backend: On that model.
         model_fingerprint: Of the model's weights, see `keeping.model_fingerprint`.
         reporter: Hears the news.
+        trackers: Get the figures of the log, too.
         started: When the run began, by the monotonic clock.
     """
 
@@ -67,6 +69,7 @@ class Run:
     backend: Backend
     model_fingerprint: str
     reporter: Reporter
+    trackers: list[Tracker] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     # --- news ---
@@ -83,12 +86,21 @@ class Run:
         """Add a line to metrics.jsonl."""
         line = {"event": event, "elapsed_s": round(self.elapsed_s, 2), **values}
         append_line(self.config.output / METRICS_FILE, json.dumps(line))
+        for tracker in self.trackers:
+            tracker.log(event, numbers(values))
 
-    def begin_log(self) -> None:
-        """Start metrics.jsonl afresh."""
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Start metrics.jsonl afresh, and the trackers of the settings; they end with the run, however it ends."""
         (self.config.output / METRICS_FILE).unlink(missing_ok=True)
         method, settings = self.plan.method.name, self.config.described()
-        self.log("start", method=method, model=self.model.name, config=settings)
+        self.trackers.extend(open_trackers(self.config.track, self.config.output, settings))
+        try:
+            self.log("start", method=method, model=self.model.name, config=settings)
+            yield
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
 
     @property
     def elapsed_s(self) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
@@ -18,14 +19,16 @@ from torch import Tensor
 from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gather_columns
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
+from mara_integrations.files import write_atomically
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, score
+from mara_integrations.rewards import CombinedReward, Reward, Scores, score
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.bank import Reply, read_replies, sample_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.decisions import Decisions, read_decisions, taken_rank
 from mara_integrations.training.keeping import cached, kept, kept_data
 
+FAILURE_FILE = "reward-failure.json"
 _READ_PART = 256  # replies between two files of an interrupted run
 _LIVE = 64  # replies written at once: one part
 
@@ -226,14 +229,41 @@ def scores(
     assert reward is not None
     rows: dict[Conversation, Row] = {conversation_of(run, row): row for row in data.rows}
     owners = [rows[prompts[reply.prompt]] for reply in replies]
-    return score(
-        reward,
-        [row.prompt for row in owners],
-        texts or [reply.text for reply in replies],
-        completion_ids=[reply.token_ids for reply in replies],
-        columns=gather_columns([row for row in owners if isinstance(row, PromptRow)]),
-        conversational=data.form == "conversational",
-    )
+    with _scales_kept(run):
+        return score(
+            reward,
+            [row.prompt for row in owners],
+            texts or [reply.text for reply in replies],
+            completion_ids=[reply.token_ids for reply in replies],
+            columns=gather_columns([row for row in owners if isinstance(row, PromptRow)]),
+            conversational=data.form == "conversational",
+            timeout_s=run.config.reward_timeout_s,
+            failure_file=run.config.output / FAILURE_FILE,
+            on_parts=partial(_log_parts, run) if isinstance(reward, CombinedReward) and not texts else None,
+        )
+
+
+@contextmanager
+def _scales_kept(run: Run) -> Iterator[None]:
+    """Keep the scales that a normalised reward takes from its first batch, so that a resumed run judges by the same."""
+    reward, file = run.plan.reward, run.folder / "reward-scales.json"
+    if not isinstance(reward, CombinedReward) or not reward.normalise:
+        yield
+        return
+    if file.exists():
+        reward.scales.update(
+            {name: (mean, deviation) for name, (mean, deviation) in json.loads(file.read_text()).items()}
+        )
+    known = dict(reward.scales)
+    yield
+    if reward.scales != known:
+        write_atomically(file, json.dumps(reward.scales))
+
+
+def _log_parts(run: Run, parts: Mapping[str, Scores]) -> None:
+    """A curve for each of several rewards."""
+    opinions = {name: [score for score in scores if score is not None] for name, scores in parts.items()}
+    run.log("reward parts", **{name: sum(given) / len(given) for name, given in opinions.items() if given})
 
 
 def try_reward(run: Run) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, split
+from mara_integrations.engine.head import check_can_push
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
-from mara_integrations.rewards import ForbiddenWords, Reward, load_reward
+from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.methods import Method, Source, choose
+from mara_integrations.training.trackers import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,19 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         DataError: If the data can't be read or is too small.
         RewardError: If the reward can't be imported.
-        OutputError: If the head could not be written.
+        OutputError: If the head could not be written, or not be pushed to the Hub.
+        MissingExtraError: If a tracker is not installed.
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     check_writable(config.output)
+    check_installed(config.track)
+    if config.push_to_hub is not None:
+        check_can_push(config.push_to_hub)
     data = read_dataset(
         config.data, config.format, columns=column_mapping(config.column), skip_bad_rows=config.skip_bad_rows
     )
     rule = ForbiddenWords(config.forbid) if config.forbid else None
-    reward = load_reward(config.reward) if config.reward else None
+    reward = load_rewards(config.reward, normalise=config.normalise_rewards) if config.reward else None
     given: dict[Source, bool] = {
         "rule": rule is not None,
         "reward": reward is not None,
@@ -76,7 +82,7 @@ def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWord
             return f"the words {', '.join(map(repr, rule.words))} can be told token by token"
         case "reward":
             num_prompts = len({row.prompt for row in data.rows})
-            return f"replies to {num_prompts} prompts will be scored by {config.reward}"
+            return f"replies to {num_prompts} prompts will be scored by {', '.join(config.reward)}"
         case "pairs":
             return f"{len(data.rows)} preference pairs label their replies good and bad"
         case "labels":

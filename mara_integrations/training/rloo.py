@@ -8,7 +8,6 @@ replies (leave one out). The head of the best round, judged on held-out replies 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mara_integrations.engine.gate import accept_logit
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, reward_name
+from mara_integrations.rewards import Reward, reward_name, takes_partial_text
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
 from mara_integrations.training.calibration import decisions_kl, report_strength, strength_on_decisions
@@ -96,7 +95,7 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     Raises:
         DataError: If the reward has no opinion, or the same of all replies.
     """
-    by_parts, budget = takes_partial_text(run), run.config.kl_budget or run.plan.method.kl_budget
+    by_parts, budget = asks_partial_text(run), run.config.kl_budget or run.plan.method.kl_budget
     assert budget is not None, "methods that teach by rewards have one"
     if not by_parts:
         run.say("  the reward judges whole replies; --partial-text, if it can judge unfinished ones, teaches far more")
@@ -157,12 +156,12 @@ class Candidate:
     gated: Batch
 
 
-def takes_partial_text(run: Run) -> bool:
+def asks_partial_text(run: Run) -> bool:
     """Whether the reward is asked about unfinished replies: as the settings say, else as it says itself."""
     if run.config.partial_text is not None:
         return run.config.partial_text
     assert run.plan.reward is not None
-    return bool(getattr(inspect.unwrap(run.plan.reward), "takes_partial_text", False))
+    return takes_partial_text(run.plan.reward)
 
 
 def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch], checking: Sequence[Batch]) -> None:

@@ -12,9 +12,10 @@ from rich.markup import escape
 
 from mara_integrations.data import Row, preview, prompt_row
 from mara_integrations.engine.backend import make_backend
-from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.head import MARAHead, push_folder
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.files import write_atomically
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
@@ -27,6 +28,7 @@ from mara_integrations.training.gather import conversation_of, try_reward
 from mara_integrations.training.keeping import model_fingerprint
 from mara_integrations.training.plan import make_plan
 
+SETTINGS_FILE = "train.yaml"
 _SHOWN_CHARACTERS = 600  # of a sample
 
 # The loop of each of `methods.METHODS`: fits the head in place, and says how that went.
@@ -70,23 +72,26 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     Raises:
         MaraError: See `make_plan`, `load_model`, `rewards.score`.
     """
-    run = _begin(config, reporter or Reporter())
+    run = begin(config, reporter or Reporter())
     if run.plan.source == "reward":
         try_reward(run)
-    run.begin_log()
-    torch.manual_seed(config.seed)
-    head = run.new_head()
-    learned = LOOPS[run.plan.method.name](run, head)
-    kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
-    head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
-    evaluation = _evaluate(run, head, learned)
-    _save(run, head, evaluation, learned, kl)
+    with run.logging():
+        torch.manual_seed(config.seed)
+        head = run.new_head()
+        learned = LOOPS[run.plan.method.name](run, head)
+        kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
+        head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
+        evaluation = _evaluate(run, head, learned)
+        _save(run, head, evaluation, learned, kl)
     run.forget()
+    if config.push_to_hub is not None:
+        address = push_folder(config.output, config.push_to_hub)
+        run.say(f"[bold]Hub[/]    {escape(address)}")
     return TrainResult(head, config.output, evaluation, learned.held_out_accuracy, kl)
 
 
-def _begin(config: TrainConfig, reporter: Reporter) -> Run:
-    """Settle the plan, then load the model."""
+def begin(config: TrainConfig, reporter: Reporter) -> Run:
+    """Settle the plan, then load the model; nothing is written."""
     plan = make_plan(config)
     reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
     count = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out, split by prompt"
@@ -145,5 +150,6 @@ def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Lear
     if evaluation is not None:
         metrics["evaluation"] = figures(evaluation)
     head.config = head.config.model_copy(update={"metrics": metrics})
+    write_atomically(run.config.output / SETTINGS_FILE, run.config.to_yaml())
     head.save_pretrained(run.config.output, card=model_card(head.config, run.plan.why, evaluation))
     run.log("done", **metrics)

@@ -1,0 +1,92 @@
+"""`mara-tools inspect`, `convert` and `merge`: what is done with heads on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mara_integrations.cli.app import say
+from mara_integrations.cli.options import head_source
+from mara_integrations.errors import HeadError
+from mara_integrations.files import check_writable
+from mara_integrations.training.trackers import numbers
+
+if TYPE_CHECKING:
+    from mara_integrations.engine.head import MARAHead
+
+Output = Annotated[Path, typer.Option(help="Folder of the new head.")]
+
+
+def inspect_head(
+    head: Annotated[str, typer.Argument(help="Head: its folder, a published .pth actor, or a Hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Say what a head is, what it was trained on and for, and how that went."""
+    from mara_integrations.engine.head import MARAHead
+
+    loaded = MARAHead.from_pretrained(head)
+    config = loaded.config
+    num_parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    if as_json:
+        whole = {**config.model_dump(mode="json"), "parameters": num_parameters, "fingerprint": loaded.fingerprint}
+        print(json.dumps(whole, ensure_ascii=False, indent=2))
+        return
+    console = Console()
+    wide, narrow = config.inner_sizes
+    shape = f"{config.hidden_size} -> {wide} -> {narrow} -> {loaded.output_linear.out_features}"
+    say(console, "Head", f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters")
+    say(console, "Model", config.base_model or "unknown")
+    say(console, "Dial", f"strength 1 multiplies its score by {config.strength:.3g}")
+    say(console, "Takes", f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates} candidates")
+    say(console, "Method", config.method or "unknown")
+    for reward in config.rewards:
+        say(console, "Reward", _reward_line(reward))
+    say(console, "Data", config.data_fingerprint or "unknown")
+    for name, value in numbers(config.metrics).items():
+        say(console, "", f"{name} {value:.4g}")
+    say(console, "Weights", loaded.fingerprint)
+
+
+def convert(
+    actor: Annotated[str, typer.Argument(help="A published .pth actor.")],
+    output: Output,
+    base_model: Annotated[str | None, typer.Option(help="The model it was trained on, where that is known.")] = None,
+) -> None:
+    """Turn a published actor into a head's folder: safetensors, json, a model card."""
+    from mara_integrations.engine.head import MARAHead
+
+    if Path(actor).is_dir():
+        raise HeadError(f"{actor!r} is a folder", hint="heads in folders need no conversion; name a .pth file")
+    check_writable(output)
+    head = MARAHead.from_pretrained(actor)
+    head.config = head.config.model_copy(update={"base_model": base_model})
+    _written(head, output)
+
+
+def merge(
+    heads: Annotated[list[str], typer.Argument(metavar="HEAD[=WEIGHT]...", help="Two heads or more.")],
+    output: Output,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Where the heads differ in it.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+) -> None:
+    """Make one head that judges as the weighted sum of several."""
+    from mara_integrations.engine.head import MARAHead
+    from mara_integrations.engine.merge import merge_heads
+
+    check_writable(output)
+    weighted = [(MARAHead.from_pretrained(name), weight) for name, weight in (head_source(heads) or {}).items()]
+    _written(merge_heads(weighted, top_k=top_k, top_p=top_p), output)
+
+
+def _written(head: MARAHead, output: Path) -> None:
+    head.save_pretrained(output)
+    say(Console(), "Head", f"{output}: form {head.config.form}, hidden size {head.config.hidden_size}")
+
+
+def _reward_line(spec: dict[str, Any]) -> str:
+    details = {name: value for name, value in spec.items() if name != "kind"}
+    return f"{spec.get('kind', 'unknown')} {json.dumps(details, ensure_ascii=False)}"

@@ -1,0 +1,31 @@
+"""Rewards: what a reply is worth, by a function, a reward model, a rule that marks offending text, or several of them.
+
+Calls them once a batch and checks what comes back, so that a reward's mistake is one clear line. Knows nothing of
+training.
+"""
+
+from mara_integrations.rewards.classifier import ModelReward
+from mara_integrations.rewards.combined import CombinedReward
+from mara_integrations.rewards.functions import FunctionReward, load_reward
+from mara_integrations.rewards.protocol import Reward, Rule, reward_name, takes_partial_text
+from mara_integrations.rewards.scoring import Scores, score
+from mara_integrations.rewards.specs import load_rewards, parse_reward, reward_from_spec, reward_spec
+from mara_integrations.rewards.words import ForbiddenWords
+
+__all__ = [
+    "CombinedReward",
+    "ForbiddenWords",
+    "FunctionReward",
+    "ModelReward",
+    "Reward",
+    "Rule",
+    "Scores",
+    "load_reward",
+    "load_rewards",
+    "parse_reward",
+    "reward_from_spec",
+    "reward_name",
+    "reward_spec",
+    "score",
+    "takes_partial_text",
+]

@@ -1,0 +1,155 @@
+"""Reward models of Hugging Face: a sequence classifier that reads the conversation and the reply.
+
+It has its own tokenizer, chat template, device and dtype. Loaded when it is first asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from mara_integrations.errors import RewardError
+from mara_integrations.rewards.protocol import reply_text
+
+_ARGUMENTS = ("label", "text", "device", "dtype", "batch")
+
+
+class ModelReward:
+    """What a sequence classifier says of replies.
+
+    A head of one output gives its logit. Of one with several, `label` names the output to use, and its probability is
+    the score: by softmax, or by sigmoid where the classifier was trained on several labels a text.
+
+    Args:
+        source: Hub id or folder.
+        label: Name or number of the output.
+        text: `conversation`: the prompt and the reply, by the tokenizer's chat template, or as a pair of texts where it
+            has none. `reply`: the reply alone, as for classifiers of sentiment.
+        device: `auto` is CUDA where there is one, else the CPU.
+        dtype: Of the weights, as torch names it; `auto` is what they were saved in.
+        batch: Texts a forward.
+
+    Raises:
+        RewardError: If an argument is not allowed.
+    """
+
+    takes_partial_text = False  # they are fitted on finished replies
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        label: str | None = None,
+        text: str = "conversation",
+        device: str = "auto",
+        dtype: str = "auto",
+        batch: str = "16",
+    ) -> None:
+        if text not in ("conversation", "reply"):
+            raise RewardError(f"reward {source!r}: text={text} is not allowed", hint="conversation or reply")
+        if not batch.isdigit() or int(batch) < 1:
+            raise RewardError(f"reward {source!r}: batch={batch} is not allowed", hint="a number of texts, at least 1")
+        self.source, self._label, self._text = source, label, text
+        self._device, self._dtype, self._batch = device, dtype, int(batch)
+        self._arguments = {"label": label, "text": text, "device": device, "dtype": dtype, "batch": batch}
+        name = source.rstrip("/").rpartition("/")[2]
+        self.__name__ = f"{name}:{label}" if label is not None else name
+
+    @classmethod
+    def of(cls, source: str, arguments: Mapping[str, str]) -> ModelReward:
+        """From arguments as a command line has them.
+
+        Raises:
+            RewardError: If one is unknown.
+        """
+        unknown = [name for name in arguments if name not in _ARGUMENTS]
+        if unknown:
+            raise RewardError(
+                f"reward {source!r}: {unknown[0]!r} is no argument", hint=f"arguments are {', '.join(_ARGUMENTS)}"
+            )
+        return cls(source, **arguments)
+
+    def spec(self) -> dict[str, Any]:
+        """What `reward_from_spec` builds an equal one from, as JSON can hold it."""
+        arguments = {name: value for name, value in self._arguments.items() if value is not None and name != "device"}
+        return {"kind": "model", "source": self.source, "arguments": arguments}
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        """One score a completion; see `Reward`."""
+        import torch
+
+        model, tokenizer, output = self._loaded
+        texts = [self._texts(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
+        shortest_first = sorted(range(len(texts)), key=lambda i: len(" ".join(texts[i])))  # little padding
+        scores: list[float | None] = [None] * len(texts)
+        for start in range(0, len(texts), self._batch):
+            rows = shortest_first[start : start + self._batch]
+            columns = list(zip(*(texts[i] for i in rows), strict=True))
+            encoded = tokenizer(
+                *(list(column) for column in columns),
+                # a template writes special tokens itself
+                add_special_tokens=not self._uses_template(tokenizer),
+                padding=True,
+                truncation=True,
+                return_tensors="pt",
+            ).to(model.device)
+            with torch.inference_mode():
+                logits = model(**encoded).logits.float()
+            if output is None:
+                values = logits[:, 0]
+            elif model.config.problem_type == "multi_label_classification":
+                values = logits.sigmoid()[:, output]
+            else:
+                values = logits.softmax(-1)[:, output]
+            for row, value in zip(rows, values.tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    def _uses_template(self, tokenizer: Any) -> bool:
+        return self._text == "conversation" and bool(getattr(tokenizer, "chat_template", None))
+
+    def _texts(self, tokenizer: Any, prompt: Any, completion: Any) -> tuple[str, ...]:
+        """What the classifier reads: one text, or a pair."""
+        reply = reply_text(completion)
+        if self._text == "reply":
+            return (reply,)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self._uses_template(tokenizer):
+            turns = [*turns, {"role": "assistant", "content": reply}]
+            return (str(tokenizer.apply_chat_template(turns, tokenize=False)),)
+        return "\n\n".join(turn["content"] for turn in turns), reply
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, int | None]:
+        """The classifier, its tokenizer, and the output that counts."""
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.source, truncation_side="left")  # the reply stands last
+            model: Any = AutoModelForSequenceClassification.from_pretrained(self.source, dtype=self._dtype).to(device)
+        except Exception as error:  # not found, gated, damaged, no such dtype or device: a sentence each
+            reason = str(error).strip().split("\n")[0]
+            raise RewardError(
+                f"reward model {self.source!r} can't be loaded: {reason}",
+                hint="name a folder or a Hub id of a sequence classifier",
+            ) from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model.eval(), tokenizer, self._output(model.config)
+
+    def _output(self, config: Any) -> int | None:
+        names = {int(number): str(name) for number, name in config.id2label.items()}
+        if config.num_labels == 1:
+            return None
+        for number, name in names.items():
+            if self._label is not None and self._label.casefold() in (name.casefold(), str(number)):
+                return number
+        raise RewardError(
+            f"reward model {self.source!r} has {config.num_labels} outputs, and "
+            + ("none was chosen" if self._label is None else f"none is called {self._label!r}"),
+            hint=f"add ?label= and one of {', '.join(names.values())}",
+        )

@@ -1,0 +1,99 @@
+"""Rewards from what a command line or a head's config says of them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from mara_integrations.errors import RewardError
+from mara_integrations.rewards.classifier import ModelReward
+from mara_integrations.rewards.combined import CombinedReward
+from mara_integrations.rewards.functions import load_reward
+from mara_integrations.rewards.protocol import Reward
+from mara_integrations.rewards.ready import READY, ready_reward
+from mara_integrations.rewards.words import ForbiddenWords
+
+MODEL_PREFIX = "hf:"
+
+
+def parse_reward(text: str) -> tuple[Reward, float]:
+    """A reward and its weight, as a command line says them.
+
+    Args:
+        text: `module:function` or `file.py:function`; a name of `READY`; or `hf:` with a Hub id or folder. Arguments
+            follow as in an address, `length?words=60`, and a weight as `=0.5` or, behind arguments, as `&weight=0.5`.
+
+    Raises:
+        RewardError: If there is no such reward, or an argument is wrong.
+        ConfigError: If an argument has a value that is not allowed.
+        MissingExtraError: If what it needs is not installed.
+    """
+    place, has_arguments, query = text.partition("?")
+    arguments: dict[str, str] = {}
+    for item in query.split("&") if has_arguments else ():
+        name, _, value = item.partition("=")
+        arguments[name] = unquote(value)
+    weight = arguments.pop("weight", None)
+    if not has_arguments and "=" in place:
+        place, _, weight = place.rpartition("=")
+    try:
+        factor = 1.0 if weight is None else float(weight)
+    except ValueError:
+        raise RewardError(
+            f"reward {text!r}: weight {weight!r} is no number", hint="for example sentiment=0.5"
+        ) from None
+    if place.startswith(MODEL_PREFIX):
+        return ModelReward.of(place.removeprefix(MODEL_PREFIX), arguments), factor
+    if place in READY or ":" not in place:
+        return ready_reward(place, arguments), factor
+    if arguments:
+        raise RewardError(f"reward {text!r}: a function of yours takes no arguments here")
+    return load_reward(place), factor
+
+
+def load_rewards(texts: Sequence[str], *, normalise: bool = False) -> Reward:
+    """One reward from what a command line says, a weighted sum of several; see `parse_reward`."""
+    weighted = [parse_reward(text) for text in texts]
+    if len(weighted) == 1 and weighted[0][1] == 1.0 and not normalise:
+        return weighted[0][0]
+    return CombinedReward(weighted, normalise=normalise)
+
+
+def reward_spec(reward: Reward) -> dict[str, Any]:
+    """A reward's own `spec()`, or the dotted path of a plain function; `head_config.json` keeps it."""
+    if isinstance(reward, CombinedReward):
+        return reward.spec(reward_spec)
+    if hasattr(reward, "spec"):
+        spec: dict[str, Any] = reward.spec()
+        return spec
+    owner = reward if hasattr(reward, "__qualname__") else type(reward)
+    return {"kind": "function", "path": f"{owner.__module__}:{owner.__qualname__}"}
+
+
+def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
+    """Build the reward that `reward_spec` described.
+
+    Raises:
+        RewardError: If the description is of no known kind or lacks a field.
+        MaraError: As of what it describes.
+    """
+    try:
+        match spec["kind"]:
+            case "forbidden_words":
+                return ForbiddenWords(spec["words"])
+            case "function":
+                return load_reward(spec["path"])
+            case "ready":
+                return ready_reward(spec["name"], spec["arguments"])
+            case "model":
+                return ModelReward.of(spec["source"], spec["arguments"])
+            case "combined":
+                weighted = [(reward_from_spec(part["reward"]), part["weight"]) for part in spec["parts"]]
+                return CombinedReward(weighted, normalise=spec["normalise"])
+    except KeyError as error:
+        raise RewardError(f"reward description {dict(spec)!r} lacks {error}") from None
+    raise RewardError(
+        f"reward kind {spec['kind']!r} is unknown",
+        hint="kinds are forbidden_words, function, ready, model, combined",
+    )

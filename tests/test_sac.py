@@ -23,7 +23,7 @@ from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, Vitals, collapse
+from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, Vitals, collapse, policy
 from mara_integrations.training.bank import sample_replies
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
@@ -189,7 +189,7 @@ def updated(learner, times, capacity=600):
 def accepts(learner):
     """First coordinates of planted states, and the probability to accept each."""
     data = planted()
-    return data.states[:, 0], learner.policy(data.states.float(), data.hazard_logits)[:, 1].exp()
+    return data.states[:, 0], policy(learner.actor, data.states.float(), data.hazard_logits)[:, 1].exp()
 
 
 @pytest.mark.parametrize("form", ["paper", "residual"])

@@ -50,6 +50,11 @@ class CombinedReward:
         """The rewards by name."""
         return {name: reward for name, (reward, _) in self._parts.items()}
 
+    def replaced(self, replace: Callable[[Reward], Reward]) -> CombinedReward:
+        """The same sum of other rewards, each made of its part."""
+        weighted = [(replace(reward), weight) for reward, weight in self._parts.values()]
+        return CombinedReward(weighted, normalise=self.normalise)
+
     @property
     def takes_partial_text(self) -> bool:
         """Whether all parts can judge unfinished replies."""

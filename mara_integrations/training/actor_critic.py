@@ -128,6 +128,23 @@ class Vitals:
     kl: float
 
 
+def policy(actor: MARAHead, states: Tensor, hazard_logits: Tensor) -> Tensor:
+    """Log-probability of rejecting and of accepting, (B, 2)."""
+    z = accept_logit(actor.config.form, actor.score(states, states), hazard_logits, 1.0)
+    return torch.stack([logsigmoid(-z), logsigmoid(z)], dim=-1)
+
+
+@torch.inference_mode()
+def vitals_of(actor: MARAHead, transitions: Transitions) -> Vitals:
+    """How a head decides in the states of transitions."""
+    device = actor.ln.weight.device
+    states, hazard_logits = transitions.states.to(device).float(), transitions.hazard_logits.to(device)
+    log_probs = policy(actor, states, hazard_logits)  # (N, 2)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    kl = decision_kl(log_probs[:, 1] - log_probs[:, 0], hazard_logits)
+    return Vitals(float(log_probs[:, 1].exp().mean()), float(entropy.mean()), float(kl.mean()))
+
+
 class Learner:
     """Head, critics, their targets and the temperature, with their optimizers.
 
@@ -153,20 +170,6 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self.num_updates = 0
 
-    @torch.inference_mode()
-    def vitals(self, transitions: Transitions) -> Vitals:
-        """How the head decides in these states."""
-        states, hazard_logits = transitions.states.to(self.device).float(), transitions.hazard_logits.to(self.device)
-        log_probs = self.policy(states, hazard_logits)  # (N, 2)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        kl = decision_kl(log_probs[:, 1] - log_probs[:, 0], hazard_logits)
-        return Vitals(float(log_probs[:, 1].exp().mean()), float(entropy.mean()), float(kl.mean()))
-
-    def policy(self, states: Tensor, hazard_logits: Tensor) -> Tensor:
-        """Log-probability of rejecting and of accepting, (B, 2)."""
-        z = accept_logit(self.actor.config.form, self.actor.score(states, states), hazard_logits, 1.0)
-        return torch.stack([logsigmoid(-z), logsigmoid(z)], dim=-1)
-
     def soft_value(self, log_probs: Tensor, q: Tensor, hazard_logits: Tensor) -> Tensor:
         """Expected worth of a state, with what the entropy adds and the distance from the base model costs, (B,)."""
         value = q - self.log_alpha.detach().exp() * log_probs
@@ -183,7 +186,7 @@ class Learner:
         s = self.settings
         with torch.no_grad():
             q_next = torch.minimum(*self.targets(batch.next_states))
-            log_probs = self.policy(batch.next_states, batch.next_hazard_logits)
+            log_probs = policy(self.actor, batch.next_states, batch.next_hazard_logits)
             value_next = self.soft_value(log_probs, q_next, batch.next_hazard_logits)
             wanted = batch.rewards + s.gamma * torch.where(batch.ends, 0.0, value_next)
         taken = batch.accepted.long()[:, None]
@@ -193,7 +196,7 @@ class Learner:
 
         with torch.no_grad():
             q = torch.minimum(*self.critics(batch.states))
-        log_probs = self.policy(batch.states, batch.hazard_logits)
+        log_probs = policy(self.actor, batch.states, batch.hazard_logits)
         actor_loss = -self.soft_value(log_probs, q, batch.hazard_logits).mean()
         _step(self.actor_optimizer, actor_loss, self.actor, s.max_grad_norm)
 

@@ -57,6 +57,9 @@ class TrainConfig(Params):
             good as 8, for half the reading.
         credit: Of `sac`: who gets a reply's worth, its last decision (`terminal`), every decision (`postback`), or each
             what the text gained by it (`prefix`), for which the reward is asked about every beginning of a reply.
+        staleness: Of `sac`: rounds of 64 replies written before the head has learned from the round before, so that as
+            many more writers on Ray are busy.
+        ray: Processes on Ray that write replies, with a model each, beside one for the reward; 0 is none but this one.
         top_k: Candidates kept by probability; recorded with the head.
         top_p: Of those, the smallest set with this share of the probability; recorded with the head.
         min_candidates: Candidates kept whatever `top_p` says; left out, 2 for `rule`, so that a lone survivor can be
@@ -100,6 +103,8 @@ class TrainConfig(Params):
     beta: float = Field(0.3, gt=0.0)
     competitors: int = Field(0, ge=0)
     credit: Literal["terminal", "postback", "prefix"] | None = None
+    staleness: int = Field(0, ge=0, le=64)
+    ray: int = Field(0, ge=0, le=1024)
     top_k: int = Field(40, ge=1)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int | None = Field(None, ge=1)
@@ -128,7 +133,7 @@ class TrainConfig(Params):
 
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        elsewhere = {"data", "output", "device", "reward_timeout_s", "track", "push_to_hub"}
+        elsewhere = {"data", "output", "device", "reward_timeout_s", "track", "push_to_hub", "ray"}
         return self.model_dump(mode="json", exclude=elsewhere)
 
     def to_yaml(self) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 from rich.markup import escape
 
 from mara_integrations.engine.backend import Backend
-from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.files import append_line
@@ -28,6 +27,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.fitting import Epoch, FitSettings
 from mara_integrations.training.plan import Plan
 from mara_integrations.training.trackers import Tracker, numbers, open_trackers
+from mara_integrations.training.writing import Writers
 
 METRICS_FILE, WORK_FOLDER = "metrics.jsonl", ".run"
 
@@ -58,6 +58,7 @@ class Run:
         model: The base model.
         backend: On that model.
         model_fingerprint: Of the model's weights, see `keeping.model_fingerprint`.
+        writers: Write replies.
         reporter: Hears the news.
         trackers: Get the figures of the log, too.
         started: When the run began, by the monotonic clock.
@@ -68,6 +69,7 @@ class Run:
     model: LoadedModel
     backend: Backend
     model_fingerprint: str
+    writers: Writers
     reporter: Reporter
     trackers: list[Tracker] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -143,10 +145,6 @@ class Run:
             training=config.described(),
         )
         return MARAHead(settings).to(self.model.device)
-
-    def new_decoder(self) -> Decoder:
-        """A decoder that has seen nothing yet: what it adapts to must not depend on whether a run was interrupted."""
-        return Decoder(self.backend)
 
     def sampling(self, **values: Any) -> SamplingParams:
         """How the model writes replies to learn from, with some values changed."""

@@ -22,11 +22,11 @@ from mara_integrations.errors import DataError
 from mara_integrations.files import write_atomically
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import CombinedReward, Reward, Scores, score
-from mara_integrations.sampling import SamplingParams
-from mara_integrations.training.bank import Reply, read_replies, sample_replies
+from mara_integrations.training.bank import Reply, read_replies
 from mara_integrations.training.context import Run
-from mara_integrations.training.decisions import Decisions, read_decisions, taken_rank
-from mara_integrations.training.keeping import cached, kept, kept_data
+from mara_integrations.training.decisions import Decisions, read_decisions
+from mara_integrations.training.keeping import cache_file, cached, kept, kept_data
+from mara_integrations.training.writing import Ahead, Part
 
 FAILURE_FILE = "reward-failure.json"
 _READ_PART = 256  # replies between two files of an interrupted run
@@ -75,65 +75,42 @@ def sample(
         head: What it is shown is kept too.
         is_base: The head is an untrained one, there only to have the candidates kept that the base model passes over.
     """
-    part = max(1, _LIVE // each)
+    size = max(1, _LIVE // each)
     sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
+    parts = [
+        Part(prompts[start : start + size], sampling, seed + start * each, each, head)
+        for start in range(0, len(prompts), size)
+    ]
+    if head is None or is_base:
+        files = [cache_file(_key(run, part)) for part in parts]
+    else:
+        files = [run.folder / f"{name.replace(' ', '-')}-{i * size}.pt" for i in range(len(parts))]
     replies: list[Reply] = []
     with run.stage(name, len(prompts) * each) as advance:
-        for start in range(0, len(prompts), part):
-            asked = prompts[start : start + part]
-            write = partial(_write, run, asked, sampling, each, seed + start * each, head, advance)
-            if head is None or is_base:
-                written, was_kept = cached(_key(run, asked, sampling, each, seed + start * each, head), write)
-            else:
-                written, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", write)
+        ahead = Ahead(run.writers, parts, advance)
+        for i, file in enumerate(files):
+            ahead.begin(k for k in range(i, min(i + run.writers.width, len(parts))) if not files[k].exists())
+            keep = cached if head is None or is_base else kept
+            written, was_kept = keep(file, partial(ahead.collect, i))
             if was_kept:
                 advance(len(written))
             for reply in written:
-                reply.prompt += start
+                reply.prompt += i * size
             replies += written
     return replies
 
 
-def _write(
-    run: Run,
-    prompts: Sequence[Conversation],
-    sampling: SamplingParams,
-    each: int,
-    seed: int,
-    head: MARAHead | None,
-    on_reply: Callable[[int], None],
-) -> list[Reply]:
-    replies = sample_replies(
-        run.model,
-        run.new_decoder(),
-        prompts,
-        sampling=sampling,
-        replies_each=each,
-        seed=seed,
-        head=head,
-        keep_positions=head is not None,
-        on_reply=on_reply,
-    )
-    if head is not None and head.config.form != "paper":  # drawn: what was fed ahead and never visited is dropped
-        for reply in replies:
-            for position in reply.positions:
-                position.states = position.states[: taken_rank(reply, position) + 1]
-    return replies
-
-
-def _key(
-    run: Run, prompts: Sequence[Conversation], sampling: SamplingParams, each: int, seed: int, head: MARAHead | None
-) -> str:
+def _key(run: Run, part: Part) -> str:
     """Names base replies by all that decides them: the model, its device, the prompts' tokens, how they are drawn."""
     parts = [
         run.model_fingerprint,
         str(run.model.device.type),
-        [run.model.encoder.encode(prompt) for prompt in prompts],
-        [run.model.encoder.stop_for(prompt) for prompt in prompts],
-        sampling.model_dump(mode="json"),
-        each,
-        seed,
-        head is not None,
+        [run.model.encoder.encode(prompt) for prompt in part.prompts],
+        [run.model.encoder.stop_for(prompt) for prompt in part.prompts],
+        part.sampling.model_dump(mode="json"),
+        part.replies_each,
+        part.seed,
+        part.head is not None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:32]
 
@@ -270,7 +247,7 @@ def try_reward(run: Run) -> None:
     """Ask the reward about two short replies, so that its mistakes come out before the work, and leave nothing."""
     prompts = prompts_of(run, run.plan.train)[:2]
     sampling = run.sampling(max_new_tokens=8)
-    replies = sample_replies(run.model, run.new_decoder(), prompts, sampling=sampling, seed=run.config.seed)
+    replies = Part(prompts, sampling, run.config.seed).write(run.model, run.backend)
     scores(run, run.plan.train, prompts, replies)
 
 

@@ -47,9 +47,13 @@ def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
     return gathered, False
 
 
-def cached(key: str, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """As `kept`, under the platform's cache folder (`MARA_CACHE_DIR`), where all runs look; bounded in size."""
-    path = cache_dir() / "replies" / f"{key}.pt"
+def cache_file(key: str) -> Path:
+    """Where `cached` keeps replies: under the platform's cache folder (`MARA_CACHE_DIR`), where all runs look."""
+    return cache_dir() / "replies" / f"{key}.pt"
+
+
+def cached(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
+    """As `kept`, in a folder of bounded size."""
     replies, was_kept = kept(path, gather)
     try:
         os.utime(path)  # used just now

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mara_integrations.errors import OutputError
 from mara_integrations.progress import Reporter
-from mara_integrations.training.bank import read_replies, sample_replies
+from mara_integrations.training.bank import read_replies
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Run
 from mara_integrations.training.gather import Written, prompts_of, replies_each, try_reward, written_replies
 from mara_integrations.training.run import begin
+from mara_integrations.training.writing import Part
 
 _TRIED_REPLIES, _TRIED_TOKENS = 8, 8
 
@@ -48,9 +49,12 @@ def rehearse(config: TrainConfig, reporter: Reporter | None = None) -> Estimate:
         MaraError: As of `train`.
     """
     run = begin(config, reporter or Reporter())
-    if run.plan.source == "reward":
-        try_reward(run)
-    estimate = _estimate(run)
+    try:
+        if run.plan.source == "reward":
+            try_reward(run)
+        estimate = _estimate(run)
+    finally:
+        run.writers.close()
     run.say(
         f"[bold]Time[/]   about {_minutes(estimate.gather_s)} for {estimate.replies} replies of up to "
         f"{config.max_reply_tokens} tokens, {_minutes(estimate.evaluate_s)} for the evaluation; the fits come on top"
@@ -97,7 +101,7 @@ def _seconds_to_write(run: Run) -> float:
     prompts = prompts_of(run, run.plan.train)[:_TRIED_REPLIES]
     sampling = run.sampling(max_new_tokens=min(_TRIED_TOKENS, run.config.max_reply_tokens))
     began = time.perf_counter()
-    sample_replies(run.model, run.new_decoder(), prompts, sampling=sampling, seed=run.config.seed)
+    Part(prompts, sampling, run.config.seed).write(run.model, run.backend)
     return (time.perf_counter() - began) / len(prompts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.gather import conversation_of, try_reward
 from mara_integrations.training.keeping import model_fingerprint
 from mara_integrations.training.plan import make_plan
+from mara_integrations.training.ray_rewards import import_ray, on_ray
+from mara_integrations.training.ray_writers import RayWriters
+from mara_integrations.training.writing import Writers, WritersHere
 
 SETTINGS_FILE = "train.yaml"
 _SHOWN_CHARACTERS = 600  # of a sample
@@ -73,6 +76,14 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
         MaraError: See `make_plan`, `load_model`, `rewards.score`.
     """
     run = begin(config, reporter or Reporter())
+    try:
+        return _train(run)
+    finally:
+        run.writers.close()
+
+
+def _train(run: Run) -> TrainResult:
+    config = run.config
     if run.plan.source == "reward":
         try_reward(run)
     with run.logging():
@@ -98,9 +109,17 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
     reporter.say(f"[bold]Data[/]   {escape(str(config.data))}: {count}")
     for note in plan.train.notes:
         reporter.say(f"  {escape(note)}")
-    model = load_model(ModelSpec(config.model, device=config.device, dtype=config.dtype))
+    if config.ray:
+        import_ray()  # or say what is missing, before the model is loaded
+    spec = ModelSpec(config.model, device=config.device, dtype=config.dtype)
+    model = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
-    run = Run(config, plan, model, make_backend(model.model, model.name), model_fingerprint(model), reporter)
+    backend = make_backend(model.model, model.name)
+    writers: Writers = WritersHere(model, backend)
+    if config.ray:
+        writers = RayWriters(spec, config.ray, model.device.type == "cuda", reporter.say)
+        plan = replace(plan, reward=plan.reward and on_ray(plan.reward))
+    run = Run(config, plan, model, backend, model_fingerprint(model), writers, reporter)
     _show_samples(run)
     return run
 

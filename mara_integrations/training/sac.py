@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ from mara_integrations.files import write_atomically
 from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
 from mara_integrations.training import gather
-from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, collapse
-from mara_integrations.training.bank import Reply, sample_replies
+from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, collapse, vitals_of
+from mara_integrations.training.bank import Reply
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
 from mara_integrations.training.decisions import Decisions, decisions_taken
 from mara_integrations.training.keeping import kept_data
 from mara_integrations.training.replay import ReplayBuffer, Transitions
 from mara_integrations.training.worth import prefix_worths
+from mara_integrations.training.writing import Part, Promise
 
 _ROUND = 64  # episodes between updates: a full batch of the decoder
 _VISITS = 8  # transitions a token the buffer has room for; a gate at work visits 2 to 4
@@ -60,11 +62,13 @@ def learn(run: Run, head: MARAHead) -> Learned:
     prompts = gather.limited_prompts(run, run.plan.train)
     run.random().shuffle(prompts)
     scale: float | None = None  # found in the first round
-    num_done = _resume(run, learner)
     with run.stage("episodes", num_rounds * _ROUND) as advance:
+        rounds = _Rounds(run, prompts, advance)
+        num_done = _resume(run, learner, rounds)
         for number in range(num_rounds):
-            write = partial(_write, run, learner, _chunk(prompts, number), number, scale, advance)
-            episodes, was_kept = kept_data(run.folder / f"episodes-{number}.pt", write)
+            if number >= num_done:
+                rounds.begin(range(number, min(number + run.config.staleness + 1, num_rounds)), head)
+            episodes, was_kept = kept_data(rounds.file(number), partial(_gather, run, settings, rounds, number, scale))
             if was_kept:
                 advance(_ROUND)
             scale, transitions = episodes["scale"], Transitions(**episodes["transitions"])
@@ -77,12 +81,12 @@ def learn(run: Run, head: MARAHead) -> Learned:
                 for _ in range(settings.updates * _ROUND):
                     figures = learner.update(buffer.sample(settings.batch_size, learner.generator, learner.device))
             run.log("round", number=number + 1, **episodes["figures"], **figures)
-            problem = collapse(learner.vitals(transitions))
+            problem = collapse(vitals_of(head, transitions))
             if problem is not None:
                 head.load_state_dict(before)
                 _report_collapse(run, number + 1, problem)
                 break
-            _keep(run, learner, number + 1)
+            _keep(run, learner, rounds, number + 1)
     head.eval().requires_grad_(False)
     return Learned()
 
@@ -95,32 +99,42 @@ def settings_of(run: Run) -> SACSettings:
     return replace(preset, learning_rate=rate, credit=credit)
 
 
-def _chunk(prompts: Sequence[Conversation], number: int) -> list[Conversation]:
-    """Prompts of a round, from the first on again where they end."""
-    return [prompts[(number * _ROUND + i) % len(prompts)] for i in range(_ROUND)]
+class _Rounds:
+    """Rounds of episodes that are being written, each by a copy of the head as it was when the round began."""
+
+    def __init__(self, run: Run, prompts: Sequence[Conversation], on_reply: Callable[[int], None]) -> None:
+        self._run, self._prompts, self._on_reply = run, prompts, on_reply
+        self.heads: dict[int, MARAHead] = {}
+        self._promises: dict[int, Promise] = {}
+
+    def file(self, number: int) -> Path:
+        """Where a round is kept."""
+        return self._run.folder / f"episodes-{number}.pt"
+
+    def prompts(self, number: int) -> list[Conversation]:
+        """Those of a round, from the first on again where they end."""
+        return [self._prompts[(number * _ROUND + i) % len(self._prompts)] for i in range(_ROUND)]
+
+    def begin(self, numbers: Iterable[int], head: MARAHead) -> None:
+        """Begin those of the rounds that are neither written nor under way."""
+        for number in numbers:
+            if number in self.heads or self.file(number).exists():
+                continue
+            self.heads[number] = writer = copy.deepcopy(head).eval().requires_grad_(False)
+            sampling = self._run.sampling(min_candidates=head.config.min_candidates)
+            seed, gate = self._run.config.seed + number * _ROUND, GateParams(selection="sample")
+            part = Part(self.prompts(number), sampling, seed, head=writer, gate=gate)
+            self._promises[number] = self._run.writers.submit(part, self._on_reply)
+
+    def collect(self, number: int) -> tuple[MARAHead, list[Reply]]:
+        """A round's replies, and the head that wrote them."""
+        return self.heads.pop(number), self._promises.pop(number)()
 
 
-def _write(
-    run: Run,
-    learner: Learner,
-    prompts: Sequence[Conversation],
-    number: int,
-    scale: float | None,
-    on_reply: Callable[[int], None],
-) -> dict[str, Any]:
-    """One round of episodes, as plain data: transitions, figures, and what worths are divided by."""
-    head, settings = learner.actor, learner.settings
-    replies = sample_replies(
-        run.model,
-        run.new_decoder(),
-        prompts,
-        sampling=run.sampling(min_candidates=head.config.min_candidates),
-        seed=run.config.seed + number * _ROUND,
-        head=head,
-        gate=GateParams(selection="sample"),
-        keep_positions=True,
-        on_reply=on_reply,
-    )
+def _gather(run: Run, settings: SACSettings, rounds: _Rounds, number: int, scale: float | None) -> dict[str, Any]:
+    """One round as plain data: transitions, figures, and what worths are divided by."""
+    prompts = rounds.prompts(number)
+    head, replies = rounds.collect(number)
     values = gather.scores(run, run.plan.train, prompts, replies)
     judged = [(reply, value) for reply, value in zip(replies, values, strict=True) if value is not None]
     if not judged:
@@ -139,7 +153,7 @@ def _write(
     ends[decisions.counts.cumsum(0)[decisions.counts > 0] - 1] = True
     transitions = Transitions(decisions.states, decisions.hazard_logits, decisions.accepted, rewards, ends)
 
-    vitals = learner.vitals(transitions)
+    vitals = vitals_of(head, transitions)
     num_tokens = sum(len(reply.token_ids) for reply in replies)
     figures = {
         "mean_reward": statistics.fmean(worths),
@@ -177,15 +191,15 @@ def _report_collapse(run: Run, number: int, problem: str) -> None:
     )
 
 
-def _keep(run: Run, learner: Learner, num_done: int) -> None:
+def _keep(run: Run, learner: Learner, rounds: _Rounds, num_done: int) -> None:
     """Write all but the episodes, which have their own files; of older states, one stays."""
-    buffer = io.BytesIO()
-    torch.save(learner.state_dict(), buffer)
+    buffer, writing = io.BytesIO(), {number: head.state_dict() for number, head in rounds.heads.items()}
+    torch.save({"learner": learner.state_dict(), "writing": writing}, buffer)
     write_atomically(run.folder / f"learner-{num_done}.pt", buffer.getvalue())
     (run.folder / f"learner-{num_done - 2}.pt").unlink(missing_ok=True)
 
 
-def _resume(run: Run, learner: Learner) -> int:
+def _resume(run: Run, learner: Learner, rounds: _Rounds) -> int:
     """Take up the newest state that can be read; returns the number of rounds it has behind it."""
     states = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
     for num_done in sorted(states, reverse=True):
@@ -194,7 +208,10 @@ def _resume(run: Run, learner: Learner) -> int:
         except Exception:  # damaged in any way; torch raises pickle, zip, runtime and attribute errors alike
             run.say(f"  [yellow]{escape(states[num_done].name)} is damaged: going on from the round before[/]")
             continue
-        learner.load_state_dict(state)
+        for number, weights in state["writing"].items():
+            learner.actor.load_state_dict(weights)
+            rounds.begin([number], learner.actor)
+        learner.load_state_dict(state["learner"])
         run.say(f"  going on after round {num_done}")
         return num_done
     return 0

@@ -24,7 +24,7 @@ from mara_integrations.messages import Message
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training import gather, keeping
+from mara_integrations.training import keeping, writing
 from mara_integrations.training.bank import Reply, sample_replies
 from mara_integrations.training.calibration import decisions_kl, strength_on_decisions
 from mara_integrations.training.config import TrainConfig
@@ -170,7 +170,7 @@ def test_one_bank_serves_every_reward(folder_model, prompts_file, tmp_path, monk
     alone = {"rounds": 0, "eval_prompts": 0}
     train(settings(folder_model, prompts_file, tmp_path / "a", **alone))
     written = []
-    monkeypatch.setattr(gather, "sample_replies", lambda *a, **k: written.append(1) or sample_replies(*a, **k))
+    monkeypatch.setattr(writing, "sample_replies", lambda *a, **k: written.append(1) or sample_replies(*a, **k))
     other = settings(
         folder_model, prompts_file, tmp_path / "b", rounds=0, eval_prompts=0, reward="tests/reward_for_tests.py:brevity"
     )

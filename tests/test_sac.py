@@ -23,7 +23,7 @@ from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, Vitals, collapse, policy
+from mara_integrations.training.actor_critic import PUBLISHED, Learner, SACSettings, Vitals, collapse, mended, policy
 from mara_integrations.training.bank import sample_replies
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
@@ -259,8 +259,11 @@ def test_collapse_is_told_from_decisions():
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """A model and prompts; few and small updates."""
-    small = {form: replace(preset, batch_size=32, warmup=300, updates=1) for form, preset in MENDED.items()}
-    monkeypatch.setattr("mara_integrations.training.sac.MENDED", small)
+
+    def small(form, credit):
+        return replace(mended(form, credit), batch_size=32, warmup=300, updates=1)
+
+    monkeypatch.setattr("mara_integrations.training.sac.mended", small)
     folder = tmp_path / "tiny"
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ from mara_integrations.engine.head import MARAHead
 from mara_integrations.sampling import HeadForm
 from mara_integrations.training.objectives import decision_kl
 from mara_integrations.training.replay import Batch, Transitions
+
+Credit = Literal["terminal", "postback", "prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,12 @@ class SACSettings:
         updates: An episode (`--update_time`).
         warmup: Transitions before the first update; 64 batches in distri_executor.py.
         capacity: Transitions kept (`--buffer_capacity`).
-        gamma: Discount a decision (`--gamma`). With a reward at every token it need not reach over the whole reply.
+        gamma: Discount a decision (`--gamma`).
         tau: Share of the critics their targets take over (`--replace_tau`).
         target_every: Updates between two moves of the targets. SAC.py moves them after an episode's updates, not after
             each.
-        temperature: First weight of the entropy (`--alpha`). 0.01 let small runs end in rejecting everything.
+        temperature: First weight of the entropy (`--alpha`). With a worth that comes once a reply, 0.01 let small runs
+            end in rejecting everything; where each token has its own, 0.2 drowned it.
         target_entropy: Of a decision, in nats, for the temperature to be learned (`--target_entropy_factor` ln 2); None
             leaves the temperature as it is.
         max_grad_norm: Gradients of head and critics are clipped to it (`--max_grad_norm`).
@@ -60,10 +63,10 @@ class SACSettings:
     gamma: float = 0.95
     tau: float = 0.02
     target_every: int = 1
-    temperature: float = 0.2
+    temperature: float = 0.03
     target_entropy: float | None = 0.6 * math.log(2)
     max_grad_norm: float = 0.5
-    credit: Literal["terminal", "postback", "prefix"] = "prefix"
+    credit: Credit = "prefix"
     kl_weight: float = 0.1
     kl: Literal["exact", "published"] = "exact"
     last_is_asked: bool = False
@@ -71,11 +74,17 @@ class SACSettings:
     standardise: bool = True
 
 
-# From a head that is the base model, the distance from it holds the decisions open by itself: no entropy is needed.
-MENDED: dict[HeadForm, SACSettings] = {
-    "paper": SACSettings(),
-    "residual": SACSettings(temperature=0.0, target_entropy=None),
-}
+def mended(form: HeadForm, credit: Credit = "prefix") -> SACSettings:
+    """The preset for a form of head and a way to credit.
+
+    A worth that comes once a reply has to reach back over all of it, and needs more entropy to be found. From a head
+    that is the base model, the distance from it holds the decisions open by itself, and no entropy is needed.
+    """
+    settings = SACSettings(credit=credit)
+    if credit != "prefix":
+        settings = replace(settings, gamma=0.99, temperature=0.2)
+    return settings if form == "paper" else replace(settings, temperature=0.0, target_entropy=None)
+
 
 PUBLISHED = SACSettings(
     batch_size=1024,

@@ -56,7 +56,8 @@ class TrainConfig(Params):
         competitors: Of `dpo` and `kto`: better ranked candidates looked at beside each token of a reply. None was as
             good as 8, for half the reading.
         credit: Of `sac`: who gets a reply's worth, its last decision (`terminal`), every decision (`postback`), or each
-            what the text gained by it (`prefix`), for which the reward is asked about every beginning of a reply.
+            what the text gained by it (`prefix`); left out, `prefix` where the reward takes partial text, else
+            `terminal`.
         staleness: Of `sac`: rounds of 64 replies written before the head has learned from the round before, so that as
             many more writers on Ray are busy.
         ray: Processes on Ray that write replies, with a model each, beside one for the reward; 0 is none but this one.

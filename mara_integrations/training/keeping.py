@@ -37,7 +37,7 @@ def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bo
 
 def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
     """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts."""
-    data = _read(path)
+    data = read_data(path)
     if data is not None:
         return data, True
     gathered, buffer = gather(), io.BytesIO()
@@ -83,8 +83,8 @@ def _make_room(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Any | None:
-    """What a file holds; None where there is none, or not the whole of one."""
+def read_data(path: Path) -> Any | None:
+    """What a file of `kept_data` holds; None where there is none, or not the whole of one."""
     try:
         whole = path.read_bytes()
     except FileNotFoundError:

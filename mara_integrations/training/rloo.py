@@ -20,7 +20,7 @@ from mara_integrations.engine.gate import accept_logit
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, reward_name, takes_partial_text
+from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply
 from mara_integrations.training.calibration import decisions_kl, report_strength, strength_on_decisions
@@ -38,7 +38,7 @@ from mara_integrations.training.objectives import (
     value_loss,
 )
 from mara_integrations.training.value import advantages
-from mara_integrations.training.worth import candidate_gains, prefix_worths
+from mara_integrations.training.worth import asks_partial_text, candidate_gains, prefix_worths
 
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
 _GAMMA = 0.9  # a token is held to account for about the ten that follow
@@ -154,14 +154,6 @@ class Candidate:
     weights: dict[str, Tensor]
     strength: float
     gated: Batch
-
-
-def asks_partial_text(run: Run) -> bool:
-    """Whether the reward is asked about unfinished replies: as the settings say, else as it says itself."""
-    if run.config.partial_text is not None:
-        return run.config.partial_text
-    assert run.plan.reward is not None
-    return takes_partial_text(run.plan.reward)
 
 
 def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch], checking: Sequence[Batch]) -> None:

@@ -7,7 +7,6 @@ buffer, and critics, head and temperature are updated from there; round by round
 from __future__ import annotations
 
 import copy
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -21,18 +20,17 @@ from torch import Tensor
 
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import ConfigError, DataError
-from mara_integrations.files import write_atomically
 from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
 from mara_integrations.training import gather
-from mara_integrations.training.actor_critic import MENDED, PUBLISHED, Learner, SACSettings, collapse, vitals_of
+from mara_integrations.training.actor_critic import PUBLISHED, Learner, SACSettings, collapse, mended, vitals_of
 from mara_integrations.training.bank import Reply
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.credit import postback_credit, prefix_credit, published_kl, terminal_credit
 from mara_integrations.training.decisions import Decisions, decisions_taken
-from mara_integrations.training.keeping import kept_data
+from mara_integrations.training.keeping import kept_data, read_data
 from mara_integrations.training.replay import ReplayBuffer, Transitions
-from mara_integrations.training.worth import prefix_worths
+from mara_integrations.training.worth import asks_partial_text, prefix_worths
 from mara_integrations.training.writing import Part, Promise
 
 _ROUND = 64  # episodes between updates: a full batch of the decoder
@@ -68,7 +66,8 @@ def learn(run: Run, head: MARAHead) -> Learned:
         for number in range(num_rounds):
             if number >= num_done:
                 rounds.begin(range(number, min(number + run.config.staleness + 1, num_rounds)), head)
-            episodes, was_kept = kept_data(rounds.file(number), partial(_gather, run, settings, rounds, number, scale))
+            gather_round = partial(_gather, run, settings, rounds, number, head, scale)
+            episodes, was_kept = kept_data(rounds.file(number), gather_round)
             if was_kept:
                 advance(_ROUND)
             scale, transitions = episodes["scale"], Transitions(**episodes["transitions"])
@@ -94,9 +93,11 @@ def learn(run: Run, head: MARAHead) -> Learned:
 def settings_of(run: Run) -> SACSettings:
     """The preset of the run's method and form, with what the run's settings say otherwise."""
     config, method = run.config, run.plan.method
-    preset = PUBLISHED if method.name == "sac-published" else MENDED[method.form]
-    rate, credit = config.learning_rate or preset.learning_rate, config.credit or preset.credit
-    return replace(preset, learning_rate=rate, credit=credit)
+    if method.name == "sac-published":
+        preset = replace(PUBLISHED, credit=config.credit or PUBLISHED.credit)
+    else:
+        preset = mended(method.form, config.credit or ("prefix" if asks_partial_text(run) else "terminal"))
+    return replace(preset, learning_rate=config.learning_rate or preset.learning_rate)
 
 
 class _Rounds:
@@ -118,23 +119,29 @@ class _Rounds:
     def begin(self, numbers: Iterable[int], head: MARAHead) -> None:
         """Begin those of the rounds that are neither written nor under way."""
         for number in numbers:
-            if number in self.heads or self.file(number).exists():
-                continue
-            self.heads[number] = writer = copy.deepcopy(head).eval().requires_grad_(False)
-            sampling = self._run.sampling(min_candidates=head.config.min_candidates)
-            seed, gate = self._run.config.seed + number * _ROUND, GateParams(selection="sample")
-            part = Part(self.prompts(number), sampling, seed, head=writer, gate=gate)
-            self._promises[number] = self._run.writers.submit(part, self._on_reply)
+            if number not in self.heads and not self.file(number).exists():
+                self._begin(number, head)
 
-    def collect(self, number: int) -> tuple[MARAHead, list[Reply]]:
-        """A round's replies, and the head that wrote them."""
+    def _begin(self, number: int, head: MARAHead) -> None:
+        self.heads[number] = writer = copy.deepcopy(head).eval().requires_grad_(False)
+        sampling = self._run.sampling(min_candidates=head.config.min_candidates)
+        seed, gate = self._run.config.seed + number * _ROUND, GateParams(selection="sample")
+        part = Part(self.prompts(number), sampling, seed, head=writer, gate=gate)
+        self._promises[number] = self._run.writers.submit(part, self._on_reply)
+
+    def collect(self, number: int, head: MARAHead) -> tuple[MARAHead, list[Reply]]:
+        """A round's replies, and the head that wrote them: this one, where the file of a finished round is damaged."""
+        if number not in self.heads:
+            self._begin(number, head)
         return self.heads.pop(number), self._promises.pop(number)()
 
 
-def _gather(run: Run, settings: SACSettings, rounds: _Rounds, number: int, scale: float | None) -> dict[str, Any]:
+def _gather(
+    run: Run, settings: SACSettings, rounds: _Rounds, number: int, head: MARAHead, scale: float | None
+) -> dict[str, Any]:
     """One round as plain data: transitions, figures, and what worths are divided by."""
     prompts = rounds.prompts(number)
-    head, replies = rounds.collect(number)
+    head, replies = rounds.collect(number, head)
     values = gather.scores(run, run.plan.train, prompts, replies)
     judged = [(reply, value) for reply, value in zip(replies, values, strict=True) if value is not None]
     if not judged:
@@ -193,20 +200,19 @@ def _report_collapse(run: Run, number: int, problem: str) -> None:
 
 def _keep(run: Run, learner: Learner, rounds: _Rounds, num_done: int) -> None:
     """Write all but the episodes, which have their own files; of older states, one stays."""
-    buffer, writing = io.BytesIO(), {number: head.state_dict() for number, head in rounds.heads.items()}
-    torch.save({"learner": learner.state_dict(), "writing": writing}, buffer)
-    write_atomically(run.folder / f"learner-{num_done}.pt", buffer.getvalue())
+    writing = {number: head.state_dict() for number, head in rounds.heads.items()}
+    state = {"learner": learner.state_dict(), "writing": writing}
+    kept_data(run.folder / f"learner-{num_done}.pt", lambda: state)
     (run.folder / f"learner-{num_done - 2}.pt").unlink(missing_ok=True)
 
 
 def _resume(run: Run, learner: Learner, rounds: _Rounds) -> int:
-    """Take up the newest state that can be read; returns the number of rounds it has behind it."""
-    states = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
-    for num_done in sorted(states, reverse=True):
-        try:
-            state = torch.load(states[num_done], weights_only=True)
-        except Exception:  # damaged in any way; torch raises pickle, zip, runtime and attribute errors alike
-            run.say(f"  [yellow]{escape(states[num_done].name)} is damaged: going on from the round before[/]")
+    """Take up the newest state that is whole; returns the number of rounds it has behind it."""
+    files = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
+    for num_done in sorted(files, reverse=True):
+        state = read_data(files[num_done])
+        if state is None:
+            run.say(f"  [yellow]{escape(files[num_done].name)} is damaged: going on from the round before[/]")
             continue
         for number, weights in state["writing"].items():
             learner.actor.load_state_dict(weights)

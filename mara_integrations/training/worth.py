@@ -14,10 +14,19 @@ from torch import Tensor
 
 from mara_integrations.data import Dataset
 from mara_integrations.messages import Conversation
+from mara_integrations.rewards import takes_partial_text
 from mara_integrations.training import gather
 from mara_integrations.training.bank import Reply, token_texts
 from mara_integrations.training.context import Run
 from mara_integrations.training.decisions import taken_rank
+
+
+def asks_partial_text(run: Run) -> bool:
+    """Whether the reward is asked about unfinished replies: as the settings say, else as it says itself."""
+    if run.config.partial_text is not None:
+        return run.config.partial_text
+    assert run.plan.reward is not None
+    return takes_partial_text(run.plan.reward)
 
 
 def prefix_worths(

@@ -222,16 +222,16 @@ def test_a_damaged_file_is_gathered_again(tmp_path):
 
 def test_the_cache_drops_what_was_used_longest_ago(monkeypatch):
     sample = [Reply(0, "text", (1, 2), torch.zeros(3, 64).half())]
-    keeping.cached("first", lambda: sample)
+    keeping.cached(keeping.cache_file("first"), lambda: sample)
     size = next(keeping.cache_dir().rglob("*.pt")).stat().st_size
     monkeypatch.setattr(keeping, "MAX_CACHE_BYTES", 2 * size + 10)
-    keeping.cached("second", lambda: sample)
+    keeping.cached(keeping.cache_file("second"), lambda: sample)
     for age, name in enumerate(("second", "first")):  # written within one tick of the clock
         os.utime(keeping.cache_dir() / "replies" / f"{name}.pt", ns=(age, age))
-    keeping.cached("first", lambda: pytest.fail("it is there"))  # which makes it younger
-    keeping.cached("third", lambda: sample)
+    keeping.cached(keeping.cache_file("first"), lambda: pytest.fail("it is there"))  # which makes it younger
+    keeping.cached(keeping.cache_file("third"), lambda: sample)
     assert sorted(path.stem for path in keeping.cache_dir().rglob("*.pt")) == ["first", "third"]
-    assert keeping.cached("first", lambda: pytest.fail("it is there"))[1] is True
+    assert keeping.cached(keeping.cache_file("first"), lambda: pytest.fail("it is there"))[1] is True
 
 
 def test_a_fine_tuned_model_has_another_bank():

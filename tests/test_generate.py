@@ -195,7 +195,7 @@ def filled(model):
         ({"fallback": "none"}, "fallback='none'"),
         ({"min_candidates": 0}, "min_candidates=0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_gating_does_not_do_is_refused_by_name(model, batch, settings, said):
     with pytest.raises(ConfigError, match=said):

@@ -118,9 +118,13 @@ class ScriptedBackend:
     Args:
         script: From the tokens of a row to logits over the vocabulary.
         vocab_size: Number of tokens.
+        can_retract: Take drafts: the script is then also asked what comes after tokens that it did not want.
     """
 
-    def __init__(self, script: Callable[[Sequence[int]], Sequence[float]], vocab_size: int) -> None:
+    def __init__(
+        self, script: Callable[[Sequence[int]], Sequence[float]], vocab_size: int, *, can_retract: bool = False
+    ) -> None:
+        self.can_retract = can_retract
         self._script = script
         self._vocab_size = vocab_size
         self._rows: dict[int, list[int]] = {}
@@ -182,11 +186,6 @@ class ScriptedBackend:
         for row, branch in zip(rows, branches, strict=True):
             self._rows[row].append(self._branches[row][branch])
             self._branches[row] = []
-
-    @property
-    def can_retract(self) -> bool:
-        """It can."""
-        return True
 
     def retract(self, row: int, count: int, *, held: bool) -> None:
         """Take back the last tokens of a row."""

@@ -81,7 +81,7 @@ def _next_in_circle(tokens):
 
 @pytest.mark.parametrize("head", [None, random_head(CIRCLE + 1, accept_rate=1.0)])
 def test_repeated_text_takes_few_forwards(head):
-    backend = ScriptedBackend(_next_in_circle, CIRCLE)
+    backend = ScriptedBackend(_next_in_circle, CIRCLE, can_retract=True)
     sampling = SamplingParams(max_new_tokens=40, min_candidates=2 if head else 1)
     done = Decoder(backend).run([Request([*range(CIRCLE)] * 2, sampling, head=head)])[0]
     assert done.token_ids == [i % CIRCLE for i in range(40)] and backend.open_rows == 0
@@ -89,7 +89,7 @@ def test_repeated_text_takes_few_forwards(head):
 
 
 def test_a_reply_ends_inside_a_draft():
-    backend = ScriptedBackend(_next_in_circle, CIRCLE)
+    backend = ScriptedBackend(_next_in_circle, CIRCLE, can_retract=True)
     ids, sampling = [*range(CIRCLE)] * 2, SamplingParams(max_new_tokens=40)
     done = Decoder(backend).run([Request(ids, sampling, eos_token_ids=frozenset([7]))])[0]
     assert done.token_ids == [*range(8)] and done.finish_reason == "stop"

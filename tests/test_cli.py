@@ -375,6 +375,8 @@ def test_json_tells_what_the_gate_did():
     plain = json.loads(generate("hi", "--head", "head", "--json"))
     traced = json.loads(generate("hi", "--head", "head", "--trace"))
     assert plain["gate"]["rejected"] > 0 and len(plain["token_ids"]) == 6 and "trace" not in plain
+    for report in (plain, traced):
+        assert report["gate"].pop("fed") >= 6  # how much is fed ahead follows what forwards cost here and now
     assert len(traced.pop("trace")) == 6 and traced == plain
 
 

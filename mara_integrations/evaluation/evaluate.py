@@ -124,7 +124,8 @@ class Side:
         ended: Share of replies that came to their own end before `max_new_tokens`.
         perplexity: Under the base model, pooled over tokens.
         distinct_2: Of token pairs, pooled over replies.
-        forwards_per_token: Tokens the model was run on for one token of a reply; what exceeds 1 is the gate's cost.
+        forwards_per_token: Tokens the model was run on for one token of a reply; what exceeds 1 is the cost of
+            the gate, and of drafts that were wrong.
         tokens_per_s: Replies' tokens over wall time, all batches.
     """
 

@@ -14,5 +14,5 @@ uv() { UV_LINK_MODE=copy UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" "
 uv pip compile --quiet --resolution lowest-direct --overrides "$OVERRIDES" --python "$VENV/bin/python" \
     --extra all --extra test pyproject.toml --output-file "$LOWEST"
 uv pip install --quiet --python "$VENV/bin/python" --overrides "$OVERRIDES" --requirements "$LOWEST"
-exec "$VENV/bin/python" -m pytest -m "not slow" -W ignore::DeprecationWarning \
+exec "$VENV/bin/python" -m pytest -m "not slow" -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning \
     -W ignore::pytest.PytestUnraisableExceptionWarning "$@"

@@ -24,19 +24,19 @@ from mara_integrations.messages import Message
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training import keeping, writing
+from mara_integrations.training import keeping, rloo, writing
 from mara_integrations.training.bank import Reply, sample_replies
 from mara_integrations.training.calibration import decisions_kl, strength_on_decisions
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.decisions import Decisions, decisions_taken, taken_rank
 from mara_integrations.training.keeping import kept_data
 from mara_integrations.training.objectives import clipped_policy_loss, discounted_returns, look_ahead_advantages
-from mara_integrations.training.rloo import Episodes
+from mara_integrations.training.rloo import Episodes, fit_look_ahead
 from mara_integrations.training.run import train
 
 
 def settings(folder_model, prompts_file, output, **values):
-    small = {"max_reply_tokens": 10, "epochs": 4, "inner_size": 32, "eval_prompts": 3, "max_replies": 40}
+    small = {"max_reply_tokens": 10, "epochs": 4, "inner_size": 32, "eval_prompts": 3, "max_replies": 40, "rounds": 1}
     named = {"reward": "tests/reward_for_tests.py:vowels", "partial_text": True}
     return TrainConfig.of(model=folder_model, data=prompts_file, output=output, **{**small, **named, **values})
 
@@ -150,6 +150,44 @@ def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file,
     assert best > 0.01, "of some 0.03 vowels a character"
     assert result.head.config.form == "residual" and result.kl_per_token < 1.0
     assert all(line["visits_per_token"] >= 1.0 for line in judged)
+
+
+def test_a_judge_is_asked_about_held_out_replies_and_teaches_nothing(folder_model, prompts_file, tmp_path):
+    alone = train(settings(folder_model, prompts_file, tmp_path / "alone", eval_prompts=0))
+    judge = "tests/reward_for_tests.py:brevity"
+    judged = train(settings(folder_model, prompts_file, tmp_path / "judged", judge=judge))
+    assert judged.head.fingerprint == alone.head.fingerprint
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
+    assert {tuple(line["opinions"]) for line in lines if line["event"] == "judgement"} == {("vowels", "brevity")}
+    assert list(judged.evaluation.rewards) == ["vowels", "brevity"]
+
+
+def test_rounds_end_where_one_did_not_help_and_the_head_is_as_before(folder_model, prompts_file, tmp_path, monkeypatch):
+    fits = []
+
+    def spoil(run, name, head, fitting, checking):
+        if fits:
+            with torch.no_grad():
+                head.output_linear.bias += 3.0  # of no use: all candidates alike
+                head.output_linear.weight.zero_()
+        else:
+            fit_look_ahead(run, name, head, fitting, checking)
+        fits.append(head.fingerprint)
+
+    monkeypatch.setattr(rloo, "fit_look_ahead", spoil)
+    usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
+    result = train(settings(folder_model, prompts_file, tmp_path / "h", rounds=5, eval_prompts=0, **usual))
+    assert len(fits) == 2, "of six"
+    assert result.head.fingerprint == fits[0]
+
+
+def test_few_prompts_get_several_replies_each(folder_model, prompts_file, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(prompts_file.read_text().splitlines(keepends=True)[:12]))
+    train(settings(folder_model, few, tmp_path / "h", rounds=0, eval_prompts=0))
+    lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
+    base = next(line for line in lines if line["event"] == "rewards" and line["stage"] == "base replies")
+    assert base["replies"] == 40, "10 prompts, 4 to each"
 
 
 def test_replies_without_an_opinion_teach_nothing_and_are_not_judged(folder_model, prompts_file, tmp_path):

@@ -36,17 +36,21 @@ class TrainConfig(Params):
             Arguments as in `length?words=60`, a weight as in `sentiment=0.5`. May be repeated; the sum counts.
         normalise_rewards: Give each of several rewards mean 0 and deviation 1 before they are weighed.
         reward_timeout_s: How long a reward may take for one batch.
+        judge: Rewards that training never sees, in the notation of `reward`: what else they find in the replies to
+            held-out prompts is reported beside it. May be repeated.
         forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
         system_prompt: Put before every prompt that brings none, as the application will.
         max_reply_tokens: Replies are written, and read, up to this many tokens.
         replies_each: Replies sampled for each prompt; left out, as many as `max_replies` allows, at most 4.
-        max_replies: Replies sampled in all; further prompts are left out.
+        max_replies: Replies sampled in all; further prompts are left out. Left out, what suits the method: 640 for
+            `rloo` and `reward-model`, more for `sac`, else 384.
         held_out: Share of the prompts that the head is not fitted on, for early stopping and the final evaluation.
         eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
         kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
             strength is calibrated to it, and no bound for `rule`, which holds or does not.
         rounds: Of `rloo` and `reward-model`: times that they learn from what the gated model writes, after the base
-            model's own replies.
+            model's own replies, while that helps on held-out prompts. Left out, none where the reward takes partial
+            text, which no round improved on, else 2.
         partial_text: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
             every candidate passed over, is judged too, some 100 texts a reply, which teaches far more than one number a
             reply. Left out, as the reward itself says (`takes_partial_text`), else not.
@@ -89,15 +93,16 @@ class TrainConfig(Params):
     reward: tuple[str, ...] = ()
     normalise_rewards: bool = False
     reward_timeout_s: float = Field(600.0, gt=0.0)
+    judge: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     system_prompt: str | None = None
     max_reply_tokens: int = Field(48, ge=2, le=4096)
     replies_each: int | None = Field(None, ge=1, le=64)
-    max_replies: int = Field(384, ge=8)
+    max_replies: int | None = Field(None, ge=8)
     held_out: float = Field(0.15, gt=0.0, lt=1.0)
     eval_prompts: int = Field(64, ge=0)
     kl_budget: float | None = Field(None, gt=0.0)
-    rounds: int = Field(1, ge=0, le=100)
+    rounds: int | None = Field(None, ge=0, le=100)
     partial_text: bool | None = None
     correction_rounds: int = Field(1, ge=0, le=10)
     form: HeadForm | None = None
@@ -121,7 +126,7 @@ class TrainConfig(Params):
     device: str = "auto"
     dtype: str = "auto"
 
-    @field_validator("reward", mode="before")
+    @field_validator("reward", "judge", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value or ()

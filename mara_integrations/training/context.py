@@ -146,6 +146,11 @@ class Run:
         )
         return MARAHead(settings).to(self.model.device)
 
+    @property
+    def max_replies(self) -> int:
+        """Replies to write in all."""
+        return self.config.max_replies or self.plan.method.max_replies
+
     def sampling(self, **values: Any) -> SamplingParams:
         """How the model writes replies to learn from, with some values changed."""
         c = self.config

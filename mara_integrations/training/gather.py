@@ -42,7 +42,7 @@ def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
 
 def limited_prompts(run: Run, data: Dataset, most: int | None = None) -> list[Conversation]:
     """At most `most` of the prompts, or `max_replies`, chosen by seed."""
-    prompts, most = prompts_of(run, data), most or run.config.max_replies
+    prompts, most = prompts_of(run, data), most or run.max_replies
     if len(prompts) <= most:
         return prompts
     run.say(f"  using {most} of {len(prompts)} prompts (--max-replies)")
@@ -51,7 +51,7 @@ def limited_prompts(run: Run, data: Dataset, most: int | None = None) -> list[Co
 
 def replies_each(run: Run, num_prompts: int) -> int:
     """Replies to each prompt, as the settings say or `max_replies` allows."""
-    return run.config.replies_each or max(1, min(4, run.config.max_replies // max(1, num_prompts)))
+    return run.config.replies_each or max(1, min(4, run.max_replies // max(1, num_prompts)))
 
 
 def sample(

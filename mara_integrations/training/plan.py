@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, split
 from mara_integrations.engine.head import check_can_push
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
-from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards
+from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards, parse_reward, reward_name
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.methods import Method, Source, choose
 from mara_integrations.training.trackers import check_installed
@@ -26,6 +27,7 @@ class Plan:
         held_out: Rows it is not, none of them with a prompt of the others.
         rule: Forbidden words, where they are what is taught.
         reward: What scores replies, where one was given.
+        judges: Rewards that training never sees, by name.
     """
 
     method: Method
@@ -35,6 +37,7 @@ class Plan:
     held_out: Dataset
     rule: ForbiddenWords | None
     reward: Reward | None
+    judges: Mapping[str, Reward] = field(default_factory=dict)
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -56,6 +59,7 @@ def make_plan(config: TrainConfig) -> Plan:
     )
     rule = ForbiddenWords(config.forbid) if config.forbid else None
     reward = load_rewards(config.reward, normalise=config.normalise_rewards) if config.reward else None
+    judges = {reward_name(judge): judge for judge, _ in map(parse_reward, config.judge)}
     given: dict[Source, bool] = {
         "rule": rule is not None,
         "reward": reward is not None,
@@ -72,7 +76,7 @@ def make_plan(config: TrainConfig) -> Plan:
             hint="leave it out, or train a residual head",
         )
     train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
-    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward)
+    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward, judges)
 
 
 def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:

@@ -80,7 +80,7 @@ def _estimate(run: Run) -> Estimate:
     to_write = 0
     if run.plan.source in ("reward", "rule"):
         for data in (run.plan.train, run.plan.held_out):
-            count = min(len(prompts_of(run, data)), config.max_replies)
+            count = min(len(prompts_of(run, data)), run.max_replies)
             to_write += count * replies_each(run, count)
     to_read = len(given) if run.plan.source != "reward" else 0
     held_out = {(row.prompt, row.tools) for row in run.plan.held_out.rows}

@@ -3,7 +3,7 @@
 The first bank is the base model's own, on-policy because an untrained residual head is the base model; then the gated
 model writes, round by round. A reward that takes parts of replies is asked about every beginning and every candidate
 that was passed over (look-ahead); one that does not gives a number a reply, which is compared with the prompt's other
-replies (leave one out). The head of the best round, judged on held-out replies it wrote itself, is kept.
+replies (leave one out). Rounds end where the last one did not help, judged on held-out replies of the head's own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from mara_integrations.training.objectives import (
 from mara_integrations.training.value import advantages
 from mara_integrations.training.worth import asks_partial_text, candidate_gains, prefix_worths
 
+_ROUNDS = 2  # on whole replies, where the settings name no number
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
 _GAMMA = 0.9  # a token is held to account for about the ten that follow
 _CLIP, _BETA = 0.3, 0.03  # of the policy gradient; measured on SmolLM2-135M
@@ -95,12 +96,14 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     Raises:
         DataError: If the reward has no opinion, or the same of all replies.
     """
-    by_parts, budget = asks_partial_text(run), run.config.kl_budget or run.plan.method.kl_budget
+    rewards, by_parts = {**rewards, **run.plan.judges}, asks_partial_text(run)
+    budget = run.config.kl_budget or run.plan.method.kl_budget
     assert budget is not None, "methods that teach by rewards have one"
     if not by_parts:
         run.say("  the reward judges whole replies; --partial-text, if it can judge unfinished ones, teaches far more")
-    each = run.config.replies_each or (1 if by_parts else 4)
-    most = max(1, run.config.max_replies // each)
+    num_rounds = run.config.rounds if run.config.rounds is not None else 0 if by_parts else _ROUNDS
+    each = gather.replies_each(run, len(gather.prompts_of(run, run.plan.train)) if by_parts else 0)
+    most = max(1, run.max_replies // each)
     train, held_out = (
         Side(data, gather.limited_prompts(run, data, at_most), each, run.config.seed + offset)
         for data, at_most, offset in (
@@ -113,7 +116,11 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     checking = [base := _write(run, "held-out base replies", held_out, untrained, by_parts, is_base=True)]
     _check_differ(fitting[0].worths)
     best: Candidate | None = None
-    for number in range(run.config.rounds + 1):
+    for number in range(num_rounds + 1):
+        if best is not None:
+            part = _part(run, train, number - 1)
+            fitting.append(_write(run, f"gated replies {number}", part, head, by_parts))
+            checking.append(best.gated)
         if by_parts:
             fit_look_ahead(run, f"fit {number + 1}", head, fitting, checking)
         else:
@@ -123,12 +130,11 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
         judgement = judge(run, rewards, held_out.data, held_out.prompts, base.written, gated.written, head)
         report(run, f"round {number + 1}", judgement)
         gain = next(iter(judgement.opinions.values())).difference.mean
-        if best is None or gain > best.gain:
-            weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-            best = Candidate(gain, weights, head.config.strength, gated)
-        if number < run.config.rounds:
-            fitting.append(_write(run, f"gated replies {number + 1}", _part(run, train, number), head, by_parts))
-            checking.append(gated)
+        if best is not None and gain <= best.gain:
+            run.say("  this round did not help: the head stays as it was before it")
+            break
+        weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        best = Candidate(gain, weights, head.config.strength, gated)
     assert best is not None
     head.load_state_dict(best.weights)
     strength = min(best.strength, _strength(head, best.gated, budget, best.strength))  # its own replies lie further out

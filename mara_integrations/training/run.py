@@ -18,6 +18,7 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.files import write_atomically
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
+from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.training import preference, reward_model, rloo, rule, sac, value
 from mara_integrations.training.calibration import calibrate
@@ -150,7 +151,7 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
         evaluation = evaluate(
             engine,
             prompts,
-            learned.rewards or plan.rule or plan.reward,
+            learned.rewards or {**_named(plan.rule or plan.reward), **plan.judges},
             seed=config.seed,
             temperature=plan.method.temperature,
             max_new_tokens=config.max_reply_tokens,
@@ -159,6 +160,10 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
         )
     run.log("evaluation", **figures(evaluation))
     return evaluation
+
+
+def _named(reward: Reward | None) -> dict[str, Reward]:
+    return {} if reward is None else {reward_name(reward): reward}
 
 
 def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Learned, kl: float) -> None:

@@ -45,11 +45,11 @@ def learn(run: Run, head: MARAHead) -> Learned:
         DataError: If the reward has no opinion on any reply of a round.
     """
     settings = settings_of(run)
-    num_rounds = -(-run.config.max_replies // _ROUND)
+    num_rounds = -(-run.max_replies // _ROUND)
     num_tokens = num_rounds * _ROUND * run.config.max_reply_tokens
     if num_tokens < settings.warmup:
         raise ConfigError(
-            f"max_replies={run.config.max_replies} is not enough for method {run.plan.method.name!r}, which updates "
+            f"max_replies={run.max_replies} is not enough for method {run.plan.method.name!r}, which updates "
             f"the head once {settings.warmup} decisions are there",
             hint=f"--max-replies {-(-settings.warmup // run.config.max_reply_tokens)}, or longer replies",
         )

@@ -12,7 +12,13 @@ from mara_integrations.errors import DataError
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.reward_model import EmbeddingReward, NGramReward, fit_bradley_terry, ordering
+from mara_integrations.training.reward_model import (
+    EmbeddingReward,
+    NGramReward,
+    RewardModel,
+    fit_bradley_terry,
+    ordering,
+)
 from mara_integrations.training.run import train
 
 
@@ -43,8 +49,18 @@ def test_both_kinds_order_unseen_pairs(model):
     pairs, unseen = planted(80, 1), planted(60, 2)
     assert ordering(NGramReward.fit(pairs, 0), unseen).mean > 0.95
     assert ordering(EmbeddingReward.fit(pairs, 0, model), unseen).mean > 0.8
+    assert ordering(RewardModel.fit(pairs, 0, model), unseen).mean > 0.95
     shuffled = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
     assert ordering(NGramReward.fit(shuffled, 0), unseen).mean < 0.8, "there is nothing to find"
+
+
+def test_what_both_views_say_counts_alike(model):
+    pairs = planted(80, 1)
+    reward, texts = RewardModel.fit(pairs, 0, model), [text for pair in pairs for text in pair]
+    said = (torch.tensor(reward.words(texts)), torch.tensor(reward.embeddings(texts)))
+    shares = [view / spread for view, spread in zip(said, reward.spreads, strict=True)]
+    assert [float(share.std(correction=0)) for share in shares] == pytest.approx([1.0, 1.0])
+    assert reward(texts) == pytest.approx(sum(shares).tolist(), abs=1e-5)
 
 
 def test_a_reply_said_twice_is_worth_the_same():

@@ -147,7 +147,8 @@ class KVCache:
         if num_rows <= self._num_rows and num_slots <= self._num_slots:
             return
         self.version += 1
-        self._num_rows = max(num_rows, min(2 * self._num_rows, self._num_rows + 64))
+        if num_rows > self._num_rows:
+            self._num_rows = max(num_rows, min(2 * self._num_rows, self._num_rows + 64))
         if num_slots > self._num_slots:
             self._num_slots = max(num_slots + 64, min(2 * self._num_slots, self._num_slots + 1024))
         for layer, (keys, values) in self._layers.items():

@@ -66,19 +66,22 @@ def sample(
 ) -> list[Reply]:
     """Replies written by the model, gated where a head is given; prompt by prompt, `each` to every one.
 
+    Prompts of like lengths are written together: what is written beside a long one waits for its attention.
+
     Args:
         run: The run.
         name: Of the stage, no other of the run has it.
         prompts: With the system prompt.
         each: Replies to each prompt.
-        seed: Reply j to prompt i draws from seed + i * each + j.
+        seed: Reply j to the i-th shortest prompt draws from seed + i * each + j.
         head: What it is shown is kept too.
         is_base: The head is an untrained one, there only to have the candidates kept that the base model passes over.
     """
     size = max(1, _LIVE // each)
+    order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
     sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
     parts = [
-        Part(prompts[start : start + size], sampling, seed + start * each, each, head)
+        Part([prompts[i] for i in order[start : start + size]], sampling, seed + start * each, each, head)
         for start in range(0, len(prompts), size)
     ]
     if head is None or is_base:
@@ -95,9 +98,9 @@ def sample(
             if was_kept:
                 advance(len(written))
             for reply in written:
-                reply.prompt += i * size
+                reply.prompt = order[i * size + reply.prompt]
             replies += written
-    return replies
+    return sorted(replies, key=lambda reply: reply.prompt)
 
 
 def _key(run: Run, part: Part) -> str:

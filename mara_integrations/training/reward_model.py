@@ -1,9 +1,8 @@
 """The `reward-model` method: fit a small reward model to preferences, then teach the gate by it with `rloo`.
 
 Given replies are other people's: steering straight from them has to bridge that. A reward model judges what the model
-itself writes. It is linear in the n-grams of a reply, so that it takes parts of replies and costs next to nothing. A
-second one of another kind, on the model's own token embeddings, is fitted to pairs that the first never saw, and judges
-the head.
+itself writes. It is the sum of two linear ones, of a reply's words and of its tokens' embeddings, so that it takes
+parts of replies and costs next to nothing. A second one, fitted to pairs that the first never saw, judges the head.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def learn(run: Run, head: MARAHead) -> Learned:
             f"{sum(map(len, sides))} pairs are too few for a reward model and a judge of it",
             hint=f"some {4 * _MIN_PAIRS} are needed at least; `--method value` makes do with fewer",
         )
-    reward = NGramReward.fit(sides[0], run.config.seed)
-    judge = EmbeddingReward.fit(sides[1], run.config.seed, run.model)
+    reward, judge = (RewardModel.fit(side, run.config.seed, run.model) for side in sides)
     accuracy = None
     for name, model in (("reward model", reward), ("second judge", judge)):
         found = ordering(model, held_out)
@@ -97,6 +95,34 @@ def ordering(reward: Callable[..., list[float]], pairs: Sequence[Preference]) ->
     return wilson(sum(b > w for b, w in zip(better, worse, strict=True)), len(pairs))
 
 
+class RewardModel:
+    """Worth of a reply: what its words and what its embeddings say, each in standard deviations.
+
+    Args:
+        words: The one.
+        embeddings: The other.
+        spreads: Of each, over the replies it was fitted to.
+    """
+
+    takes_partial_text = True
+    __name__ = "reward_model"
+
+    def __init__(self, words: NGramReward, embeddings: EmbeddingReward, spreads: tuple[float, float]) -> None:
+        self.words, self.embeddings, self.spreads = words, embeddings, spreads
+
+    @classmethod
+    def fit(cls, pairs: Sequence[Preference], seed: int, model: LoadedModel) -> RewardModel:
+        """Each view to the same pairs of texts."""
+        words, embeddings = NGramReward.fit(pairs, seed), EmbeddingReward.fit(pairs, seed, model)
+        texts = [text for pair in pairs for text in pair]
+        return cls(words, embeddings, (float(np.std(words(texts))) or 1.0, float(np.std(embeddings(texts))) or 1.0))
+
+    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
+        """See `Reward`."""
+        said = zip(self.words(completions), self.embeddings(completions), strict=True)
+        return [by_words / self.spreads[0] + by_embeddings / self.spreads[1] for by_words, by_embeddings in said]
+
+
 class NGramReward:
     """Worth of a reply as the sum of the weights of its words and word pairs, tf-idf with unit length.
 
@@ -106,7 +132,7 @@ class NGramReward:
     """
 
     takes_partial_text = True
-    __name__ = "reward_model"
+    __name__ = "words"
 
     def __init__(self, weights: dict[str, float], idf: dict[str, float]) -> None:
         self.weights, self.idf = weights, idf
@@ -143,7 +169,7 @@ class EmbeddingReward:
     """
 
     takes_partial_text = True
-    __name__ = "second_judge"
+    __name__ = "embeddings"
 
     def __init__(self, model: LoadedModel, weights: Tensor, mean: Tensor, spread: Tensor) -> None:
         self.model, self.weights, self.mean, self.spread = model, weights, mean, spread

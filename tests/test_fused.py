@@ -38,6 +38,14 @@ def test_llama_shaped_models_run_fused_and_give_the_reference_tokens(family):
         assert [s.token_ids for s in done] == references(model, requests)
 
 
+@pytest.mark.parametrize("fewest", [1, 7])
+def test_padding_to_rows_that_kernels_like_changes_no_token(fewest, monkeypatch):
+    monkeypatch.setattr("mara_integrations.engine.fused._FEWEST_ROWS", fewest)
+    model = tiny_model()
+    requests = list(mixed_requests(model, count=3))
+    assert [s.token_ids for s in Decoder(FusedBackend(model)).run(requests)] == references(model, requests)
+
+
 def _scaled_residual(model):
     model.config.residual_multiplier = 0.5
     for layer in model.model.layers:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_decoder import mixed_requests, prompt, references
 
 from mara_integrations.engine.backend import FusedBackend, PackedBackend, SerialBackend
-from mara_integrations.engine.cost import CostCurve, best_width, measure
+from mara_integrations.engine.cost import WIDTHS, CostCurve, best_width, measure
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Request
@@ -62,8 +62,8 @@ def test_the_best_width_is_no_worse_than_any_other_first_step(rows, first, later
         return cost + rejected * expected(best_width(FLAT, rows, left - width, later, later), left - width, later)
 
     best = best_width(FLAT, rows, left, first, later)
-    powers = {min(1 << bits, left) for bits in range(7)}
-    assert best in powers and expected(best, left, first) <= min(expected(w, left, first) for w in powers) + 1e-9
+    widths = {min(width, left) for width in (*WIDTHS, left)}
+    assert best in widths and expected(best, left, first) <= min(expected(w, left, first) for w in widths) + 1e-9
 
 
 def test_wide_alone_and_narrow_in_a_batch():

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
-from mara_integrations.engine.fused import FusedDecoder, PackedLinear
+from mara_integrations.engine.fused import FusedDecoder, PackedLinear, padded
 from mara_integrations.engine.graphs import ForwardGraphs, Run, cuda_graph
 from mara_integrations.engine.prefix import Prefix
 from mara_integrations.engine.windows import has_windows, narrowed
@@ -162,6 +162,10 @@ class FusedBackend(PackedBackend):
     @override
     def _forward(self, token_ids: Tensor, positions: Tensor, context: attention.PackedContext) -> Tensor:
         return self._fused(token_ids, positions, context)
+
+    @override
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(padded(hidden))[: len(hidden)]
 
 
 class GraphedBackend(PackedBackend):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, rms_norm
+from torch.nn.functional import embedding, pad, rms_norm
 from transformers import PreTrainedModel
 
 from mara_integrations.engine.attention import AttentionSettings, PackedContext
@@ -23,6 +23,8 @@ from mara_integrations.engine.attention import AttentionSettings, PackedContext
 _MAX_SHARE_OF_FREE_MEMORY = 0.5
 # Rows that oneDNN packs for; with it, linear layers measured faster than plain ones from 1 to 128 rows.
 _PACKED_FOR = 16
+# With AVX-512 it takes a third longer for 1 or 2 rows than for 4 to 6, which it has kernels for; with AVX2 it does not.
+_FEWEST_ROWS = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 
 _DECODER_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -51,6 +53,11 @@ class PackedLinear:
         """The same, added to `residual` (N, out)."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return out
+
+
+def padded(x: Tensor) -> Tensor:
+    """Rows of zeros after (N, d), where linear layers are faster with more of them."""
+    return pad(x, (0, 0, 0, max(0, _FEWEST_ROWS - len(x))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +114,9 @@ class FusedDecoder:
         """Hidden states after the final norm, (T,) token ids and their positions to (T, d)."""
         num_tokens, num_rotated = len(token_ids), self.num_heads + self.num_key_heads
         rotations = self._rotations_at(positions)
-        x = embedding(token_ids, self._embeddings)  # (T, d)
+        x = padded(embedding(token_ids, self._embeddings))  # (T or more, d); what pads it is seen by no token
         for index, layer in enumerate(self._layers):
-            states = layer.query_key_value(layer.attention_norm(x)).view(num_tokens, -1, self.head_dim)
+            states = layer.query_key_value(layer.attention_norm(x))[:num_tokens].view(num_tokens, -1, self.head_dim)
             rotated = states[:, :num_rotated]
             if layer.query_norm is not None and layer.key_norm is not None:
                 normed = layer.query_norm(rotated[:, : self.num_heads]), layer.key_norm(rotated[:, self.num_heads :])
@@ -117,10 +124,10 @@ class FusedDecoder:
             torch.view_as_complex(rotated.unflatten(2, (-1, 2))).mul_(rotations)
             queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
             seen = context.attend(index, queries, keys, states[:, num_rotated:], layer.settings)
-            x = layer.output.plus(seen.reshape(num_tokens, -1), x)
+            x = layer.output.plus(padded(seen.reshape(num_tokens, -1)), x)
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
             x = layer.down.plus(layer.activation(gate) * up, x)
-        return self._norm(x)
+        return self._norm(x[:num_tokens])
 
     def _packed(self, layer: Any, settings: AttentionSettings) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

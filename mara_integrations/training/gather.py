@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from mara_integrations.training.writing import Ahead, Part
 
 FAILURE_FILE = "reward-failure.json"
 _READ_PART = 256  # replies between two files of an interrupted run
+_FEWEST_HELD_OUT = 8  # prompts
 _LIVE = 64  # replies written at once: one part
 
 Written: TypeAlias = tuple[int, Conversation, str]  # prompt index, prompt, reply
@@ -40,18 +42,20 @@ def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
     return list(dict.fromkeys(conversation_of(run, row) for row in data.rows))
 
 
-def limited_prompts(run: Run, data: Dataset, most: int | None = None) -> list[Conversation]:
-    """At most `most` of the prompts, or `max_replies`, chosen by seed."""
-    prompts, most = prompts_of(run, data), most or run.max_replies
+def limited_prompts(run: Run, data: Dataset, each: int = 1) -> list[Conversation]:
+    """As many of the prompts as may get `each` replies, of held-out ones their share of that, chosen by seed."""
+    prompts, most = prompts_of(run, data), max(1, run.max_replies // each)
+    if data is run.plan.held_out:
+        most = max(_FEWEST_HELD_OUT, math.ceil(most * run.config.held_out))
     if len(prompts) <= most:
         return prompts
     run.say(f"  using {most} of {len(prompts)} prompts (--max-replies)")
     return run.random().sample(prompts, most)
 
 
-def replies_each(run: Run, num_prompts: int) -> int:
-    """Replies to each prompt, as the settings say or `max_replies` allows."""
-    return run.config.replies_each or max(1, min(4, run.max_replies // max(1, num_prompts)))
+def replies_each(run: Run) -> int:
+    """Replies to each prompt, as the settings say or `max_replies` allows, at most 4."""
+    return run.config.replies_each or max(1, min(4, run.max_replies // len(prompts_of(run, run.plan.train))))
 
 
 def sample(
@@ -175,7 +179,7 @@ def written_replies(run: Run, data: Dataset) -> tuple[list[Written], list[float]
 def rewarded(run: Run, name: str, data: Dataset, seed: int) -> tuple[list[Reply], list[float]]:
     """Base replies to the prompts and what the reward says of them; those it has no opinion on are left out."""
     prompts = limited_prompts(run, data)
-    replies = sample(run, name, prompts, replies_each(run, len(prompts)), seed)
+    replies = sample(run, name, prompts, replies_each(run), seed)
     worth = scores(run, data, prompts, replies)
     judged = [(reply, value) for reply, value in zip(replies, worth, strict=True) if value is not None]
     if not judged:

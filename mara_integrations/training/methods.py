@@ -31,6 +31,7 @@ class Method:
         form: Of the head, see `HeadConfig`.
         other_forms: That the settings may name in its place.
         min_candidates: Of the head where the settings name none.
+        keeps_candidates: It learns from every candidate that a gate looks at while replies are written.
         max_replies: That are written to learn from where the settings name no number.
         kl_budget: Nats a token its strength is calibrated to where the settings name none; None leaves it as fitted.
         max_strength: That calibration may choose; None where the scale of f means nothing by itself.
@@ -42,6 +43,7 @@ class Method:
     form: HeadForm
     other_forms: tuple[HeadForm, ...] = ()
     min_candidates: int = 1
+    keeps_candidates: bool = False
     max_replies: int = 384
     kl_budget: float | None = 0.15
     max_strength: float | None = None
@@ -63,10 +65,10 @@ METHODS: dict[str, Method] = {
         Method("value", ("reward", "pairs", "labels"), "value"),
         Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
         Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
-        Method("rloo", ("reward",), "residual", max_replies=640),
-        Method("reward-model", ("pairs", "labels"), "residual", max_replies=640),
-        Method("sac", ("reward",), "residual", other_forms=("paper",), max_replies=1152),
-        Method("sac-published", ("reward",), "paper", max_replies=2048, kl_budget=None),
+        Method("rloo", ("reward",), "residual", keeps_candidates=True, max_replies=640),
+        Method("reward-model", ("pairs", "labels"), "residual", keeps_candidates=True, max_replies=640),
+        Method("sac", ("reward",), "residual", ("paper",), keeps_candidates=True, max_replies=1152),
+        Method("sac-published", ("reward",), "paper", keeps_candidates=True, max_replies=2048, kl_budget=None),
         Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
     )
 }

@@ -13,8 +13,17 @@ from mara_integrations.progress import Reporter
 from mara_integrations.training.bank import read_replies
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Run
-from mara_integrations.training.gather import Written, prompts_of, replies_each, try_reward, written_replies
+from mara_integrations.training.gather import (
+    Written,
+    limited_prompts,
+    prompts_of,
+    replies_each,
+    try_reward,
+    written_replies,
+)
+from mara_integrations.training.rloo import num_rounds, sides
 from mara_integrations.training.run import begin
+from mara_integrations.training.worth import asks_partial_text
 from mara_integrations.training.writing import Part
 
 _TRIED_REPLIES, _TRIED_TOKENS = 8, 8
@@ -73,36 +82,53 @@ def rehearse(config: TrainConfig, reporter: Reporter | None = None) -> Estimate:
 
 
 def _estimate(run: Run) -> Estimate:
-    config = run.config
-    wrote_s = _seconds_to_write(run) * config.max_reply_tokens / min(_TRIED_TOKENS, config.max_reply_tokens)
+    config, method = run.config, run.plan.method
+    write_s, states_a_reply = _tried(run)
     given = [text for data in (run.plan.train, run.plan.held_out) for text in written_replies(run, data)[0]]
-    read_s = _seconds_to_read(run, given) if given else 0.0
-    to_write = 0
-    if run.plan.source in ("reward", "rule"):
-        for data in (run.plan.train, run.plan.held_out):
-            count = min(len(prompts_of(run, data)), run.max_replies)
-            to_write += count * replies_each(run, count)
-    to_read = len(given) if run.plan.source != "reward" else 0
+    to_read = 0 if method.keeps_candidates or run.plan.source == "reward" else len(given)
+    read_s = _seconds_to_read(run, given) if to_read else 0.0
+    to_write = _replies_to_write(run)
     held_out = {(row.prompt, row.tools) for row in run.plan.held_out.rows}
     evaluated = 2 * min(len(held_out), config.eval_prompts)
     parameters = run.model.model.parameters()
     return Estimate(
         replies=to_write + to_read,
-        gather_s=to_write * wrote_s + to_read * read_s,
-        evaluate_s=evaluated * wrote_s,
+        gather_s=to_write * write_s + to_read * read_s,
+        evaluate_s=evaluated * write_s,
         model_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        states_bytes=2 * (to_write + to_read) * (config.max_reply_tokens + 1) * run.model.hidden_size,
+        states_bytes=int(2 * (to_write + to_read) * states_a_reply * run.model.hidden_size),
         free_bytes=_free_bytes(config.output),
     )
 
 
-def _seconds_to_write(run: Run) -> float:
-    """For one short reply of several written at once."""
+def _replies_to_write(run: Run) -> int:
+    """Of the base model and of the gate, as far as they can be told in advance: rounds may end early."""
+    config, plan = run.config, run.plan
+    if plan.method.name in ("sac", "sac-published"):
+        return run.max_replies
+    if plan.method.keeps_candidates:
+        by_parts = plan.reward is None or asks_partial_text(run)  # a reward model that is to be fitted takes them
+        fitting, checking = (len(side.prompts) * side.each for side in sides(run, by_parts))
+        rounds = num_rounds(run, by_parts)
+        return fitting + rounds * (fitting // 4) + (2 + rounds) * checking
+    if plan.source not in ("reward", "rule"):
+        return 0
+    counts = [len(limited_prompts(run, data)) for data in (plan.train, plan.held_out)]
+    corrections = config.correction_rounds if plan.source == "rule" else 0
+    each = replies_each(run) if plan.source == "reward" else min(2, replies_each(run))
+    return sum(count * (each + corrections) for count in counts)
+
+
+def _tried(run: Run) -> tuple[float, float]:
+    """Seconds for one reply of several written at once, and the hidden states it leaves, from a few short ones."""
     prompts = prompts_of(run, run.plan.train)[:_TRIED_REPLIES]
     sampling = run.sampling(max_new_tokens=min(_TRIED_TOKENS, run.config.max_reply_tokens))
+    head = run.new_head().eval() if run.plan.method.keeps_candidates else None
     began = time.perf_counter()
-    Part(prompts, sampling, run.config.seed).write(run.model, run.backend)
-    return (time.perf_counter() - began) / len(prompts)
+    replies = Part(prompts, sampling, run.config.seed, head=head).write(run.model, run.backend)
+    longer = run.config.max_reply_tokens / sampling.max_new_tokens
+    states = sum(len(reply.states) + sum(len(p.states) for p in reply.positions) for reply in replies)
+    return (time.perf_counter() - began) * longer / len(prompts), states * longer / len(prompts)
 
 
 def _seconds_to_read(run: Run, given: list[Written]) -> float:

@@ -8,7 +8,6 @@ replies (leave one out). Rounds end where the last one did not help, judged on h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,7 +39,7 @@ from mara_integrations.training.objectives import (
 from mara_integrations.training.value import advantages
 from mara_integrations.training.worth import asks_partial_text, candidate_gains, prefix_worths
 
-_ROUNDS = 2  # on whole replies, where the settings name no number
+_ROUNDS, _REPLIES_EACH = 2, 4  # where whole replies are compared and the settings name no number
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
 _GAMMA = 0.9  # a token is held to account for about the ten that follow
 _CLIP, _BETA = 0.3, 0.03  # of the policy gradient; measured on SmolLM2-135M
@@ -101,22 +100,13 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     assert budget is not None, "methods that teach by rewards have one"
     if not by_parts:
         run.say("  the reward judges whole replies; --partial-text, if it can judge unfinished ones, teaches far more")
-    num_rounds = run.config.rounds if run.config.rounds is not None else 0 if by_parts else _ROUNDS
-    each = gather.replies_each(run, len(gather.prompts_of(run, run.plan.train)) if by_parts else 0)
-    most = max(1, run.max_replies // each)
-    train, held_out = (
-        Side(data, gather.limited_prompts(run, data, at_most), each, run.config.seed + offset)
-        for data, at_most, offset in (
-            (run.plan.train, most, 0),
-            (run.plan.held_out, max(8, math.ceil(most * run.config.held_out)), _HELD_OUT),
-        )
-    )
+    train, held_out = sides(run, by_parts)
     untrained = run.new_head().eval()
     fitting = [_write(run, "base replies", train, untrained, by_parts, is_base=True)]
     checking = [base := _write(run, "held-out base replies", held_out, untrained, by_parts, is_base=True)]
     _check_differ(fitting[0].worths)
     best: Candidate | None = None
-    for number in range(num_rounds + 1):
+    for number in range(num_rounds(run, by_parts) + 1):
         if best is not None:
             part = _part(run, train, number - 1)
             fitting.append(_write(run, f"gated replies {number}", part, head, by_parts))
@@ -143,6 +133,24 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     kl = decisions_kl(decisions, scores, strength, best.strength) / _num_tokens(best.gated)
     report_strength(run, strength, kl, budget)
     return Learned(rewards=rewards, kl_per_token=kl)
+
+
+def num_rounds(run: Run, by_parts: bool) -> int:
+    """After the base model's replies, at most."""
+    if run.config.rounds is not None:
+        return run.config.rounds
+    return 0 if by_parts else _ROUNDS
+
+
+def sides(run: Run, by_parts: bool) -> tuple[Side, Side]:
+    """What is written for fitting, and for checking."""
+    each = gather.replies_each(run) if by_parts else run.config.replies_each or _REPLIES_EACH
+    return (
+        Side(run.plan.train, gather.limited_prompts(run, run.plan.train, each), each, run.config.seed),
+        Side(
+            run.plan.held_out, gather.limited_prompts(run, run.plan.held_out, each), each, run.config.seed + _HELD_OUT
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def learn(run: Run, head: MARAHead) -> Learned:
     assert rule is not None
     train = gather.limited_prompts(run, run.plan.train)
     held_out = gather.limited_prompts(run, run.plan.held_out)
-    each = min(2, gather.replies_each(run, len(train)))
+    each = min(2, gather.replies_each(run))
     fitting = gather.sample(run, "base replies", train, each, seed)
     checking = gather.sample(run, "held-out base replies", held_out, each, seed + _HELD_OUT)
     for part, name, bank in (

@@ -1,26 +1,30 @@
 """How much time gating costs: one request at a time, against `generate()` and against the paper's published procedure.
 
 Ratios only: every contender runs once a round, in turn, and what is printed is the median over rounds and prompts of
-tokens/s relative to the baseline of the same round, prompts read included. Absolute speeds depend on the machine and on
-what else it does. Tokens are compared: ungated with `generate()`, gated with the published procedure.
+tokens/s relative to the baseline of the same round: of whole replies, and of what comes after their first token, where
+the prompt takes no part. Absolute speeds depend on the machine and on what else it does. How far gating can beat the
+published procedure depends on the candidates that this one visits one by one: they are counted beside the ratios.
+Tokens are compared: ungated with `generate()`, gated with the published procedure.
 
-    python benchmarks/decode.py [--model smollm2] [--tokens 24] [--rounds 3] [--threads 1] [--json out.json]
+    python benchmarks/decode.py [--model smollm2] [--tokens 48] [--rounds 3] [--threads 1] [--json out.json]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
-from measure import Ratios, add_options, peak_bytes, seconds
+from measure import Ratios, add_options, peak_bytes, timed
 
 from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.published import generate_published
-from mara_integrations.engine.sequence import Request
+from mara_integrations.engine.sequence import Request, Sequence
+from mara_integrations.engine.verification import verify
 from mara_integrations.messages import Message
 from mara_integrations.models import LoadedModel, ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
@@ -40,19 +44,14 @@ COPY_PROMPTS = (
     f"{_NOTICE} Write the notice above once more, without any change.",
     f"Correct the spelling in this text, and keep everything else: {_NOTICE.replace('evening', 'evning')}",
 )
+Run: TypeAlias = Callable[[int], list[int]]  # from a number of tokens to the reply
 ACCEPT_RATES = (0.95, 0.7, 0.4, 0.1, 0.0)
 
 
 def generate(model: LoadedModel, prompt_ids: list[int], num_tokens: int, **settings: Any) -> list[int]:
-    """Greedy `generate()` of transformers."""
-    out = model.model.generate(
-        torch.tensor([prompt_ids], device=model.device),
-        do_sample=False,
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        pad_token_id=0,
-        **settings,
-    )
+    """Greedy `generate()` of transformers, to the end of the reply or of its tokens."""
+    ids = torch.tensor([prompt_ids], device=model.device)
+    out = model.model.generate(ids, do_sample=False, max_new_tokens=num_tokens, pad_token_id=0, **settings)
     return out[0, len(prompt_ids) :].tolist()
 
 
@@ -83,60 +82,65 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
     states = typical_states(model, prompts)
     ratios = Ratios()
 
-    def compare(row: str, ids: list[int], contenders: dict[str, Callable[[], list[int]]], pairs: list[str]) -> None:
-        speed, replies = {}, {}
-        for name, run in contenders.items():
-            taken_s, replies[name] = seconds(run)
-            speed[name] = len(replies[name]) / taken_s
+    def compare(row: str, request: Request, contenders: dict[str, Run], pairs: list[str]) -> None:
+        times = {name: timed(run, request.sampling.max_new_tokens) for name, run in contenders.items()}
         for one, other in (("gated", "published"), ("ungated", "generate")):
-            if one in replies and other in replies:
-                assert replies[one] == replies[other], f"{one} and {other} are the same method"
+            if one in times and other in times and times[one].reply != times[other].reply:
+                verification = verify(model.model, request, times[one].reply)
+                assert verification.holds, f"{one} and {other} are the same method: {verification}"
         for pair in pairs:
-            ours, theirs = pair.split(" / ")
-            ratios.add(row, pair, speed[ours] / speed[theirs])
+            ours, theirs = (times[name] for name in pair.split(" / "))
+            ratios.add(row, pair, ours.speed / theirs.speed)
+            ratios.add(row, f"{pair}, after the first token", ours.decoding_speed / theirs.decoding_speed)
 
     for rate in args.rates:
         head = random_head(model.hidden_size, inner_sizes=(1024, 256), accept_rate=rate, states=states, seed=1)
         head = head.to(model.device)
-        num_tokens = args.tokens if rate >= 0.4 else max(1, args.tokens // 2)  # the published procedure takes long
+        num_tokens = args.tokens if rate >= 0.4 else max(2, args.tokens // 2)  # the published procedure takes long
         decoder = Decoder.measured(backend)  # learns the accept rate
-        ours = _gated(decoder, num_tokens)
+        row = f"accept {rate:g}"
         for _ in range(args.rounds):
             for ids in prompts:
-                contenders = {
-                    "generate": lambda ids=ids, n=num_tokens: generate(model, ids, n),
-                    "gated": lambda ids=ids, head=head, ours=ours: ours(head, ids),
-                    "published": lambda ids=ids, head=head, n=num_tokens: generate_published(model.model, head, ids, n),
+                request = Request(ids, SamplingParams(max_new_tokens=num_tokens, seed=0), head=head)
+                contenders: dict[str, Run] = {
+                    "generate": lambda n, ids=ids: generate(model, ids, n),
+                    "gated": lambda n, request=request, decoder=decoder: decode(decoder, request, n).token_ids,
+                    "published": lambda n, ids=ids, head=head: generate_published(model.model, head, ids, n),
                 }
-                compare(f"accept {rate:g}", ids, contenders, ["gated / generate", "gated / published"])
-        ratios.show(f"accept {rate:g}")
+                compare(row, request, contenders, ["gated / generate", "gated / published"])
+                stats = decode(decoder, request, num_tokens).stats
+                asked, unasked = stats.accepted + stats.rejected, stats.single
+                ratios.add(row, "published: forwards a token", (asked + unasked) / num_tokens)
+                ratios.add(row, "candidates accepted", stats.accepted / max(1, asked))
+        ratios.show(row)
     head = random_head(model.hidden_size, inner_sizes=(1024, 256), accept_rate=0.95, states=states, seed=1)
-    ours, num_tokens = _gated(Decoder.measured(backend), args.tokens), args.tokens
+    head, decoder = head.to(model.device), Decoder.measured(backend)
     for row, texts in (("ungated", prompts), ("copies, accept 0.95", copies)):
         for _ in range(args.rounds):
             for ids in texts:
+                sampling = SamplingParams(max_new_tokens=args.tokens, seed=0)
+                gated = Request(ids, sampling, head=head, eos_token_ids=model.eos_token_ids)
+                base = replace(gated, head=None)
                 contenders = {
-                    "generate": lambda ids=ids: generate(model, ids, num_tokens),
-                    "ungated": lambda ids=ids: ours(None, ids),
-                    "prompt lookup": lambda ids=ids: generate(model, ids, num_tokens, prompt_lookup_num_tokens=8),
+                    "generate": lambda n, ids=ids: generate(model, ids, n),
+                    "ungated": lambda n, base=base: decode(decoder, base, n).token_ids,
+                    "prompt lookup": lambda n, ids=ids: generate(model, ids, n, prompt_lookup_num_tokens=8),
                 }
                 pairs = ["ungated / generate", "prompt lookup / generate"]
                 if texts is copies:
-                    contenders["gated"] = lambda ids=ids: ours(head, ids)
+                    contenders["gated"] = lambda n, gated=gated: decode(decoder, gated, n).token_ids
                     pairs = ["gated / generate", *pairs]
-                compare(row, ids, contenders, pairs)
+                compare(row, base, contenders, pairs)
         ratios.show(row)
     print(f"memory at its peak: model {loaded_bytes >> 20} MiB, decoding {peak_bytes() >> 20} MiB")
     ratios.write(args.json, model.name)
     return ratios.rows()
 
 
-def _gated(decoder: Decoder, num_tokens: int) -> Callable[[MARAHead | None, list[int]], list[int]]:
-    def run(head: MARAHead | None, prompt_ids: list[int]) -> list[int]:
-        decoder.prefixes.clear()  # the others read the prompt each time, too
-        return decoder.run([Request(prompt_ids, SamplingParams(max_new_tokens=num_tokens), head=head)])[0].token_ids
-
-    return run
+def decode(decoder: Decoder, request: Request, num_tokens: int) -> Sequence:
+    """Up to this many tokens of the reply, its prompt read from the start as by the others."""
+    decoder.prefixes.clear()
+    return decoder.run([replace(request, sampling=request.sampling.updated(max_new_tokens=num_tokens))])[0]
 
 
 if __name__ == "__main__":

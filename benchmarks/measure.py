@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the benchmarks have in common."""
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--threads", type=int, help="of torch; one is timed in CPU seconds, which others do not disturb"
@@ -33,6 +34,36 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     start = clock()
     result = run()
     return clock() - start, result
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A reply, and how long it took.
+
+    Attributes:
+        first_s: Of a reply of one token: mostly the prompt.
+    """
+
+    reply: list[int]
+    whole_s: float
+    first_s: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s, prompt included."""
+        return len(self.reply) / self.whole_s
+
+    @property
+    def decoding_speed(self) -> float:
+        """Tokens/s after the first."""
+        return (len(self.reply) - 1) / (self.whole_s - self.first_s)
+
+
+def timed(run: Callable[[int], list[int]], num_tokens: int) -> Timed:
+    """Time a reply of one token and a whole one; `run` is given how many it may have."""
+    first_s, _ = seconds(lambda: run(1))
+    whole_s, reply = seconds(lambda: run(num_tokens))
+    return Timed(list(reply), whole_s, first_s)
 
 
 class Ratios:
@@ -59,7 +90,7 @@ class Ratios:
         """Print a row."""
         for column, cell in self.rows()[row].items():
             low, high = cell["range"]
-            print(f"{row:<28} {column:<34} {cell['median']:6.2f}  ({low:.2f} to {high:.2f})", flush=True)
+            print(f"{row:<28} {column:<48} {cell['median']:6.2f}  ({low:.2f} to {high:.2f})", flush=True)
 
     def write(self, path: Path | None, model: str) -> None:
         """Write all rows, if a path is given."""

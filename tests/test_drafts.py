@@ -21,30 +21,35 @@ from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
 class Parrot(Scheduler):
     """Drafts as much as it may, whatever it has seen."""
 
-    def num_drafted(self, sequence):
+    def num_drafted(self, sequence, right):
         return 5
 
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 2), st.integers(0, 6))
 def test_a_guess_is_what_followed_the_latest_earlier_place_that_reads_the_same(tokens, first, length):
-    guess = NgramDraft(tokens).propose([first], length)
+    guess = NgramDraft(tokens).propose([first], lambda right: length)
     text = [*tokens, first]
     want = []
-    for size in (2, 3):  # the longer match wins
+    for size in (1, 2, 3):  # the longer match wins
         ends = [i for i in range(size, len(tokens)) if tokens[i - size : i] == text[len(text) - size :]]
-        want = tokens[ends[-1] :][: min(length, 4)] if ends and len(text) >= size else want
+        want = tokens[ends[-1] :][:length] if ends and len(text) >= size else want
     assert guess == want
 
 
-def test_the_length_grows_while_guesses_hold_and_rests_after_failures():
-    drafts = NgramDraft([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    assert drafts.propose([], 20) == [3, 4, 5, 6]
-    drafts.observe(4, 4)
-    assert drafts.propose([], 20) == [3, 4, 5, 6, 7] and drafts.propose([], 2) == [3, 4]
-    drafts.observe(1, 5)
-    assert drafts.propose([], 20) == [3, 4]
-    drafts.observe(0, 2)
-    assert [drafts.propose([], 20) for _ in range(9)] == [[]] * 8 + [[3]]
+def test_how_often_guesses_are_right_is_learnt_by_the_length_of_the_match():
+    drafts, asked = NgramDraft([1, 2, 3, 4, 5, 9, 1, 2, 3]), []
+
+    def length(right):
+        asked.append(right)
+        return 2
+
+    for _ in range(30):
+        assert drafts.propose([], length) == [4, 5]
+        drafts.observe(0, 2)
+    assert asked == sorted(asked, reverse=True) and asked[-1] < 0.1
+    assert drafts.propose([9], length) == [1, 2] and asked[-1] == 0.2, "a match of one token is another matter"
+    drafts.observe(2, 2)
+    assert drafts.propose([9], length) and asked[-1] > 0.3
 
 
 @pytest.mark.parametrize("kind", [FusedBackend, PackedBackend])

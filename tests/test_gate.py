@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_integrations.engine.gate import (
+    Verdict,
     accept_logit,
     check_strength,
     decide,
@@ -69,9 +70,9 @@ def test_sampling_asks_for_more_until_its_random_number_is_covered():
 
 @pytest.mark.parametrize(("fallback", "taken"), [("first", 0), ("last", 2), ("best", 1)])
 def test_the_papers_rule_takes_the_first_accepted_else_falls_back(fallback, taken):
-    assert decide([-1.0, 2.0], 3, "first", fallback, 0.0) == (1, 2)
+    assert decide([-1.0, 2.0], 3, "first", fallback, 0.0) == Verdict(1, 2)
     assert decide([-1.0, -0.5], 3, "first", fallback, 0.0) is None
-    assert decide([-1.0, -0.5, -2.0], 3, "first", fallback, 0.0) == (taken, 3)
+    assert decide([-1.0, -0.5, -2.0], 3, "first", fallback, 0.0) == Verdict(taken, 3, accepted=False)
     assert decide([0.0, -1.0], 2, "first", "last", 0.0).taken == 1, "a tie of the two classes is a rejection"
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_decoder import mixed_requests, prompt, references
 
 from mara_integrations.engine.backend import FusedBackend, PackedBackend, SerialBackend
-from mara_integrations.engine.cost import WIDTHS, CostCurve, best_width, measure
+from mara_integrations.engine.cost import WIDTHS, CostCurve, best_draft, best_width, measure
 from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.gate import Verdict
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Request
 from mara_integrations.sampling import SamplingParams
@@ -36,7 +37,7 @@ class Erratic(Scheduler):
     def width(self, sequence):
         return self.random.randint(1, 12)
 
-    def num_drafted(self, sequence):
+    def num_drafted(self, sequence, right):
         return self.random.randint(0, 4)
 
 
@@ -72,9 +73,18 @@ def test_wide_alone_and_narrow_in_a_batch():
     assert best_width(CostCurve.flat_to(200), 1, 40, 0.4, 0.2) >= 32, "where width is nearly free"
 
 
+def test_drafts_are_long_where_they_hold_and_none_where_they_cost_more_than_they_bring():
+    steep = CostCurve(((1, 1.0), (2, 1.8), (32, 4.0)))  # two tokens cost nearly twice one, as without packed weights
+    certain = {"num_left": 1, "first": 1.0, "later": 0.0}
+    assert best_draft(FLAT, 1, **certain, right=0.9) >= 7 > best_draft(FLAT, 1, **certain, right=0.3) >= 1
+    assert best_draft(steep, 1, **certain, right=0.3) == 0 < best_draft(steep, 1, **certain, right=0.95)
+    assert best_draft(FLAT, 16, **certain, right=0.3) == 0, "in a batch each token costs"
+    assert best_draft(FLAT, 1, 20, first=0.1, later=0.4, right=0.9) == 0 < best_draft(FLAT, 1, 20, 0.9, 0.4, right=0.9)
+
+
 def test_a_curve_is_straight_between_its_points_and_goes_on_after_them():
     curve = CostCurve(((1, 1.0), (5, 2.0), (9, 4.0)))
-    assert [curve(n) for n in (1, 3, 5, 7, 9, 11)] == [1.0, 1.5, 2.0, 3.0, 4.0, 5.0] and curve.knee == 3
+    assert [curve(n) for n in (1, 3, 5, 7, 9, 11)] == [1.0, 1.5, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize("kind", [FusedBackend, PackedBackend, SerialBackend])
@@ -82,7 +92,7 @@ def test_a_measured_curve_rises_from_one(kind):
     backend = kind(tiny_model())
     curve = measure(backend, FLAT)
     costs = [curve(n) for n in (1, 2, 4, 8, 16, 32, 100, 1000)]
-    assert costs[0] == 1.0 and costs == sorted(costs) and costs[-1] > costs[-2] and curve.knee >= 1
+    assert costs[0] == 1.0 and costs == sorted(costs) and costs[-1] > costs[-2]
     with torch.inference_mode():
         assert backend.open() >= 0, "its row was closed"
 
@@ -103,8 +113,8 @@ def test_a_long_prompt_is_read_in_parts_beside_those_that_decode():
 def test_accept_rates_are_learnt_by_rank():
     scheduler = Scheduler()
     for _ in range(100):
-        scheduler.observe(2, accepted=True)
+        scheduler.observe(Verdict(2, 3))
     assert scheduler._accepted[True] < 0.05 and 0.3 < scheduler._accepted[False] < 0.7
     for _ in range(200):
-        scheduler.observe(0, accepted=True)
+        scheduler.observe(Verdict(0, 1))
     assert scheduler._accepted[True] > 0.95

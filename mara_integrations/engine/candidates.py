@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,17 @@ _BOUNDARY_GUARD = 1e-5
 MAX_HAZARD_LOGIT = 30.0
 
 
+class Ranking(NamedTuple):
+    """Candidates of one position, without padding; see `Candidates`."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    hazard_logits: list[float]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Ranked candidates of B positions, padded to K columns.
+    """Ranked candidates of B positions, padded to K columns, on the CPU.
 
     Attributes:
         token_ids: Most probable first, ties by token id, shape (B, K).
@@ -34,6 +43,12 @@ class Candidates:
     hazard_logits: Tensor
     counts: Tensor
 
+    def rankings(self) -> list[Ranking]:
+        """Row by row."""
+        columns = (column.tolist() for column in (self.token_ids, self.log_probs, self.hazard_logits))
+        rows = zip(self.counts.tolist(), *columns, strict=True)
+        return [Ranking(*(values[:count] for values in row)) for count, *row in rows]
+
 
 def rank_candidates(
     logits: Tensor,
@@ -43,7 +58,7 @@ def rank_candidates(
     temperature: Sequence[float],
     min_candidates: Sequence[int],
 ) -> Candidates:
-    """Rank the candidates of each row.
+    """Rank the candidates of each row; waits for the device once.
 
     Args:
         logits: Shape (B, V), any float type.
@@ -57,47 +72,51 @@ def rank_candidates(
 
     Source: TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper of transformers, in that order.
     """
-    device, vocab_size = logits.device, logits.shape[-1]
-
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (B, 1)
-
+    vocab_size = logits.shape[-1]
     raw = logits.float()
-    scores = raw / column(temperature)  # (B, V)
-    kept = column([min(max(k, m), vocab_size) for k, m in zip(top_k, min_candidates, strict=True)], torch.long)
-    width = min(int(kept.max()) + 8, vocab_size)  # a few more than asked, to see ties across the top-k boundary
+    scores = raw / torch.tensor(temperature, dtype=torch.float32, device=raw.device)[:, None]  # (B, V)
+    num_kept = [min(max(k, m), vocab_size) for k, m in zip(top_k, min_candidates, strict=True)]
+    width = min(max(num_kept) + 8, vocab_size)  # a few more than asked, to see ties across the top-k boundary
     while True:
-        values, token_ids = scores.topk(width)
-        kth = values.gather(1, kept - 1)
+        values, token_ids, log_probs = _highest(scores, raw, width)
+        kth = values.gather(1, torch.tensor(num_kept)[:, None] - 1)
         if width == vocab_size or bool(((values[:, -1:] < kth) | kth.isneginf()).all()):  # -inf: fewer are allowed
             break
         width = min(2 * width, vocab_size)
-    token_ids, by_id = token_ids.sort(dim=-1)  # topk leaves ties in any order: make it (value down, id up)
-    values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-    token_ids = token_ids.gather(1, by_value)
 
     values = values.masked_fill(values < kth, -torch.inf)
     tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # (B, K): probability of this candidate and all after it
-    removed_mass = 1.0 - column(top_p)
+    shares = torch.tensor(top_p)[:, None]
+    removed_mass = 1.0 - shares
     live = (tail > removed_mass) & values.isfinite()
-    close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (column(top_p) < 1.0)
+    close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)
     for row in close.any(-1).nonzero()[:, 0].tolist():
-        live[row] = torch.arange(live.shape[1], device=device) < _top_p_count(scores[row], kth[row], top_p[row])
-    floor = torch.arange(width, device=device) < column(min_candidates, torch.long)
+        live[row] = torch.arange(width) < _top_p_count(scores[row], float(kth[row]), top_p[row])
+    floor = torch.arange(width) < torch.tensor(min_candidates)[:, None]
     live = live | (floor & values.isfinite())
 
     counts = live.sum(-1)
     widest = int(counts.max())
-    token_ids, live = token_ids[:, :widest], live[:, :widest]
+    token_ids, log_probs, live = token_ids[:, :widest], log_probs[:, :widest], live[:, :widest]
     weights = values[:, :widest].masked_fill(~live, -torch.inf).softmax(-1)
     after = weights.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # (B, K-1): probability left once this candidate is passed over
     after = torch.cat([after, torch.zeros_like(weights[:, :1])], dim=-1)
     hazard_logits = (weights.log() - after.log()).nan_to_num(0.0).clamp(-MAX_HAZARD_LOGIT, MAX_HAZARD_LOGIT)
-    log_probs = raw.gather(1, token_ids) - raw.logsumexp(-1, keepdim=True)
     return Candidates(token_ids, log_probs, hazard_logits, counts)
 
 
-def _top_p_count(scores: Tensor, kth: Tensor, top_p: float) -> int:
+def _highest(scores: Tensor, raw: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the highest scores, their token ids and log-probabilities, (B, width) each, brought to the CPU."""
+    values, token_ids = scores.topk(width)
+    log_probs = raw.gather(1, token_ids) - raw.logsumexp(-1, keepdim=True)
+    packed = torch.stack([values, token_ids.float(), log_probs]).cpu()  # ids are exact in float32 up to 2^24
+    by_id = packed[1].sort(dim=-1).indices  # topk leaves ties in any order: make it (value down, id up)
+    by_value = packed[0].gather(1, by_id).sort(dim=-1, descending=True, stable=True).indices
+    values, ids, log_probs = packed.gather(2, by_id.gather(1, by_value).expand_as(packed))
+    return values, ids.long(), log_probs
+
+
+def _top_p_count(scores: Tensor, kth: float, top_p: float) -> int:
     """How many survive top-p, summed over the whole vocabulary in transformers' order; `scores` has shape (V,)."""
     ascending = scores.masked_fill(scores < kth, -torch.inf).sort().values
     removed = ascending.softmax(-1).cumsum(-1) <= 1.0 - top_p

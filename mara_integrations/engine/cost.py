@@ -1,4 +1,4 @@
-"""What a forward of T tokens costs, and how many candidates are best fed at once. It changes time, never tokens."""
+"""What a forward of T tokens costs, and how many of them are best fed at once. It changes time, never tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 
 from mara_integrations.engine.backend import Backend, Segment
 
-# A forward that costs this much of one token's carries what is drafted at little cost: a kept token saves a whole one.
-_KNEE = 1.5
 # Widths to choose from; kernels have steps after 4, 6 or 8 rows.
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 32)
 _PREFIX_TOKENS = 16
@@ -43,12 +41,6 @@ class CostCurve:
         )
         return y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0)
 
-    @property
-    def knee(self) -> int:
-        """Tokens a forward carries at little cost."""
-        last = self.points[-1][0]
-        return max((n for n in range(1, min(last, 4096) + 1) if self(n) <= _KNEE), default=1)
-
 
 @lru_cache(maxsize=4096)
 def best_width(cost: CostCurve, num_rows: int, num_left: int, first: float, later: float) -> int:
@@ -62,6 +54,29 @@ def best_width(cost: CostCurve, num_rows: int, num_left: int, first: float, late
         later: Of each other one.
     """
     return _least(cost, num_rows, num_left, first, later)[1]
+
+
+@lru_cache(maxsize=4096)
+def best_draft(cost: CostCurve, num_rows: int, num_left: int, first: float, later: float, right: float) -> int:
+    """How many drafted tokens to feed behind the next candidate, for the least expected cost a token taken.
+
+    Args:
+        cost: As in `best_width`.
+        num_rows: As in `best_width`.
+        num_left: As in `best_width`; a token that is certain is the only one left.
+        first: As in `best_width`; 1 for a token that is certain.
+        later: As in `best_width`.
+        right: Probability that a drafted token is what is taken, if those before it are.
+
+    Returns:
+        0 where siblings of the candidate are the better company.
+    """
+    after_rejection = (1 - first) * _least(cost, num_rows, num_left - 1, later, later)[0] if num_left > 1 else 0.0
+    options = [(_least(cost, num_rows, num_left, first, later)[0], 0)]
+    for width in WIDTHS[1:]:
+        num_taken = 1 + first * sum(right**place for place in range(1, width))
+        options.append(((cost(num_rows * width) / num_rows + after_rejection) / num_taken, width - 1))
+    return min(options)[1]
 
 
 @lru_cache(maxsize=4096)

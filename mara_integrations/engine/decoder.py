@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch import Tensor
 from mara_integrations.engine.backend import Backend, Segment
 from mara_integrations.engine.candidates import rank_candidates
 from mara_integrations.engine.cost import CostCurve, measure
-from mara_integrations.engine.heads import HeadStacks, Shown
+from mara_integrations.engine.heads import HeadStacks
 from mara_integrations.engine.prefix import PrefixCache
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
-from mara_integrations.engine.sequence import FedAhead, Look, Request, Sequence
+from mara_integrations.engine.sequence import Request, Sequence
 
 
 class Decoder:
@@ -50,16 +51,18 @@ class Decoder:
         """One forward for the live sequences that are due; returns those that are done.
 
         Each feeds the tokens it has settled, or the next candidates of its position as siblings. The head looks at the
-        siblings' states; the one the gate takes is kept, and its forward has already computed what comes after it.
+        siblings' states; the one the gate takes is kept, and its forward has already computed what comes after it:
+        logits are made of accepted states only.
         """
         self.scheduler.admit(self._start, self.prefixes)
         plan = self.scheduler.plan()
         if plan:
-            fed = [sequence for sequence, _ in plan]
+            sequences = [sequence for sequence, _ in plan]
             segments = [self._propose(sequence, chunk) for sequence, chunk in plan]  # propose
             hidden = self.backend.feed(segments)  # forward: (T, d)
-            self._judge(fed, segments, hidden)  # judge, commit
-            self._look_ahead([s for s in fed if s.position is None and not s.pending])
+            self._judge(sequences, hidden.split([len(segment.token_ids) for segment in segments]))  # judge, commit
+            self._open_positions([sequence for sequence in sequences if sequence.is_settled])  # the next candidates
+            self._take_back([sequence for sequence in sequences if sequence.num_wasted])
         return self._retire()
 
     def _start(self, request: Request) -> Sequence:
@@ -67,59 +70,35 @@ class Decoder:
         return Sequence(request, self.backend.open(kept, length), num_known=length)
 
     def _propose(self, sequence: Sequence, chunk: int) -> Segment:
-        num_drafted = self.scheduler.num_drafted(sequence) if self.backend.can_retract else 0
+        num_drafted = partial(self.scheduler.num_drafted, sequence) if self.backend.can_retract else None
         return sequence.propose(self.scheduler.width(sequence), chunk, num_drafted)
 
-    def _judge(self, live: list[Sequence], segments: list[Segment], hidden: Tensor) -> None:
-        """Settle what was pending, show the new candidates to their heads, and keep the branches taken."""
-        asked, shown = [], []
-        for sequence, states in zip(live, hidden.split([len(s.token_ids) for s in segments]), strict=True):
-            num_proposed = len(states) - len(sequence.draft)
-            before = sequence.tip
-            if sequence.position is None:
-                _settle_chain(sequence, num_proposed, states[num_proposed - 1])
-                if not sequence.pending and not sequence.token_ids:  # the prompt has just been read
-                    self._keep_prefix(sequence, sequence.request.prompt_ids)
-                before, states = sequence.tip, states[num_proposed:]
-            if sequence.token_ids or sequence.position:
-                sequence.stats.fed += len(states)
-            if sequence.draft and not sequence.gated:
-                sequence.ahead = [FedAhead(t, None, state) for t, state in zip(sequence.draft, states, strict=True)]
-            elif len(states):
-                assert sequence.request.head is not None and before is not None, "its prompt was fed before"
-                previous = torch.cat([before[None], states[:-1]]) if sequence.draft else before
-                asked.append(sequence)
-                shown.append(Shown(sequence.request.head, states, previous))
+    def _judge(self, sequences: list[Sequence], states: Seq[Tensor]) -> None:
+        """Show the states to the heads, let the gates decide, and keep the branches taken."""
+        shown = [sequence.receive(mine) for sequence, mine in zip(sequences, states, strict=True)]
+        scores = iter(self._heads.score([one for one in shown if one is not None]))
         rows, branches = [], []
-        for sequence, (_, states, _), scores in zip(asked, shown, self._heads.score(shown), strict=True):
-            num_proposed = len(states) - len(sequence.draft)
-            if sequence.position is not None:
-                num_rejected, num_fallbacks = sequence.stats.rejected, sequence.stats.fallbacks
-                taken = sequence.judge(scores[:num_proposed], states[:num_proposed])
-                if taken is None:
-                    if sequence.draft:
-                        self.backend.retract(sequence.row, len(states), held=True)
-                    continue
-                num_rejected = sequence.stats.rejected - num_rejected
-                self.scheduler.observe(num_rejected, accepted=sequence.stats.fallbacks == num_fallbacks)
-                sequence.keep_state()
-                if not sequence.draft:
-                    rows.append(sequence.row)
-                    branches.append(taken)
-            behind = zip(sequence.draft, scores[num_proposed:], states[num_proposed:], strict=True)
-            sequence.ahead = [FedAhead(*fed) for fed in behind]
+        for sequence, asked in zip(sequences, shown, strict=True):
+            verdict = sequence.hear(next(scores)) if asked is not None else sequence.hear()
+            if verdict is None:
+                continue
+            self.scheduler.observe(verdict)
+            if not sequence.has_drafted:  # a chain is committed by being fed
+                rows.append(sequence.row)
+                branches.append(verdict.taken)
         if rows:
             self.backend.commit(rows, branches)
 
-    def _look_ahead(self, settled: list[Sequence]) -> None:
-        """Rank the candidates of the next position of sequences whose last token is committed, and verify drafts."""
-        settled = [sequence for sequence in settled if sequence.finish_reason is None]
+    def _open_positions(self, settled: list[Sequence]) -> None:
+        """Rank the candidates of the next position of each, and of those behind it that were fed ahead."""
+        for sequence in settled:
+            if not sequence.token_ids:  # its prompt has just been read
+                self._keep_prefix(sequence, sequence.request.prompt_ids)
         if not settled:
             return
-        tips = [[sequence.tip, *(fed.state for fed in sequence.ahead)] for sequence in settled]
-        hidden = torch.stack([state for states in tips for state in states])  # type: ignore[misc]  # a tip is known now
-        logits = self.backend.logits(hidden).float()  # (B, V)
-        owners = [sequence for sequence, states in zip(settled, tips, strict=True) for _ in states]
+        tips = [sequence.tips() for sequence in settled]
+        logits = self.backend.logits(torch.stack(list(chain(*tips)))).float()  # (B, V)
+        owners = [sequence for sequence, mine in zip(settled, tips, strict=True) for _ in mine]
         for row, sequence in zip(logits, owners, strict=True):
             if sequence.request.constraint is not None:
                 sequence.request.constraint.mask(row)
@@ -131,16 +110,15 @@ class Decoder:
             temperature=[sequence.temperature or 1.0 for sequence in owners],
             min_candidates=[s.min_candidates for s in sampling],
         )
-        columns = (candidates.token_ids, candidates.log_probs, candidates.hazard_logits)
-        ids, log_probs, hazard_logits = (column.tolist() for column in columns)
-        counts = candidates.counts.tolist()
-        looks = iter(
-            [Look(*(c[:n] for c in row)) for n, *row in zip(counts, ids, log_probs, hazard_logits, strict=True)]
-        )
-        for sequence, states in zip(settled, tips, strict=True):
-            num_wasted, held = sequence.follow(list(islice(looks, len(states))))
-            if num_wasted:
-                self.backend.retract(sequence.row, num_wasted, held=held)
+        rankings = iter(candidates.rankings())
+        for sequence, mine in zip(settled, tips, strict=True):
+            sequence.follow(list(islice(rankings, len(mine))))
+
+    def _take_back(self, sequences: list[Sequence]) -> None:
+        """Forget what was drafted in vain."""
+        for sequence in sequences:
+            self.backend.retract(sequence.row, sequence.num_wasted, held=sequence.holds_branch)
+            sequence.num_wasted = 0
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
@@ -182,13 +160,3 @@ class Decoder:
 
 def _knee(backend: Backend) -> int:
     return CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
-
-
-def _settle_chain(sequence: Sequence, count: int, state: Tensor) -> None:
-    """Tokens of a chain are committed by feeding them; `state` is that of the last of them."""
-    del sequence.pending[:count]
-    sequence.tip = state
-    if sequence.token_ids:
-        sequence.stats.fed += count
-    if not sequence.pending:
-        sequence.keep_state()

@@ -5,19 +5,16 @@ Knows token ids and how its guesses fared; whether one is right is decided where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# Longer matches are better guesses and are looked for first.
-_NGRAM_SIZES = (3, 2)
-# Positions without a guess after none of a guess was right.
-_PAUSE = 8
+# Longer matches are better guesses and are looked for first; with each, the share of right tokens to begin with.
+_NGRAM_SIZES = {3: 0.7, 2: 0.5, 1: 0.2}
+# Weight of one token in the running share: some ten of them tell where a copy begins and ends.
+_RATE = 0.1
 
 
 class NgramDraft:
     """Looks the last tokens up in everything before them and proposes what followed there.
-
-    The length of a guess grows by one token while guesses hold and is halved when one fails; after a run of failures
-    there is a pause.
 
     Args:
         token_ids: The prompt.
@@ -26,8 +23,8 @@ class NgramDraft:
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence ends
-        self._length = 4
-        self._pause = 0
+        self._right = dict(_NGRAM_SIZES)  # size of the match -> running share of right tokens, up to the first wrong
+        self._size = 1  # of the match of the last guess
         self.extend(token_ids)
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -39,28 +36,25 @@ class NgramDraft:
                     self._ends[tuple(self._token_ids[end - size :])] = end
             self._token_ids.append(token_id)
 
-    def propose(self, guess: Sequence[int], max_length: int) -> list[int]:
+    def propose(self, guess: Sequence[int], length: Callable[[float], int]) -> list[int]:
         """What may follow the settled tokens and `guess`, a token or none that is likely to come first.
 
+        Args:
+            guess: None or one.
+            length: How many tokens to propose at most, given the probability that one of them is right.
+
         Returns:
-            At most `max_length` tokens, none where nothing matches or guesses keep failing.
+            None where nothing matches.
         """
-        if self._pause > 0:
-            self._pause -= 1
-            return []
-        length = min(self._length, max_length)
         for size in _NGRAM_SIZES:
             tail = tuple([*self._token_ids[-size:], *guess][-size:])
             end = self._ends.get(tail) if len(tail) == size else None
-            if end is not None and length > 0:
-                return self._token_ids[end : end + length]
+            if end is not None:
+                self._size = size
+                return self._token_ids[end : end + length(self._right[size])]
         return []
 
     def observe(self, num_kept: int, num_proposed: int) -> None:
-        """Learn how much of a guess was right."""
-        if num_kept == num_proposed:
-            self._length += 1
-        else:
-            self._length = max(num_kept, self._length // 2, 1)
-            if num_kept == 0 and self._length == 1:
-                self._pause = _PAUSE
+        """Learn how much of the last guess was right."""
+        for is_right in (*[True] * num_kept, *[False] * (num_kept < num_proposed)):
+            self._right[self._size] += _RATE * (is_right - self._right[self._size])

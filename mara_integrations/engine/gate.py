@@ -58,10 +58,17 @@ def accept_logit(form: HeadForm, score: _Number, hazard_logit: _Number, strength
 
 
 class Verdict(NamedTuple):
-    """A decision: the candidate taken, and how many the rule had to look at."""
+    """A decision.
+
+    Attributes:
+        taken: Index of the candidate taken.
+        num_visited: How many the rule had to look at.
+        accepted: False where all were rejected and one was taken all the same.
+    """
 
     taken: int
     num_visited: int
+    accepted: bool = True
 
 
 def decide(
@@ -87,7 +94,7 @@ def decide(
         if len(accept_logits) < num_candidates:
             return None
         best = max(range(num_candidates), key=accept_logits.__getitem__)
-        return Verdict({"first": 0, "last": last, "best": best}[fallback], num_candidates)
+        return Verdict({"first": 0, "last": last, "best": best}[fallback], num_candidates, accepted=False)
     remaining, best, best_prob = 1.0, 0, 0.0  # remaining: probability that no candidate so far is taken
     for k, z in enumerate(accept_logits):
         accept, reject = (1.0, 0.0) if k == last else (_sigmoid(z), _sigmoid(-z))

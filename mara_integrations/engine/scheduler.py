@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from mara_integrations.engine.cost import CostCurve, best_width
+from mara_integrations.engine.cost import CostCurve, best_draft, best_width
+from mara_integrations.engine.gate import Verdict
 from mara_integrations.engine.prefix import MIN_TOKENS, PrefixCache, shared
 from mara_integrations.engine.sequence import Request, Sequence
 
@@ -41,7 +42,6 @@ class Scheduler:
         self.max_live = max_live
         self.prefill_chunk = prefill_chunk
         self.cost = cost or CostCurve.flat_to(knee)
-        self.knee = knee if cost is None else cost.knee
         self.waiting: deque[Request] = deque()
         self.live: list[Sequence] = []
         self.feeds_all = feeds_all
@@ -88,21 +88,28 @@ class Scheduler:
 
     def width(self, sequence: Sequence) -> int:
         """Candidates to feed at once, see `best_width`."""
-        if sequence.position is None:
-            return 1
-        num_fed, num_all = len(sequence.position.states), len(sequence.position.token_ids)
         if self.feeds_all:
-            return num_all
-        first, later = (round(min(self._accepted[is_first], 0.95), 2) for is_first in (num_fed == 0, False))
-        return best_width(self.cost, len(self.live), num_all - num_fed, first, later)
+            return sequence.num_left
+        return best_width(self.cost, len(self.live), sequence.num_left, *self._accept_rates(sequence))
 
-    def num_drafted(self, sequence: Sequence) -> int:
-        """Tokens to feed behind a likely one: what a forward still carries at little cost."""
-        if self.feeds_all or (sequence.gated and self._accepted[True] < 0.6):
-            return 0  # what is fed behind a rejected candidate is lost
-        return self.knee // max(1, len(self.live)) - 1
+    def num_drafted(self, sequence: Sequence, right: float) -> int:
+        """Tokens to feed behind its next one, given the probability that such a token is right; see `best_draft`."""
+        if self.feeds_all:
+            return 0
+        rates = self._accept_rates(sequence)
+        return best_draft(self.cost, len(self.live), sequence.num_left, *rates, round(min(right, 0.95), 2))
 
-    def observe(self, num_rejected: int, *, accepted: bool) -> None:
-        """Learn from a decided position: how many candidates were rejected, and whether one after them was accepted."""
-        for place in range(num_rejected + accepted):
+    def _accept_rates(self, sequence: Sequence) -> tuple[float, float]:
+        """Of the next candidate, and of those after it."""
+        if sequence.position is None:
+            return 1.0, 0.0  # what is settled is taken
+        first, later = (
+            round(min(self._accepted[is_first], 0.95), 2) for is_first in (not sequence.position.states, False)
+        )
+        return first, later
+
+    def observe(self, verdict: Verdict) -> None:
+        """Learn from a decided position."""
+        num_rejected = verdict.num_visited - verdict.accepted
+        for place in range(verdict.num_visited):
             self._accepted[place == 0] += 0.05 * ((place == num_rejected) - self._accepted[place == 0])

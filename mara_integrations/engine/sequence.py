@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mara_integrations.engine.backend import Segment
+from mara_integrations.engine.candidates import Ranking
 from mara_integrations.engine.drafts import NgramDraft
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
-from mara_integrations.engine.heads import Head
+from mara_integrations.engine.heads import Head, Shown
 from mara_integrations.sampling import GateParams, SamplingParams
 
 FinishReason = Literal["stop", "length"]
@@ -156,16 +159,8 @@ class Position:
     states: list[Tensor] = field(default_factory=list)  # of the candidates fed, each (d,)
 
 
-class Look(NamedTuple):
-    """Ranked candidates of one position, without padding; see `Candidates`."""
-
-    token_ids: list[int]
-    log_probs: list[float]
-    hazard_logits: list[float]
-
-
 class FedAhead(NamedTuple):
-    """A drafted token that was fed behind tokens not settled yet.
+    """A drafted token, and what was computed of it before the tokens in front of it were settled.
 
     Attributes:
         score: Of the head; None where no gate is asked.
@@ -201,7 +196,12 @@ class Sequence:
 
     It alternates between tokens that are settled but not yet fed (`pending`: the prompt, later a token taken unasked)
     and a `position` whose candidates are being fed as siblings. Drafted tokens may be fed behind either; one is kept if
-    it is what is taken in its place.
+    it is what is taken in its place. In a step it is asked in turn to `propose`, to `receive` what the model made of
+    that, to `hear` its head on it, and to `follow` what was fed ahead.
+
+    Attributes:
+        tip: Hidden state of the last committed token, (d,); None until the prompt was read.
+        num_wasted: Tokens at the end of its row that have to be taken back; see `Backend.retract`.
     """
 
     def __init__(self, request: Request, row: int, num_known: int = 0) -> None:
@@ -211,11 +211,9 @@ class Sequence:
         form = request.head.config.form if request.head and self.gated else None
         self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
         self.pending: list[int] = list(request.prompt_ids[num_known:])  # the row was opened with the others
-        self.draft: list[int] = []  # at the end of what was proposed last
-        self.ahead: list[FedAhead] = []
-        self._drafts = NgramDraft(request.prompt_ids)
         self.position: Position | None = None
-        self.tip: Tensor | None = None  # hidden state of the last committed token, (d,)
+        self.tip: Tensor | None = None
+        self.num_wasted = 0
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
         self.states: list[Tensor] = []
@@ -224,6 +222,10 @@ class Sequence:
         self.stats = GateStats()
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
+        self._draft: list[int] = []  # at the end of what was proposed last
+        self._undecided: Tensor | None = None  # states of what was proposed last and is not settled, (n, d)
+        self._ahead: list[FedAhead] = []
+        self._drafts = NgramDraft(request.prompt_ids)
         self._random = random.Random(request.sampling.seed)
 
     @property
@@ -238,68 +240,141 @@ class Sequence:
         return bool(self.pending) and not self.token_ids
 
     @property
+    def is_settled(self) -> bool:
+        """All that was taken is committed: the next position can be opened."""
+        return self.position is None and not self.pending and self.finish_reason is None
+
+    @property
+    def num_left(self) -> int:
+        """Candidates not fed yet; 1 where the next token is settled."""
+        return 1 if self.position is None else len(self.position.token_ids) - len(self.position.states)
+
+    @property
+    def has_drafted(self) -> bool:
+        """It proposed a chain last that ends in drafted tokens."""
+        return bool(self._draft)
+
+    @property
+    def holds_branch(self) -> bool:
+        """The first candidate of its position was fed and not taken so far."""
+        return self.position is not None and bool(self.position.states)
+
+    @property
     def is_waiting(self) -> bool:
         """Something still has to be fed for it."""
         if self.cancelled:
             return False
         return self.finish_reason is None or (self.request.keep_states and bool(self.pending))
 
-    def propose(self, width: int, chunk: int, num_drafted: int = 0) -> Segment:
+    def propose(self, width: int, chunk: int, num_drafted: Callable[[float], int] | None = None) -> Segment:
         """What to feed next: up to `chunk` pending tokens, or up to `width` more candidates.
 
-        Where the text seems to repeat itself, one token that is taken or likely to be, and up to `num_drafted` behind
-        it, as one chain.
+        Where the text seems to repeat itself, one token that is taken or likely to be, and drafted ones behind it, as
+        one chain.
+
+        Args:
+            width: At least 1.
+            chunk: At least 1.
+            num_drafted: How many tokens to draft at most, given the probability that one of them is right.
         """
-        self.draft = self._drafted(num_drafted)
-        if self.pending:
-            return Segment(self.row, [*self.pending[:chunk], *self.draft])
-        assert self.position is not None
+        self._draft = self._drafted(num_drafted) if num_drafted is not None else []
+        if self.position is None:
+            return Segment(self.row, [*self.pending[:chunk], *self._draft])
         fed = len(self.position.states)
-        if self.draft:
-            return Segment(self.row, [self.position.token_ids[0], *self.draft])
+        if self._draft:
+            return Segment(self.row, [self.position.token_ids[0], *self._draft])
         return Segment(self.row, self.position.token_ids[fed : fed + width], siblings=True)
 
-    def _drafted(self, num_drafted: int) -> list[int]:
-        num_drafted = min(num_drafted, self.request.sampling.max_new_tokens - len(self.token_ids) - 1)
-        if num_drafted < 1 or self.is_prefilling or self.request.constraint is not None:
+    def _drafted(self, num_drafted: Callable[[float], int]) -> list[int]:
+        room = self.request.sampling.max_new_tokens - len(self.token_ids) - 1
+        if room < 1 or self.is_prefilling or self.request.constraint is not None:
             return []  # what a constraint allows is known only once the tokens before are settled
         if self.position is None:
-            return self._drafts.propose((), num_drafted)
-        return [] if self.position.states else self._drafts.propose(self.position.token_ids[:1], num_drafted)
+            return self._drafts.propose((), num_drafted)[:room]
+        if self.position.states:
+            return []
+        return self._drafts.propose(self.position.token_ids[:1], num_drafted)[:room]
 
-    def follow(self, looks: Seq[Look]) -> tuple[int, bool]:
+    def receive(self, states: Tensor) -> Shown | None:
+        """Take the states of what was proposed, (n, d); returns what its head has to look at.
+
+        Tokens that were settled are committed by being fed.
+        """
+        if self.token_ids or self.position is not None:
+            self.stats.fed += len(states)
+        previous = self.tip
+        if self.position is None:
+            num_settled = len(states) - len(self._draft)
+            del self.pending[:num_settled]
+            previous = self.tip = states[num_settled - 1]
+            states = states[num_settled:]
+            if not self.pending:
+                self.keep_state()
+        self._undecided = states
+        if not self.gated or not len(states):
+            return None
+        assert self.request.head is not None and previous is not None, "its prompt was fed before"
+        if self._draft:  # a chain
+            previous = torch.cat([previous[None], states[:-1]])
+        return Shown(self.request.head, states, previous)
+
+    def hear(self, scores: Seq[float] = ()) -> Verdict | None:
+        """Hear its head on what it was shown; returns how the position that was open is decided, if it is.
+
+        Args:
+            scores: Of the head at strength 1, see `HeadStacks.score`; none where it was shown nothing.
+        """
+        states, self._undecided = self._undecided, None
+        assert states is not None, "receive comes first"
+        verdict = None
+        if self.position is not None:
+            num_asked = len(states) - len(self._draft)
+            verdict = self.judge(scores[:num_asked], states[:num_asked])
+            if verdict is None:
+                self.num_wasted = len(states) if self._draft else 0
+                return None
+            self.keep_state()
+            scores, states = scores[num_asked:], states[num_asked:]
+        known = scores if self.gated else [None] * len(states)
+        self._ahead = [FedAhead(*fed) for fed in zip(self._draft, known, states, strict=True)]
+        return verdict
+
+    def tips(self) -> list[Tensor]:
+        """States whose next tokens it has to know: the last settled one, and those fed ahead of it, (d,) each."""
+        assert self.tip is not None
+        return [self.tip, *(fed.state for fed in self._ahead)]
+
+    def follow(self, rankings: Seq[Ranking]) -> None:
         """Open the next position, and settle it and those after it as far as their tokens were fed ahead.
 
         Args:
-            looks: At the position after the last settled token, and after each of `ahead`.
-
-        Returns:
-            How many tokens at the end were fed in vain, and whether the first of them is the first candidate of the
-            position that is open now.
+            rankings: Candidates after each of `tips`.
         """
-        ahead, self.ahead = self.ahead, []
-        num_kept, held = 0, False
-        for look in looks:
-            self.open_position(*look)
-            if num_kept == len(ahead):
+        ahead, self._ahead = self._ahead, []
+        num_kept = 0
+        for ranking, fed in zip_longest(rankings, ahead):
+            self.open_position(*ranking)
+            if fed is None or not self._is_what_comes(fed):
                 break
-            fed = ahead[num_kept]
-            if fed.token_id != (self.token_ids[-1] if self.position is None else self.position.token_ids[0]):
-                break
-            if self.position is None:  # taken unasked, and fed already
-                self.pending, self.tip = [], fed.state
-            else:
-                assert fed.score is not None, "a gated sequence shows all it feeds to its head"
-                held = self.judge([fed.score], fed.state[None]) is None
-                if held:
-                    break
             num_kept += 1
             self.keep_state()
             if self.finish_reason is not None:
                 break
         if ahead:
             self._drafts.observe(num_kept, len(ahead))
-        return len(ahead) - num_kept, held
+        self.num_wasted = len(ahead) - num_kept
+
+    def _is_what_comes(self, fed: FedAhead) -> bool:
+        """Settle the position just opened by a token that was fed ahead, if it is the one that is taken."""
+        if self.position is None:  # taken unasked
+            if fed.token_id != self.token_ids[-1]:
+                return False
+            self.pending, self.tip = [], fed.state
+            return True
+        if fed.token_id != self.position.token_ids[0]:
+            return False
+        assert fed.score is not None, "a gated sequence shows all it feeds to its head"
+        return self.judge([fed.score], fed.state[None]) is not None
 
     def keep_state(self) -> None:
         """Keep the tip for training, if the request asks for it."""
@@ -322,8 +397,8 @@ class Sequence:
         self.pending = self.token_ids[-1:]
         self._take_certain()
 
-    def judge(self, scores: Seq[float], states: Tensor) -> int | None:
-        """Hear the head on N candidates just fed; returns the branch to keep, if decided.
+    def judge(self, scores: Seq[float], states: Tensor) -> Verdict | None:
+        """Hear the head on N candidates just fed; returns the decision, if there is one.
 
         Args:
             scores: Of the head at strength 1, see `HeadStacks.score`.
@@ -338,10 +413,9 @@ class Sequence:
             position.states.append(state)
         count = len(position.token_ids)
         verdict = decide(position.accept_logits, count, self.rule, self.request.gate.fallback, position.uniform)
-        if verdict is None:
-            return None
-        self._settle(position, verdict)
-        return verdict.taken
+        if verdict is not None:
+            self._settle(position, verdict)
+        return verdict
 
     def _take_certain(self) -> None:
         """Take what the constraint leaves no choice in, to be fed in one forward with the token before."""
@@ -353,12 +427,10 @@ class Sequence:
                 return
 
     def _settle(self, position: Position, verdict: Verdict) -> None:
-        taken, visited = verdict
-        if self.rule == "first":
-            outcome: Outcome = "accepted" if position.accept_logits[taken] > 0 else "fallback"
-        else:
-            outcome = "forced" if taken == len(position.token_ids) - 1 else "accepted"
-        self.stats.rejected += visited - (outcome != "fallback")
+        taken, visited, accepted = verdict
+        is_forced = self.rule != "first" and taken == len(position.token_ids) - 1
+        outcome: Outcome = "forced" if is_forced else "accepted" if accepted else "fallback"
+        self.stats.rejected += visited - accepted
         if self.request.keep_positions:
             assert self.tip is not None
             shown = (position.token_ids, position.hazard_logits, torch.stack(position.states))

@@ -140,12 +140,13 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
     )
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    task, model = TASKS[args.task], load_model(ModelSpec("smollm2"))
+    task, model = TASKS[args.task], load_model(ModelSpec(args.model))
     changed = dict(setting.split("=", 1) for setting in args.set)
-    name = "-".join([args.task, *(f"{key}-{value}" for key, value in changed.items())])
+    name = "-".join([args.task, *(f"{key}-{value}" for key, value in changed.items())]).replace("/", "_")
     args.output.mkdir(parents=True, exist_ok=True)
     data = args.output / f"{args.task}.jsonl"
     write_atomically(data, "".join(json.dumps(row) + "\n" for row in task.data(args.data, model)))
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     for seed in args.seeds:
         output = args.output / f"{name}-{seed}"
         settings = {"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, **task.settings, **changed}
-        config = TrainConfig(data=data, output=output, seed=seed, **settings)
+        config = TrainConfig(model=args.model, data=data, output=output, seed=seed, **settings)
         start = time.monotonic()
         if not (output / CONFIG_FILE).exists():
             train(config, ConsoleReporter(Console()))

@@ -32,6 +32,24 @@ def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path,
     assert picture.name == "gpu.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, capsys):
+    import methods
+
+    for side, start in (("train", 0), ("test", 40)):
+        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 24)]
+        (tmp_path / f"saferlhf_prompts_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("reward=tests/reward_for_tests.py:vowels", "max_replies=8", "inner_size=16", "epochs=1")
+    small = [f"--set={setting}" for setting in settings]
+    where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    (lines,) = methods.main(["sentiment", "--model", str(folder_model), "--seeds", "0", "1", *small, *where]).values()
+
+    assert json.loads((tmp_path / "out.json").read_text()) == {"lines": lines}
+    assert len(lines) == 2 * 2 + 2, "two decodings of two seeds, and each over both"
+    assert all("sentiment" in line and "preferred" in line for line in lines)
+    assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
+    assert "min of training" in capsys.readouterr().out
+
+
 def test_the_floor_counts_weights_and_keys_once():
     from types import SimpleNamespace
 

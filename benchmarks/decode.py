@@ -34,6 +34,8 @@ PROMPTS = (
     "Why is the sky blue?",
     "Write a short story about a lighthouse keeper who finds a letter.",
     "Explain the difference between a virus and a bacterium.",
+    "Give me three reasons to learn a second language.",
+    "How do I keep a houseplant alive through the winter?",
 )
 _NOTICE = (
     "The library of Harrow Lane opens at nine in the morning and closes at six in the evening. Members borrow up to "

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from mara_integrations.engine.heads import ComposedHead, Head, candidate_setting
 from mara_integrations.engine.sequence import Generation, Request
 from mara_integrations.engine.text import TextStream
 from mara_integrations.engine.verification import Verification, verify
-from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Update, Worker
+from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
@@ -35,6 +35,8 @@ from mara_integrations.tool_calls import CallSyntax, ReplyForm, syntax_of
 
 OneHead: TypeAlias = MARAHead | str | Path
 HeadSource: TypeAlias = OneHead | Sequence[OneHead] | Mapping[Any, float]  # keys: OneHead; Mapping is invariant
+
+_Ticket = TypeVar("_Ticket", bound=Ticket)
 
 heads = HeadCache()  # of the process: engines, models and frameworks share it
 _workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
@@ -143,15 +145,15 @@ class MARAEngine:
             ModelError: See `load`.
             HeadError: See `load`.
         """
-        return _last(self._submit(prompt, overrides))
+        return _last(self._submit(prompt, overrides, ThreadTicket()))
 
     def stream(self, prompt: Prompt, **overrides: Any) -> Generator[Update, None, None]:
         """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`."""
-        return iter(self._submit(prompt, overrides))
+        return iter(self._submit(prompt, overrides, ThreadTicket()))
 
     def generate_batch(self, prompts: Sequence[Prompt], **overrides: Any) -> list[Generation]:
         """Generate a reply to each prompt, decoded together; the same replies as one by one."""
-        tickets = [self._submit(prompt, overrides) for prompt in prompts]
+        tickets = [self._submit(prompt, overrides, ThreadTicket()) for prompt in prompts]
         try:
             return [_last(ticket) for ticket in tickets]
         finally:
@@ -176,13 +178,11 @@ class MARAEngine:
         import asyncio
 
         ticket.bind()
-        request = await asyncio.to_thread(self.request, prompt, **overrides)  # may load, read a head, compile a grammar
-        updates = aiter(worker_for(self.model).submit(request, ticket))
-        try:
-            async for update in updates:
+        try:  # submitting may load a model, compile a grammar, or wait for room
+            async for update in await asyncio.to_thread(self._submit, prompt, overrides, ticket):
                 yield update
         finally:
-            await updates.aclose()
+            ticket.cancel()
 
     def verify(self, prompt: Prompt, **overrides: Any) -> Verification:
         """Decode a prompt with the engine and with the slow reference, whatever stop strings say.
@@ -263,10 +263,8 @@ class MARAEngine:
     def _syntax(self) -> CallSyntax:
         return syntax_of(getattr(self.model.tokenizer, "chat_template", None))
 
-    def _submit(self, prompt: Prompt, overrides: dict[str, Any]) -> ThreadTicket:
-        ticket = ThreadTicket()
-        worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
-        return ticket
+    def _submit(self, prompt: Prompt, overrides: dict[str, Any], ticket: _Ticket) -> _Ticket:
+        return worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
 
     def _head(self, source: HeadSource | None) -> Head | None:
         weights = head_weights(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import pytest
@@ -162,6 +163,21 @@ def test_the_model_stays_usable_by_others_after_we_serve_it():
         before = model(ids, attention_mask=mask).logits
         make_backend(model)
         torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 3:], before[:, 3:])
+
+
+def _users_hook(module, args, output):
+    pass
+
+
+def test_a_model_that_was_served_and_verified_has_the_hooks_it_had_and_pickles():
+    model, head = tiny_model(), random_head(32)
+    model.model.layers[0].register_forward_hook(_users_hook)
+    Decoder(make_backend(model)).run([Request(prompt(8), SamplingParams(max_new_tokens=2), head=head)])
+    generate_reference(model, prompt(8), head, SamplingParams(max_new_tokens=2))
+    generate_published(model, head, prompt(8), 2)
+    assert [hook for module in model.modules() for hook in module._forward_hooks.values()] == [_users_hook]
+    loaded = pickle.loads(pickle.dumps(model))
+    assert len(loaded(torch.tensor([prompt(8)]), output_hidden_states=True).hidden_states) == 3
 
 
 def test_the_published_procedure_gives_the_reference_tokens():

@@ -348,6 +348,23 @@ async def test_when_the_client_leaves_the_model_stops_within_a_token(app, engine
         assert 'status="499"} 1' in (await client.get("/metrics")).text
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_more_requests_than_may_run_are_sent_away(engine, stream):
+    app = create_app(engine, name="tiny", max_running=1)
+    caller = Caller(app, {**CHAT, "max_tokens": 400, "stream": stream})
+    call = asyncio.create_task(caller.call())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mara") as client:
+        for _ in range(10_000):
+            if "mara_requests_running 1" in (await client.get("/metrics")).text:
+                break
+            await asyncio.sleep(0.001)
+        answer = await post(client, status=503, **CHAT)
+        assert answer["error"]["code"] == "overloaded" and "1 requests are running" in answer["error"]["message"]
+        caller.leaves.set()
+        await asyncio.wait_for(call, 10)
+        await post(client, **CHAT)
+
+
 def test_mara_tools_serves_a_model_with_its_heads(folder, tmp_path, monkeypatch):
     uvicorn = pytest.importorskip("uvicorn", reason="needs the serve extra")
     served = {}

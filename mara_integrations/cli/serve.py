@@ -26,6 +26,9 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="MARA_API_KEY", help="What clients have to send.", show_default="none needed")
     ] = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests answered or waiting at once; more are refused with status 503.")
+    ] = 256,
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -46,7 +49,8 @@ def serve(
     console = Console()
     say(console, "Models", ", ".join([model, *(f"{model}:{name}" for name in named)]))
     say(console, "Serves", f"http://{host}:{port}/v1")
-    uvicorn.run(create_app(engine, named, name=model, api_key=api_key), host=host, port=port, log_level="warning")
+    app = create_app(engine, named, name=model, api_key=api_key, max_running=max_running)
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
 from mara_integrations.engine.fused import FusedDecoder, PackedLinear, padded
 from mara_integrations.engine.graphs import ForwardGraphs, Run, cuda_graph
+from mara_integrations.engine.hooks import hooks_undone
 from mara_integrations.engine.prefix import Prefix
 from mara_integrations.engine.windows import has_windows, narrowed
 from mara_integrations.errors import ModelError
@@ -344,10 +345,11 @@ def _probe(backend: Backend, model: PreTrainedModel) -> str:
         backend.close(row)
     kept = [*prompt[:4], prompt[5], *prompt[7:]]
     inputs = [kept, [*prompt[:4], prompt[4]], [*prompt[:4], prompt[6]]]
-    outputs = [
-        model(input_ids=torch.tensor([ids], device=backend.device), output_hidden_states=True, use_cache=False)
-        for ids in inputs
-    ]
+    with hooks_undone(model):
+        outputs = [
+            model(input_ids=torch.tensor([ids], device=backend.device), output_hidden_states=True, use_cache=False)
+            for ids in inputs
+        ]
     take = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (0, 4), (2, 4), (0, 5), (0, 6)]  # (input, place) of each token fed
     want_hidden = torch.stack([outputs[i].hidden_states[-1][0, place] for i, place in take]).float()
     want_logits = torch.stack([outputs[i].logits[0, place] for i, place in take]).float()
@@ -372,7 +374,7 @@ def _logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """`lm_head` alone where that is all there is, else the model's own code after its decoder (soft caps, scalings)."""
     lm_head, embeddings = model.get_output_embeddings(), _embeddings(model)
     probe = torch.arange(len(embeddings), device=embeddings.device)[None, -5:]
-    with torch.inference_mode():
+    with torch.inference_mode(), hooks_undone(model):
         output = model(input_ids=probe, output_hidden_states=True, use_cache=False)
         hidden, want = output.hidden_states[-1][0], output.logits[0]
         if lm_head is not None and torch.allclose(lm_head(hidden).float(), want.float(), rtol=1e-3, atol=1e-3):

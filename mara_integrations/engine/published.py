@@ -11,6 +11,7 @@ from torch import FloatTensor, LongTensor, Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.hooks import hooks_undone
 
 
 @torch.inference_mode()
@@ -28,23 +29,24 @@ def generate_published(
     cache: Any = DynamicCache(config=model.config)
     no_ids = cast(LongTensor, torch.empty(1, 0, dtype=torch.long, device=model.device))  # these warpers read none
     reply: list[int] = []
-    logits, state = _forward(model, prompt_ids, cache)
-    while len(reply) < max_new_tokens:
-        order = warpers(no_ids, cast(FloatTensor, logits.float()))[0].sort(descending=True)
-        candidates = order.indices[order.values.isfinite()].tolist()
-        first = taken = None
-        for candidate in candidates:
-            branch = copy.copy(cache)  # its tensors are replaced on update, not written to
-            branch.layers = [copy.copy(layer) for layer in cache.layers]
-            seen = _forward(model, [candidate], branch)
-            first = first or (candidate, branch, seen)
-            if len(candidates) == 1 or float(head.score(seen[1], state)[0]) > 0:
-                taken = (candidate, branch, seen)
-                break
-        chosen = taken or first
-        assert chosen is not None, "there is always a candidate"
-        token_id, cache, (logits, state) = chosen
-        reply.append(token_id)
+    with hooks_undone(model):
+        logits, state = _forward(model, prompt_ids, cache)
+        while len(reply) < max_new_tokens:
+            order = warpers(no_ids, cast(FloatTensor, logits.float()))[0].sort(descending=True)
+            candidates = order.indices[order.values.isfinite()].tolist()
+            first = taken = None
+            for candidate in candidates:
+                branch = copy.copy(cache)  # its tensors are replaced on update, not written to
+                branch.layers = [copy.copy(layer) for layer in cache.layers]
+                seen = _forward(model, [candidate], branch)
+                first = first or (candidate, branch, seen)
+                if len(candidates) == 1 or float(head.score(seen[1], state)[0]) > 0:
+                    taken = (candidate, branch, seen)
+                    break
+            chosen = taken or first
+            assert chosen is not None, "there is always a candidate"
+            token_id, cache, (logits, state) = chosen
+            reply.append(token_id)
     return reply
 
 

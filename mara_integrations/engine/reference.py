@@ -21,6 +21,7 @@ from transformers import TopPLogitsWarper as TopP
 
 from mara_integrations.engine.gate import Rule, selection_rule
 from mara_integrations.engine.heads import Head
+from mara_integrations.engine.hooks import hooks_undone
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 
 
@@ -101,7 +102,8 @@ def generate_reference(
 def _run(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Hidden state (d,) and logits (V,) of the last token, from the beginning."""
     ids = torch.tensor([list(token_ids)], device=model.device)
-    output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    with hooks_undone(model):
+        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     return output.hidden_states[-1][0, -1], output.logits[0, -1]
 
 

@@ -18,6 +18,8 @@ from mara_integrations.errors import EngineClosedError
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
 _IDLE_S = 5.0
+# Requests that are read and not begun; whoever has more waits to submit them. A batch of 64 finds its next ones here.
+MAX_WAITING = 1024
 # At the end of the process, a thread gets this long to finish its step.
 _EXIT_S = 10.0
 
@@ -183,24 +185,33 @@ class _Delivery:
 
 
 class Worker:
-    """Runs a decoder in a thread of its own while there is work."""
+    """Runs a decoder in a thread of its own while there is work; requests are begun in the order they were submitted.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Args:
+        decoder: Used by no one else.
+        max_waiting: Requests that wait to be begun; `submit` blocks while there are as many.
+    """
+
+    def __init__(self, decoder: Decoder, max_waiting: int = MAX_WAITING) -> None:
         self._decoder = decoder
+        self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[tuple[Request, Ticket] | None] = queue.SimpleQueue()  # None wakes the thread
         self._deliveries: dict[int, _Delivery] = {}  # by id of the request
         self._lock = threading.Lock()
+        self._has_moved = threading.Condition(self._lock)  # requests were begun or dropped
         self._is_running = self._is_closed = False
         self._thread: threading.Thread | None = None
         _workers.add(self)
 
     def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
-        """Queue a request; its updates go to the ticket.
+        """Queue a request, waiting for room unless its ticket is cancelled; its updates go to the ticket.
 
         Raises:
             EngineClosedError: If the worker was closed.
         """
         with self._lock:
+            while self._num_waiting >= self._max_waiting and not (self._is_closed or ticket.is_cancelled):
+                self._has_moved.wait()
             if self._is_closed:
                 raise EngineClosedError("the engine is closed", hint="make a new one")
             self._inbox.put((request, ticket))
@@ -210,10 +221,15 @@ class Worker:
                 self._thread.start()
         return ticket
 
+    @property
+    def _num_waiting(self) -> int:
+        return self._inbox.qsize() + len(self._decoder.scheduler.waiting)
+
     def close(self) -> None:
         """Take no more requests, and end what runs at its next token; whoever waits for it gets `EngineClosedError`."""
         with self._lock:
             self._is_closed = True
+            self._has_moved.notify_all()
         for delivery in list(self._deliveries.values()):
             delivery.ticket.cancel()
             delivery.ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))
@@ -252,6 +268,7 @@ class Worker:
         except queue.Empty:
             pass
         with self._lock:  # nobody can submit between this look and the end of the thread
+            self._has_moved.notify_all()
             self._is_running = not self._decoder.is_idle or not self._inbox.empty()
             return self._is_running
 

@@ -23,6 +23,7 @@ except ImportError as error:
 
 _Result = TypeVar("_Result")
 _GONE = 499  # as nginx has it: the client closed the connection
+_MAX_RUNNING = 256  # four full batches: a client that has to wait longer had better ask elsewhere
 
 
 class _GoneError(Exception):
@@ -30,7 +31,12 @@ class _GoneError(Exception):
 
 
 def create_app(
-    engine: MARAEngine, heads: Mapping[str, str] | None = None, *, name: str | None = None, api_key: str | None = None
+    engine: MARAEngine,
+    heads: Mapping[str, str] | None = None,
+    *,
+    name: str | None = None,
+    api_key: str | None = None,
+    max_running: int = _MAX_RUNNING,
 ) -> FastAPI:
     """The application, for uvicorn or any other ASGI server.
 
@@ -40,13 +46,14 @@ def create_app(
         heads: Heads by the names that requests use.
         name: Of the base model, as requests use it; None takes what the engine was given.
         api_key: Without it in the `Authorization` header, requests are refused; None asks for none.
+        max_running: Requests answered or waiting at once; more are refused with status 503.
 
     Raises:
         MissingExtraError: On import, if fastapi is not installed.
     """
     if name is None:
         name = engine.spec.model if isinstance(engine.spec.model, str) else "model"
-    served = _Served(engine, dict(heads or {}), name, api_key)
+    served = _Served(engine, dict(heads or {}), name, api_key, max_running)
     app = FastAPI(title="mara_integrations", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_api_route("/v1/chat/completions", served.chat, methods=["POST"], response_model=None)
@@ -60,9 +67,12 @@ def create_app(
 class _Served:
     """What the routes share."""
 
-    def __init__(self, engine: MARAEngine, heads: dict[str, str], name: str, api_key: str | None) -> None:
+    def __init__(
+        self, engine: MARAEngine, heads: dict[str, str], name: str, api_key: str | None, max_running: int
+    ) -> None:
         self.engine, self.heads, self.name = engine, heads, name
         self._api_key = api_key
+        self._max_running = max_running
         self._requests: Counter[tuple[str, int]] = Counter()
         self._tokens: Counter[str] = Counter()
         self._running = 0
@@ -123,6 +133,8 @@ class _Served:
     ) -> Response:
         if not self._may(request):
             return _refusal(401, "the API key is missing or wrong", code="invalid_api_key")
+        if self._running >= self._max_running:
+            return _refusal(503, f"{self._running} requests are running already: try again later", code="overloaded")
         try:
             body = await request.json()
         except ValueError as error:
@@ -207,5 +219,5 @@ def _error(message: str, kind: str, param: str | None = None, code: str | None =
 
 
 def _refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Response:
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
     return JSONResponse(_error(message, kind, param, code), status_code=status)

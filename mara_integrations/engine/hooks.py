@@ -1,0 +1,29 @@
+"""Asking a model for hidden states without leaving a trace on it.
+
+Transformers puts a hook on every layer when hidden states are first asked for and leaves it there: the model no longer
+pickles, and every later forward calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+# What transformers marks a model with that has its hooks.
+_MARK = "_output_capturing_hooks_installed"
+
+
+@contextmanager
+def hooks_undone(model: nn.Module) -> Iterator[None]:
+    """Take away the forward hooks that a model has got when the block ends, and keep those that it had before."""
+    before = {module: (set(module._forward_hooks), hasattr(module, _MARK)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, (known, was_marked) in before.items():
+            for handle in module._forward_hooks.keys() - known:
+                del module._forward_hooks[handle]
+            if not was_marked and hasattr(module, _MARK):
+                delattr(module, _MARK)

@@ -277,7 +277,7 @@ def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, sett
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {name!r} is an encoder-decoder", hint="only causal language models can be gated")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-    if len(tokenizer) < 2:  # without tokenizer files transformers builds an empty one and says nothing
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # without its files transformers builds it of these alone
         raise ModelError(f"model {name!r} has no tokenizer", hint="its folder or repository needs tokenizer.json")
     settings = {"dtype": dtype, **settings}
     is_quantised = getattr(config, "quantization_config", None) is not None or "quantization_config" in settings

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from mara_integrations.engine import backend as backends
 from mara_integrations.engine.backend import PackedBackend, SerialBackend, make_backend
@@ -64,7 +66,14 @@ REFUSED = {
     "mamba": ({"state_size": 4}, "can't be decoded exactly: hidden states differ"),
     "rwkv": ({"attention_hidden_size": 32}, "can't be decoded exactly: hidden states differ"),
 }
+SINCE = {  # this version of transformers; older ones refuse the family, know nothing of it, or run it serially
+    "gpt_bigcode": "5.23", "lfm2": "5.16", "minicpm3": "5.16", "nemotron": "5.16", "qwen3_next": "5.9",
+}  # fmt: skip
 DECODED = ("deepseek_v3", "minicpm3", "olmo3", "phi3", "qwen2", "starcoder2", "vaultgemma")
+
+
+def settled(families):
+    return [family for family in families if Version(transformers.__version__) >= Version(SINCE.get(family, "5.0"))]
 
 
 def assert_decodes(model, backend):
@@ -76,7 +85,7 @@ def assert_decodes(model, backend):
     assert Decoder(backend).run([request])[0].token_ids == reference
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", settled(PACKED))
 def test_a_family_runs_packed_without_a_warning(family):
     model = tiny_model(family, **PACKED[family])
     with warnings.catch_warnings():
@@ -87,7 +96,7 @@ def test_a_family_runs_packed_without_a_warning(family):
         assert_decodes(model, backend)
 
 
-@pytest.mark.parametrize("family", SERIAL)
+@pytest.mark.parametrize("family", settled(SERIAL))
 @pytest.mark.filterwarnings("ignore:.*falling back to its reference")
 def test_a_family_without_trees_takes_the_serial_path_and_says_why(family):
     config, reason = SERIAL[family]
@@ -105,6 +114,21 @@ def test_a_model_that_is_not_decoded_exactly_is_refused_with_a_reason(family):
     config, reason = REFUSED[family]
     with pytest.raises(ModelError, match=reason):
         make_backend(tiny_model(family, **config))
+
+
+@pytest.mark.parametrize("family", SINCE)
+@pytest.mark.filterwarnings("ignore:.*serial path", "ignore:.*falling back to its reference")
+def test_whatever_a_version_of_transformers_makes_of_a_family_it_is_decoded_exactly_or_refused(family):
+    config = PACKED[family] if family in PACKED else SERIAL[family][0]
+    if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} knows no {family}")
+    model = tiny_model(family, **config)
+    try:
+        backend = make_backend(model)
+    except ModelError as error:
+        assert "can't be decoded exactly: " in str(error) and transformers.__version__ in error.hint
+    else:
+        assert_decodes(model, backend)
 
 
 def test_chunks_longer_than_the_probe_would_have_gone_unseen():

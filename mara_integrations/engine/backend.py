@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -308,7 +309,10 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
     serial, reason = _probed(SerialBackend, model)
     if serial is None:
-        raise ModelError(f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}")
+        raise ModelError(
+            f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}",
+            hint=f"models of attention layers can; a newer transformers than {transformers.__version__} may know how",
+        )
     return serial
 
 

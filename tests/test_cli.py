@@ -371,12 +371,10 @@ def test_a_prompt_can_come_from_standard_input():
     assert generate("-", stdin="hi\n") == generate("hi")
 
 
-def test_json_tells_what_the_gate_did():
-    plain = json.loads(generate("hi", "--head", "head", "--json"))
-    traced = json.loads(generate("hi", "--head", "head", "--trace"))
+def test_json_tells_what_the_gate_did(folder_model, nothing_fed_ahead):
+    asking = ("hi", "--model", folder_model, "--head", "head")
+    plain, traced = (json.loads(generate(*asking, form)) for form in ("--json", "--trace"))
     assert plain["gate"]["rejected"] > 0 and len(plain["token_ids"]) == 6 and "trace" not in plain
-    for report in (plain, traced):
-        assert report["gate"].pop("fed") >= 6  # how much is fed ahead follows what forwards cost here and now
     assert len(traced.pop("trace")) == 6 and traced == plain
 
 

@@ -218,12 +218,15 @@ def test_progress_counts_replies_of_both_sides(engines):
     assert heard == [2, 2, 1, 1]
 
 
-def test_costs_are_counted_in_forwards(sampled):
-    fed = sampled.gate.fed
-    assert sampled.gated.forwards_per_token == fed / sampled.gated.num_tokens
-    assert 0.5 < sampled.base.forwards_per_token < sampled.gated.forwards_per_token
-    assert sampled.extra_forwards == pytest.approx(sampled.gated.forwards_per_token - sampled.base.forwards_per_token)
-    assert sampled.speed_ratio > 0
+def test_costs_are_counted_in_forwards(nothing_fed_ahead):
+    evaluation = run(MARAEngine((tiny_model(), tiny_tokenizer()), random_head(32, "residual")))
+    base, gated, gate = evaluation.base, evaluation.gated, evaluation.gate
+    assert base.forwards_per_token == 1 - len(PROMPTS) / base.num_tokens, "the last token of a reply is never fed"
+    assert gated.forwards_per_token == gate.fed / gated.num_tokens
+    unseen = sum(example.marks[-1].outcome == "single" for example in evaluation.examples)  # last, and not judged
+    assert gate.fed == gated.num_tokens + gate.rejected - unseen
+    assert evaluation.extra_forwards == pytest.approx(gated.forwards_per_token - base.forwards_per_token)
+    assert evaluation.speed_ratio > 0
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -16,7 +18,8 @@ from hypothesis import settings
 
 from mara_integrations.engine.cost import CostCurve
 from mara_integrations.progress import Reporter
-from mara_integrations.testing import tiny_model, tiny_tokenizer
+from mara_integrations.runtime import worker_for
+from mara_integrations.testing import ScriptedBackend, random_head, tiny_model, tiny_tokenizer
 
 settings.register_profile("unhurried", deadline=None)  # on a busy machine any example may take long
 settings.load_profile("unhurried")
@@ -38,6 +41,39 @@ class Interrupting(Reporter):
                     raise KeyboardInterrupt
 
         yield advance
+
+
+class Forwards:
+    """Counts the forwards of a model from now on."""
+
+    def __init__(self, monkeypatch, llm):
+        self.count = self.widest = 0  # sequences in one forward
+        self._decoder = worker_for(llm.engine.model)._decoder
+        feed = self._decoder.backend.feed
+
+        def counting(segments):
+            self.count += 1
+            self.widest = max(self.widest, len(segments))
+            return feed(segments)
+
+        monkeypatch.setattr(self._decoder.backend, "feed", counting)
+
+    async def reached(self, count):
+        await _until(lambda: self.count >= count)
+
+    async def settled(self):
+        """Wait until nothing is decoded any more; how many more forwards there were."""
+        before = self.count
+        await _until(lambda: self._decoder.is_idle)
+        return self.count - before
+
+
+async def _until(condition):
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise TimeoutError
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +108,54 @@ def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i} {chr(97 + i % 26)}?"}) + "\n" for i in range(20)))
     return path
+
+
+# --- a tiny model in the frameworks
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
+
+
+@pytest.fixture
+def llm(loaded):
+    """Of LangChain; the tests of LlamaIndex and of `MARALLM` have their own."""
+    from mara_integrations import ChatMARA
+
+    return ChatMARA(loaded, head=random_head(32), max_tokens=12)
+
+
+@pytest.fixture
+def count_forwards(monkeypatch):
+    return partial(Forwards, monkeypatch)
+
+
+@pytest.fixture
+def says(llm, monkeypatch):
+    """Makes the model of `llm` prefer to write a given reply."""
+    tokenizer = llm.engine.model.tokenizer
+
+    def scripted(reply, **settings):
+        wanted, turn = ([*tokenizer(text)["input_ids"]] for text in (reply, "[assistant] "))
+        wanted.append(tokenizer.eos_token_id)
+
+        def script(tokens):
+            ends = [i + len(turn) for i in range(len(tokens)) if list(tokens[i : i + len(turn)]) == turn]
+            written = len(tokens) - max(ends, default=len(tokens))
+            return [30.0 * (token_id == wanted[min(written, len(wanted) - 1)]) for token_id in range(256)]
+
+        monkeypatch.setattr(worker_for(llm.engine.model)._decoder, "backend", ScriptedBackend(script, 256))
+        return llm.model_copy(update={"head": None, "max_tokens": 300, **settings})
+
+    return scripted
+
+
+@pytest.fixture
+def event_loop():
+    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial, reduce
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
@@ -61,12 +62,7 @@ def model(
     return llm
 
 
-def total(chunks: Any) -> AIMessage:
-    whole: Any = None
-    for chunk in chunks:
-        whole = chunk if whole is None else whole + chunk
-    assert isinstance(whole, AIMessageChunk)
-    return whole
+total = partial(reduce, operator.add)  # of the chunks of a stream
 
 
 CALLS = [

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import llama_index.core
 import pytest
-import torch
 from llama_index.core import Document, Settings, SummaryIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.base import BaseLLM
@@ -24,8 +22,7 @@ from pydantic import BaseModel, Field
 from mara_integrations.errors import ConfigError
 from mara_integrations.llama_index import GatedLLM, as_conversation
 from mara_integrations.messages import Message, ToolCall
-from mara_integrations.runtime import worker_for
-from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.testing import random_head
 
 LONG = 300  # tokens
 
@@ -33,21 +30,6 @@ LONG = 300  # tokens
 @pytest.fixture(autouse=True)
 def untouched_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
-
-
-@pytest.fixture
-def event_loop() -> Iterator[None]:
-    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield
-    asyncio.set_event_loop(None)
-    loop.close()
 
 
 @pytest.fixture
@@ -352,41 +334,12 @@ async def test_an_agent_calls_its_tool(caller: GatedLLM) -> None:
 # --- cancellation, counted in forwards
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise TimeoutError
-
-
-class Forwards:
-    """Counts the forwards of a model."""
-
-    def __init__(self, llm: GatedLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        self._decoder = worker_for(llm.engine.model)._decoder
-        feed = self._decoder.backend.feed
-
-        def counting(segments: Any) -> torch.Tensor:
-            self.count += 1
-            return feed(segments)
-
-        monkeypatch.setattr(self._decoder.backend, "feed", counting)
-
-    async def settled(self) -> int:
-        """How many more there were."""
-        before = self.count
-        await until(lambda: self._decoder.is_idle)
-        return self.count - before
-
-
 @pytest.mark.parametrize("call", ["achat", "acomplete"])
-async def test_cancelling_stops_within_a_token(llm: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    forwards = Forwards(llm, monkeypatch)
+async def test_cancelling_stops_within_a_token(llm: GatedLLM, count_forwards: Any, call: str) -> None:
+    forwards = count_forwards(llm)
     prompt: Any = [ChatMessage("hi")] if call == "achat" else "hi"
     task = asyncio.create_task(getattr(llm, call)(prompt, max_tokens=LONG, head=None))
-    await until(lambda: forwards.count >= 10)
+    await forwards.reached(10)
 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -405,10 +358,8 @@ def handled(request: pytest.FixtureRequest, llm: GatedLLM) -> GatedLLM:
 
 
 @pytest.mark.parametrize("call", ["stream_chat", "stream_complete"])
-async def test_leaving_a_stream_stops_within_a_token(
-    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    forwards = Forwards(handled, monkeypatch)
+async def test_leaving_a_stream_stops_within_a_token(handled: GatedLLM, count_forwards: Any, call: str) -> None:
+    forwards = count_forwards(handled)
     prompt: Any = [ChatMessage("hi")] if call == "stream_chat" else "hi"
 
     for _ in getattr(handled, call)(prompt, max_tokens=LONG, head=None):
@@ -420,9 +371,9 @@ async def test_leaving_a_stream_stops_within_a_token(
 
 @pytest.mark.parametrize("call", ["astream_chat", "astream_complete"])
 async def test_leaving_an_async_stream_stops_before_the_event_loop_gets_its_turn(
-    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch, call: str
+    handled: GatedLLM, count_forwards: Any, call: str
 ) -> None:
-    forwards = Forwards(handled, monkeypatch)
+    forwards = count_forwards(handled)
     prompt: Any = [ChatMessage("hi")] if call == "astream_chat" else "hi"
 
     async for _ in await getattr(handled, call)(prompt, max_tokens=LONG, head=None):
@@ -434,13 +385,11 @@ async def test_leaving_an_async_stream_stops_before_the_event_loop_gets_its_turn
     assert await forwards.settled() <= 2
 
 
-async def test_leaving_a_stream_of_objects_stops_within_a_token(
-    handled: GatedLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_leaving_a_stream_of_objects_stops_within_a_token(handled: GatedLLM, count_forwards: Any) -> None:
     class Story(BaseModel):
         text: str
 
-    forwards = Forwards(handled, monkeypatch)
+    forwards = count_forwards(handled)
     settings = {"llm_kwargs": {"max_tokens": LONG, "head": None}}
 
     for _ in handled.stream_structured_predict(Story, PromptTemplate("hi"), **settings):

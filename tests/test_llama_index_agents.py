@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,16 +36,6 @@ def untouched_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Settings, "_llm", None)
     yield
     gc.collect()  # what is to be said about a forgotten memory is said here, not in another test
-
-
-@pytest.fixture
-def event_loop() -> Iterator[None]:
-    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield
-    asyncio.set_event_loop(None)
-    loop.close()
 
 
 def scripted(reply: Callable[[str], str], **settings: Any) -> GatedLLM:

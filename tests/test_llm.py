@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import asyncio
 import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,22 +18,7 @@ from llama_index.core.prompts import PromptTemplate
 import mara_integrations
 from mara_integrations import MARALLM, ChatMARA, MARAEngine
 from mara_integrations.errors import ConfigError
-from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return tiny_model(max_position_embeddings=2048), tiny_tokenizer()
-
-
-@pytest.fixture
-def event_loop() -> Iterator[None]:
-    """LlamaIndex makes an event loop in synchronous code too, and never closes it."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield
-    asyncio.set_event_loop(None)
-    loop.close()
+from mara_integrations.testing import random_head
 
 
 @pytest.fixture

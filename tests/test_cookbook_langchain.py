@@ -104,6 +104,13 @@ async def test_the_endpoint_sends_what_the_model_writes_in_pieces(tiny: ChatMARA
     assert refused.status_code == 422
 
 
+@pytest.mark.filterwarnings("ignore")  # NeMo's own
+def test_nemo_guardrails_takes_the_model(says: Callable[[str], ChatMARA]) -> None:
+    pytest.importorskip("nemoguardrails", reason="NeMo Guardrails is not installed, and in no extra: pip install it")
+
+    assert recipe("04_guardrails.py")["with_nemo"](says("By the link below.")) == "By the link below."
+
+
 def test_the_graph_runs_the_tool_it_forces(tiny: ChatMARA) -> None:
     graph = recipe("02_langgraph_agent_with_memory.py")["build"](tiny)
     config = {"configurable": {"thread_id": "a"}}

@@ -33,7 +33,8 @@ CallTool = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
 @pytest.fixture(autouse=True)
 def untouched_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
-    monkeypatch.setattr(Settings, "_llm", None)
+    for name in ("_llm", "_node_parser", "_transformations"):  # a splitter counts as the model of its first user does
+        monkeypatch.setattr(Settings, name, None)
     yield
     gc.collect()  # what is to be said about a forgotten memory is said here, not in another test
 

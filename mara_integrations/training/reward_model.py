@@ -33,7 +33,7 @@ _JUDGE_SHARE = 0.3  # of the prompts: what the second model is fitted to, and th
 _MIN_PAIRS = 20
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?|[^\w\s]")
 _MAX_FEATURES, _MIN_TEXTS = 20_000, 3  # n-grams that are in fewer replies say nothing of others
-_STEPS, _DECAYS = 150, (1e-4, 1e-3, 1e-2)
+_STEPS, _FOLDS, _DECAYS = 50, 5, (1e-4, 1e-3, 1e-2, 1e-1)
 
 Preference = tuple[str, str]  # a better and a worse reply
 
@@ -147,10 +147,8 @@ class NGramReward:
         sides = []
         for side in (0, 1):
             values = [_tf_idf(pair[side], idf) for pair in pairs]
-            sides.append(_Sparse.of([{index[gram]: v for gram, v in value.items()} for value in values]))
-        weights = fit_bradley_terry(
-            lambda w, rows: sides[0].dot(w, rows) - sides[1].dot(w, rows), len(known), len(pairs), seed
-        )
+            sides.append(_Sparse([{index[gram]: v for gram, v in value.items()} for value in values]))
+        weights = fit_bradley_terry(lambda w: sides[0].dot(w) - sides[1].dot(w), len(known), len(pairs), seed)
         return cls(dict(zip(known, weights.tolist(), strict=True)), idf)
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
@@ -180,7 +178,7 @@ class EmbeddingReward:
         sides = [_embedded(model, [pair[side] for pair in pairs]) for side in (0, 1)]
         mean, spread = torch.cat(sides).mean(0), torch.cat(sides).std(0) + 1e-6
         gaps = (sides[0] - sides[1]) / spread / sides[0].shape[1] ** 0.5
-        weights = fit_bradley_terry(lambda w, rows: gaps[rows] @ w, gaps.shape[1], len(pairs), seed)
+        weights = fit_bradley_terry(lambda w: gaps @ w, gaps.shape[1], len(pairs), seed)
         return cls(model, weights, mean, spread)
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
@@ -190,54 +188,63 @@ class EmbeddingReward:
         return values
 
 
-def fit_bradley_terry(gap: Callable[[Tensor, Tensor], Tensor], num_features: int, num_pairs: int, seed: int) -> Tensor:
-    """Weights w that make better replies win: least -log sigmoid of the gap, with the decay that a fifth likes best.
+def fit_bradley_terry(gap: Callable[[Tensor], Tensor], num_features: int, num_pairs: int, seed: int) -> Tensor:
+    """Weights w that make better replies win: least -log sigmoid of the gap, and a decay chosen by cross-validation.
+
+    The strongest decay counts that is within a standard error of the best: what a weaker one adds on noisy preferences
+    is mostly noise, and shows less in the replies of another model.
 
     Args:
-        gap: Of weights and rows of pairs, how much the better reply scores above the worse one.
+        gap: Of weights, how much the better reply of each pair scores above the worse one, (N,).
         num_features: Length of w.
         num_pairs: How many there are.
         seed: Of what is held out.
 
-    Source: Bradley and Terry 1952.
+    Source: Bradley and Terry 1952; Hastie, Tibshirani and Friedman 2009, section 7.10 (the one-standard-error rule).
     """
     order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed))
-    checking, fitting = order[: num_pairs // 5], order[num_pairs // 5 :]
+    folds = order.chunk(_FOLDS)
 
     def fitted(rows: Tensor, decay: float) -> Tensor:
         w = torch.zeros(num_features, requires_grad=True)
-        optimizer = torch.optim.Adam([w], lr=0.05)
-        for _ in range(_STEPS):
+        optimizer = torch.optim.LBFGS([w], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+        def loss() -> float:
             optimizer.zero_grad()
-            loss = -logsigmoid(gap(w, rows)).mean() + decay * w.square().sum()
-            loss.backward()
-            optimizer.step()
+            value = -logsigmoid(gap(w)[rows]).mean() + decay * w.square().sum()
+            value.backward()
+            return float(value.detach())
+
+        optimizer.step(loss)
         return w.detach()
 
-    def held_out_loss(decay: float) -> float:
-        return float(-logsigmoid(gap(fitted(fitting, decay), checking)).mean())
+    def held_out_losses(decay: float) -> Tensor:
+        others = [torch.cat([*folds[:i], *folds[i + 1 :]]) for i in range(len(folds))]
+        return torch.stack(
+            [-logsigmoid(gap(fitted(rows, decay))[fold]).mean() for rows, fold in zip(others, folds, strict=True)]
+        )
 
-    return fitted(order, min(_DECAYS, key=held_out_loss))
+    losses = torch.stack([held_out_losses(decay) for decay in _DECAYS])  # (decays, folds)
+    means, errors = losses.mean(1), losses.std(1) / len(folds) ** 0.5
+    best = int(means.argmin())
+    good = (means <= means[best] + errors[best]).nonzero()[:, 0]
+    return fitted(order, _DECAYS[int(good[-1])])
 
 
 class _Sparse:
     """Rows of few features each, for a fast product with weights."""
 
-    def __init__(self, index: list[Tensor], value: list[Tensor]) -> None:
-        self.index, self.value = index, value
+    def __init__(self, rows: Sequence[dict[int, float]]) -> None:
+        counts = torch.tensor([0, *map(len, rows)])
+        self._starts = counts.cumsum(0)[:-1]
+        self._index = torch.tensor([feature for row in rows for feature in row], dtype=torch.long)
+        self._value = torch.tensor([value for row in rows for value in row.values()])
 
-    @classmethod
-    def of(cls, rows: Sequence[dict[int, float]]) -> _Sparse:
-        """From feature -> value."""
-        index = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-        return cls(index, [torch.tensor(list(row.values())) for row in rows])
-
-    def dot(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Of the named rows, (B,)."""
-        chosen = rows.tolist()
-        counts = torch.tensor([0, *(len(self.index[i]) for i in chosen)])
-        index, value = (torch.cat([part[i] for i in chosen]) for part in (self.index, self.value))
-        return embedding_bag(index, weights[:, None], counts.cumsum(0)[:-1], mode="sum", per_sample_weights=value)[:, 0]
+    def dot(self, weights: Tensor) -> Tensor:
+        """Of every row, (N,)."""
+        return embedding_bag(self._index, weights[:, None], self._starts, mode="sum", per_sample_weights=self._value)[
+            :, 0
+        ]
 
 
 def _grams(text: str) -> list[str]:

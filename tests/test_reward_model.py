@@ -7,11 +7,15 @@ import random
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mara_integrations.errors import DataError
+from mara_integrations.cli import app
+from mara_integrations.errors import DataError, RewardError
 from mara_integrations.models import ModelSpec, load_model
-from mara_integrations.testing import tiny_model, tiny_tokenizer
+from mara_integrations.rewards import reward_name
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.reward_files import keep_rewards, kept_reward
 from mara_integrations.training.reward_model import (
     EmbeddingReward,
     NGramReward,
@@ -95,6 +99,28 @@ def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "judgement"]
     assert len(judged) == 1 and list(judged[0]["opinions"]) == ["reward model", "second judge"]
+    assert "`rewards/second-judge.safetensors`" in (tmp_path / "h" / "README.md").read_text()
+
+    asking = ["eval", "--head", tmp_path / "h", "--model", folder_model, "--data", data, "--max-new-tokens", "8"]
+    report = tmp_path / "report.json"
+    said = CliRunner().invoke(app, [*map(str, asking), "--limit", "3", "--temperature", "1", "--report", str(report)])
+    assert "Rewards reward model; second judge (recorded with the head)" in " ".join(said.stdout.split()), said.output
+    again, then = json.loads(report.read_text())["rewards"], result.evaluation.rewards
+    assert [again[name]["base_mean"] for name in then] == pytest.approx([then[name].base_mean for name in then])
+
+
+def test_a_kept_reward_model_judges_as_it_did(model, tmp_path):
+    reward, unseen = RewardModel.fit(planted(80, 1), 0, model), [text for pair in planted(9, 2) for text in pair]
+    head = random_head(32, "residual")
+    keep_rewards(tmp_path, head, {"mine": reward, "not kept": len})
+    (spec,) = head.config.rewards
+    loaded = kept_reward(spec, [tmp_path / "elsewhere", tmp_path], model)
+    assert reward_name(loaded) == "mine" and loaded(unseen) == reward(unseen)
+    with pytest.raises(RewardError, match=r"width 32; those of .* have 16"):
+        kept_reward(spec, [tmp_path], load_model(ModelSpec((tiny_model(hidden_size=16), tiny_tokenizer()))))
+    (tmp_path / spec["file"]).write_bytes(b"another")
+    with pytest.raises(RewardError, match="'mine' is not beside the head"):
+        kept_reward(spec, [tmp_path], model)
 
 
 def test_too_few_pairs_are_refused(folder_model, tmp_path):

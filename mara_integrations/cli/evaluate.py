@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mara_integrations.data import Dataset
     from mara_integrations.engine.head import HeadConfig
     from mara_integrations.rewards import Reward
+    from mara_integrations.runtime import MARAEngine
 
 
 def evaluate_head(
@@ -105,7 +106,7 @@ def evaluate_head(
         say(console, "", note)
     origin = ""
     if not rewards:
-        rewards, origin = list(_recorded_rewards(engine.head.config)), " (recorded with the head)"
+        rewards, origin = list(_recorded_rewards(engine, head_source(head))), " (recorded with the head)"
     named = {reward_name(item): item for item in rewards}
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {str(engine.model.dtype)[6:]}")
@@ -160,13 +161,19 @@ def _described(reward: Reward) -> str:
     return reward.path if isinstance(reward, FunctionReward) else reward_name(reward)
 
 
-def _recorded_rewards(config: HeadConfig) -> Iterator[Reward]:
-    """What a head was trained for, as far as it can be built here."""
+def _recorded_rewards(engine: MARAEngine, heads: Mapping[str, float] | None) -> Iterator[Reward]:
+    """What the heads were trained for, as far as it can be built here."""
+    from mara_integrations.engine.head import head_folder
     from mara_integrations.rewards import reward_from_spec
+    from mara_integrations.training.reward_files import KIND, kept_reward
 
-    for spec in config.rewards:
+    assert engine.head is not None
+    for spec in engine.head.config.rewards:
         try:
-            yield reward_from_spec(spec)
+            if spec.get("kind") == KIND:
+                yield kept_reward(spec, list(map(head_folder, heads or ())), engine.model)
+            else:
+                yield reward_from_spec(spec)
         except MaraError as error:
             warnings.warn(
                 f"a reward that the head was trained for is left out: {error.message}; --reward names another place",

@@ -22,6 +22,7 @@ from mara_integrations.files import write_atomically
 from mara_integrations.sampling import HeadForm
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "head.safetensors", "head_config.json", "README.md"
+REWARDS_FOLDER = "rewards"  # in a head's folder: reward models that its training fitted
 
 
 class HeadConfig(BaseModel):
@@ -176,14 +177,22 @@ class MARAHead(nn.Module):
         path = Path(source).expanduser()
         if path.suffix in (".pth", ".pt") or path.is_file():
             return _read_published(path)
-        if not path.is_dir():
-            path = _download(str(source))
-        return _read_folder(path)
+        return _read_folder(head_folder(source))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
             return push_folder(self.save_pretrained(folder), repo_id, private=private, token=token)
+
+
+def head_folder(source: str | Path) -> Path:
+    """A head's folder: the one that is named, or the local copy of a Hub id.
+
+    Raises:
+        HeadError: If it is neither.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_dir() else _download(str(source))
 
 
 def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -314,7 +323,9 @@ def _download(source: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
+        return Path(
+            snapshot_download(source, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, f"{REWARDS_FOLDER}/*"])
+        )
     except HFValidationError:
         reason = "there is no such folder, and it is not a Hub id"
     except Exception as error:  # not found, gated, offline: one sentence each, all meaning that there is no head

@@ -64,6 +64,13 @@ def model_card(config: HeadConfig, why: str, evaluation: Evaluation | None) -> s
             "Brackets are 95 % intervals. `mara-tools eval` measures the same on prompts of your own.",
             "",
         ]
+    if files := [f"`{spec['file']}` ({spec['name']})" for spec in config.rewards if "file" in spec]:
+        lines += [
+            "## Reward models",
+            "",
+            f"It was taught and judged by {' and '.join(files)}, as `eval` does again.",
+            "",
+        ]
     lines += [
         "## Limits",
         "",

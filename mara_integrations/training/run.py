@@ -30,6 +30,7 @@ from mara_integrations.training.keeping import model_fingerprint
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.ray_rewards import import_ray, on_ray
 from mara_integrations.training.ray_writers import RayWriters
+from mara_integrations.training.reward_files import keep_rewards
 from mara_integrations.training.writing import Writers, WritersHere
 
 SETTINGS_FILE = "train.yaml"
@@ -92,6 +93,7 @@ def _train(run: Run) -> TrainResult:
         head = run.new_head()
         learned = LOOPS[run.plan.method.name](run, head)
         kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
+        keep_rewards(config.output, head, learned.rewards)
         head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
         evaluation = _evaluate(run, head, learned)
         _save(run, head, evaluation, learned, kl)

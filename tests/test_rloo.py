@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +289,25 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left on device"):
         kept_data(tmp_path / "part.pt", lambda: [1])
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, prompts_file, tmp_path, monkeypatch):
+    whole = train(settings(folder_model, prompts_file, tmp_path / "whole", eval_prompts=0))
+    shutil.rmtree(keeping.cache_dir())
+    replace = os.replace
+
+    for file in ("replies", "worth-of-base-replies.pt", "head.safetensors"):
+
+        def full(source, target, file=file):
+            if file in Path(target).parts:
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            with pytest.raises(OutputError, match=rf"{file}.*No space left on device"):
+                train(settings(folder_model, prompts_file, tmp_path / "head", eval_prompts=0))
+        assert not list(tmp_path.rglob(".*.pt.*")), "nothing half-written is left"
+
+    resumed = train(settings(folder_model, prompts_file, tmp_path / "head", eval_prompts=0))
+    assert resumed.head.fingerprint == whole.head.fingerprint

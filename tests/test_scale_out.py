@@ -17,17 +17,19 @@ from mara_integrations.engine.backend import make_backend
 from mara_integrations.errors import ConfigError, EngineClosedError, MissingExtraError, RewardError
 from mara_integrations.messages import Conversation, Message
 from mara_integrations.models import ModelSpec, load_model
-from mara_integrations.rewards import load_reward, score
+from mara_integrations.rewards import load_reward, load_rewards, reward_spec, score
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.actor_critic import mended
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.ray_rewards import RayReward, import_ray
+from mara_integrations.training.ray_rewards import RayReward, import_ray, on_ray
 from mara_integrations.training.ray_writers import RayWriters
+from mara_integrations.training.rehearsal import rehearse
 from mara_integrations.training.run import train
 from mara_integrations.training.writing import Part, WritersHere
 
 VOWELS = "tests/reward_for_tests.py:vowels"
+BOTH = (VOWELS, "length?words=3&weight=0.5")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,11 +129,24 @@ def test_the_same_head_comes_out_as_in_one_process(folder, tmp_path, monkeypatch
     def run(name, **values):
         settings = {"max_replies": 192, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
         files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / name}
-        return train(TrainConfig.of(reward=VOWELS, staleness=1, **files, **settings, **values))
+        return train(TrainConfig.of(reward=BOTH, staleness=1, **files, **settings, **values))
 
     alone, spread = run("alone"), run("spread", ray=2)
     assert alone.head.fingerprint == spread.head.fingerprint
-    assert alone.evaluation.rewards["vowels"] == spread.evaluation.rewards["vowels"], "the reward was an actor too"
+    assert alone.head.config.rewards == spread.head.config.rewards
+    assert {"vowels", "length"} < set(alone.evaluation.rewards)
+    assert alone.evaluation.rewards == spread.evaluation.rewards, "the rewards were actors too"
+
+
+def test_a_dry_run_starts_the_actors_too_and_writes_nothing(folder, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(RayWriters, "close", lambda self: closed.append(len(self._actors)))
+    files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / "head"}
+
+    estimate = rehearse(TrainConfig.of(reward=BOTH, max_reply_tokens=6, max_replies=64, ray=1, **files))
+
+    assert estimate.replies > 0 and closed == [1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reward_in_an_actor_is_the_reward_itself():
@@ -141,6 +156,18 @@ def test_a_reward_in_an_actor_is_the_reward_itself():
     assert score(remote, prompts, texts) == score(reward, prompts, texts)
     ray.kill(remote._actor)
     assert score(remote, prompts, texts) == score(reward, prompts, texts), "a lost one is replaced"
+
+
+def test_several_rewards_are_an_actor_each_and_weighed_as_here():
+    here, prompts = load_rewards(BOTH, normalise=True), [(Message("user", "?"),)] * 9
+    texts = ["ae " * i + "xyz" for i in range(9)]
+    there = on_ray(here)
+    assert all(isinstance(part, RayReward) for part in there.parts.values())
+    assert there.__name__ == here.__name__ and reward_spec(there) == reward_spec(here)
+    assert score(there, prompts, texts) == score(here, prompts, texts)
+    assert there.scales == here.scales and len(there.scales) == 2
+    ray.kill(there.parts["length"]._actor)
+    assert score(there, prompts[:2], texts[:2]) == score(here, prompts[:2], texts[:2]), "a lost one is replaced"
 
 
 def test_what_a_reward_raises_in_an_actor_is_told_as_here(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -10,8 +12,9 @@ import pytest
 
 from mara_integrations.errors import MissingExtraError
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.metrics_log import MetricsLog
 from mara_integrations.training.plan import make_plan
-from mara_integrations.training.trackers import numbers, open_trackers
+from mara_integrations.training.trackers import numbers
 
 EVENTS = [
     ("fit", {"epoch": 0, "held_out_loss": 2.0}),
@@ -22,10 +25,14 @@ EVENTS = [
 
 
 def track(name: str, folder: Path) -> None:
-    (tracker,) = open_trackers([name, name], folder, {"method": "value"})
-    for event, values in EVENTS:
-        tracker.log(event, numbers(values))
-    tracker.close()
+    """The run is interrupted in the middle, and has to repeat what it did just before."""
+    for resumes, events in ((False, EVENTS[:3]), (True, EVENTS)):
+        log = MetricsLog(folder)
+        with suppress(KeyboardInterrupt), log.opened("f00d", [name, name], {"config": {"method": "value"}}):
+            for event, values in events:
+                log.log(event, values)
+            if not resumes:
+                raise KeyboardInterrupt
 
 
 def test_numbers_are_found_within_objects_and_words_left_out():
@@ -56,9 +63,45 @@ def test_weights_and_biases_and_trackio_get_each_event_as_a_step(monkeypatch, tm
 
     track(name, tmp_path / "brand-voice")
 
-    assert heard[0] == {"project": "mara", "name": "brand-voice", "config": {"method": "value"}}
-    assert heard[1] == {"fit/epoch": 0.0, "fit/held_out_loss": 2.0}
-    assert heard[4:] == [{"rewards/mean_reward": 0.5}, "finished"]
+    figures = [given for given in heard if "project" not in given]
+    assert figures == [
+        {"fit/epoch": 0.0, "fit/held_out_loss": 2.0},
+        {"fit/epoch": 1.0, "fit/held_out_loss": 1.5},
+        {"rewards/mean_reward": 0.25},
+        "finished",
+        {"rewards/mean_reward": 0.5},
+        "finished",
+    ]
+    first, second = ({**given} for given in heard if "project" in given)
+    assert (first.pop("resume"), second.pop("resume")) == ("never", "allow")
+    assert first == second and (("id" in first) is (name == "wandb"))
+    assert first["name"] == "brand-voice" and first["config"] == {"method": "value"}
+
+
+def test_the_log_goes_on_after_what_an_interrupted_run_said(tmp_path):
+    def run(*events, fingerprint="f00d", is_cut=False):
+        log = MetricsLog(tmp_path)
+        with log.opened(fingerprint, [], {"config": {}}):
+            for event, values in events:
+                log.log(event, values)
+        text = (tmp_path / "metrics.jsonl").read_text()
+        if is_cut:
+            (tmp_path / "metrics.jsonl").write_text(text[:-9])  # killed while it wrote
+        return [json.loads(line) for line in text.splitlines()]
+
+    twice = ("parts", {"mean": 0.5})
+    run(("fit", {"epoch": 0, "loss": 2.0}), twice, twice, ("fit", {"epoch": 1, "loss": 1.5}), is_cut=True)
+    almost = {"epoch": 0, "loss": 2.0000001}
+    lines = run(("fit", almost), twice, twice, twice, ("fit", {"epoch": 1, "loss": 1.5}), ("done", {}))
+    said = [(line["event"], line.get("epoch")) for line in lines]
+    parts = ("parts", None)
+    assert said == [
+        ("start", None), ("fit", 0), parts, parts, ("resumed", None), parts, ("fit", 1), ("done", None)
+    ]  # fmt: skip
+    times = [line["elapsed_s"] for line in lines]
+    assert times == sorted(times)
+    assert [line["event"] for line in run(twice)] == ["start", "parts"], "the other was done"
+    assert [line["event"] for line in run(twice, fingerprint="beef")] == ["start", "parts"], "other settings"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

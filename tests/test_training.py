@@ -230,6 +230,16 @@ def test_an_interrupted_run_goes_on_to_the_same_head(interrupting, folder_model,
         assert not (tmp_path / "broken" / "head.safetensors").exists(), "nothing half-trained looks like a head"
     resumed = train(config(folder_model, prompts_file, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
+    said = [metrics(tmp_path / name) for name in ("whole", "broken")]
+    assert [line for line in said[1] if line["event"] != "resumed"] == said[0], "all that the whole run says, once"
+    assert len(said[1]) == len(said[0]) + 2
+
+
+def metrics(folder):
+    """Lines but for their times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dropped = ("elapsed_s", "seconds", "run", "config")
+    return [{name: value for name, value in line.items() if name not in dropped} for line in lines]
 
 
 def test_reading_given_replies_goes_on_where_it_was(interrupting, folder_model, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,18 +17,17 @@ from rich.markup import escape
 from mara_integrations.engine.backend import Backend
 from mara_integrations.engine.head import HeadConfig, MARAHead
 from mara_integrations.evaluation.metrics import Interval
-from mara_integrations.files import append_line
 from mara_integrations.models import LoadedModel
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_spec
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.fitting import Epoch, FitSettings
+from mara_integrations.training.metrics_log import MetricsLog
 from mara_integrations.training.plan import Plan
-from mara_integrations.training.trackers import Tracker, numbers, open_trackers
 from mara_integrations.training.writing import Writers
 
-METRICS_FILE, WORK_FOLDER = "metrics.jsonl", ".run"
+WORK_FOLDER = ".run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +58,7 @@ class Run:
         model_fingerprint: Of the model's weights, see `keeping.model_fingerprint`.
         writers: Write replies.
         reporter: Hears the news.
-        trackers: Get the figures of the log, too.
-        started: When the run began, by the monotonic clock.
+        metrics: Figures of the run.
     """
 
     config: TrainConfig
@@ -71,8 +68,7 @@ class Run:
     model_fingerprint: str
     writers: Writers
     reporter: Reporter
-    trackers: list[Tracker] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    metrics: MetricsLog
 
     # --- news ---
 
@@ -85,29 +81,16 @@ class Run:
         return self.reporter.stage(name, total)
 
     def log(self, event: str, **values: Any) -> None:
-        """Add a line to metrics.jsonl."""
-        line = {"event": event, "elapsed_s": round(self.elapsed_s, 2), **values}
-        append_line(self.config.output / METRICS_FILE, json.dumps(line))
-        for tracker in self.trackers:
-            tracker.log(event, numbers(values))
+        """Add a line to metrics.jsonl, for the trackers too."""
+        self.metrics.log(event, values)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Start metrics.jsonl afresh, and the trackers of the settings; they end with the run, however it ends."""
-        (self.config.output / METRICS_FILE).unlink(missing_ok=True)
+        """Start metrics.jsonl and the trackers, or go on with those of an interrupted run; see `MetricsLog.opened`."""
         method, settings = self.plan.method.name, self.config.described()
-        self.trackers.extend(open_trackers(self.config.track, self.config.output, settings))
-        try:
-            self.log("start", method=method, model=self.model.name, config=settings)
+        start = {"method": method, "model": self.model.name, "config": settings}
+        with self.metrics.opened(self.folder.name, self.config.track, start):
             yield
-        finally:
-            for tracker in self.trackers:
-                tracker.close()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Since the run began."""
-        return time.monotonic() - self.started
 
     # --- what is kept until the head is finished ---
 

@@ -27,6 +27,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.gather import conversation_of, try_reward
 from mara_integrations.training.keeping import model_fingerprint
+from mara_integrations.training.metrics_log import MetricsLog
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.ray_rewards import import_ray, on_ray
 from mara_integrations.training.ray_writers import RayWriters
@@ -122,7 +123,7 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
     if config.ray:
         writers = RayWriters(spec, config.ray, model.device.type == "cuda", reporter.say)
         plan = replace(plan, reward=plan.reward and on_ray(plan.reward))
-    run = Run(config, plan, model, backend, model_fingerprint(model), writers, reporter)
+    run = Run(config, plan, model, backend, model_fingerprint(model), writers, reporter, MetricsLog(config.output))
     _show_samples(run)
     return run
 
@@ -170,7 +171,7 @@ def _named(reward: Reward | None) -> dict[str, Reward]:
 
 def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Learned, kl: float) -> None:
     """The head with its figures and its card."""
-    metrics: dict[str, Any] = {"kl_per_token": kl, "seconds": round(run.elapsed_s, 1)}
+    metrics: dict[str, Any] = {"kl_per_token": kl, "seconds": round(run.metrics.elapsed_s, 1)}
     if learned.held_out_accuracy is not None:
         metrics["held_out_accuracy"] = asdict(learned.held_out_accuracy)
     if evaluation is not None:

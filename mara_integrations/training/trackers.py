@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -18,8 +17,8 @@ _STEPS = ("epoch", "round", "step", "update")  # by which an event numbers itsel
 class Tracker(Protocol):
     """Receives the figures of a run."""
 
-    def log(self, event: str, values: Mapping[str, float]) -> None:
-        """One event's numbers by name."""
+    def log(self, event: str, values: Mapping[str, float], count: int) -> None:
+        """One event's numbers by name, and how often it came before."""
 
     def close(self) -> None:
         """No more will come."""
@@ -28,17 +27,15 @@ class Tracker(Protocol):
 class TensorBoard:
     """Curves in a folder, a step for each time an event comes, or as the event numbers itself."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resumes: bool) -> None:
         writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter
         self._writer = writer(str(folder / "tensorboard"))
-        self._writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
-        self._seen: Counter[str] = Counter()
+        if not resumes:
+            self._writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
-    def log(self, event: str, values: Mapping[str, float]) -> None:
+    def log(self, event: str, values: Mapping[str, float], count: int) -> None:
         """A point on the curve of each number."""
-        numbered = next((values[name] for name in _STEPS if name in values), None)
-        step = self._seen[event] if numbered is None else int(numbered)
-        self._seen[event] += 1
+        step = int(next((values[name] for name in _STEPS if name in values), count))
         for name, value in values.items():
             self._writer.add_scalar(f"{event}/{name}", value, step)
 
@@ -50,11 +47,14 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases, or Trackio, which has the same interface; where and as whom is for its own settings to say."""
 
-    def __init__(self, module: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, folder: Path, settings: Mapping[str, Any], *, run: str, resumes: bool) -> None:
         self._module = _extra(module, module)
-        self._module.init(project=PROJECT, name=folder.name, config=dict(settings))
+        which = {"id": run} if module == "wandb" else {}  # Trackio goes on with the last run of a name
+        self._module.init(
+            project=PROJECT, name=folder.name, config=dict(settings), resume="allow" if resumes else "never", **which
+        )
 
-    def log(self, event: str, values: Mapping[str, float]) -> None:
+    def log(self, event: str, values: Mapping[str, float], count: int) -> None:
         """One step with all the numbers."""
         self._module.log({f"{event}/{name}": value for name, value in values.items()})
 
@@ -63,20 +63,26 @@ class Wandb:
         self._module.finish()
 
 
-def open_trackers(names: Sequence[TrackerName], folder: Path, settings: Mapping[str, Any]) -> tuple[Tracker, ...]:
+def open_trackers(
+    names: Sequence[TrackerName], folder: Path, settings: Mapping[str, Any], *, run: str, resumes: bool = False
+) -> tuple[Tracker, ...]:
     """The trackers of a run, each name once.
 
     Args:
         names: Which.
         folder: Of the head; its name is the run's.
         settings: Shown with the run.
+        run: No other run has it.
+        resumes: Go on with the curves of that run.
 
     Raises:
         MissingExtraError: If one is not installed; names the extra.
     """
     assert set(names) <= set(get_args(TrackerName))
     return tuple(
-        TensorBoard(folder, settings) if name == "tensorboard" else Wandb(name, folder, settings)
+        TensorBoard(folder, settings, resumes=resumes)
+        if name == "tensorboard"
+        else Wandb(name, folder, settings, run=run, resumes=resumes)
         for name in dict.fromkeys(names)
     )
 

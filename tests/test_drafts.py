@@ -109,3 +109,48 @@ def test_kept_states_are_those_of_a_plain_forward_with_drafts():
             whole = torch.tensor([[*request.prompt_ids, *done.token_ids]])
             want = model(whole, output_hidden_states=True).hidden_states[-1][0, 15:]
         torch.testing.assert_close(torch.stack(done.states), want, rtol=1e-3, atol=1e-3)
+
+
+class Counting:
+    """A grammar of three tokens that may come after the last one, and of one in some places."""
+
+    is_cut_short = False
+
+    def __init__(self):
+        self.taken = []
+
+    def _allowed(self):
+        last = self.taken[-1] if self.taken else 0
+        return [(last + 1) % 8] if last % 3 == 2 else [(last + step) % 8 for step in (1, 2, 5)]
+
+    def mask(self, logits):
+        allowed = logits[self._allowed()].clone()
+        logits.fill_(-torch.inf)
+        logits[self._allowed()] = allowed
+
+    def accept(self, token_id):
+        assert token_id in self._allowed(), "a token was taken before those in front of it were"
+        self.taken.append(token_id)
+
+    def certain(self):
+        return self._allowed() if len(self._allowed()) == 1 else []
+
+
+@pytest.mark.parametrize("form", [None, "paper", "residual", "value"])
+def test_a_grammar_is_kept_to_in_drafts_too(form, monkeypatch):
+    model, kept = tiny_model(vocab_size=8), []
+    head = random_head(32, form, accept_rate=0.7, seed=3) if form else None
+    monkeypatch.setattr(NgramDraft, "observe", lambda self, num_kept, num_proposed: kept.append(num_kept))
+    for seed in range(4):
+        sampling = SamplingParams(max_new_tokens=30, temperature=0.7, seed=seed)
+        drafted, plain = (
+            Decoder(FusedBackend(model), kind(feeds_all=True)).run(
+                [Request(prompt(16, seed, 8), sampling, head=head, constraint=Counting(), keep_states=True)]
+            )[0]
+            for kind in (Parrot, Scheduler)
+        )
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.log_probs == pytest.approx(plain.log_probs, abs=1e-4)
+        torch.testing.assert_close(torch.stack(drafted.states), torch.stack(plain.states), rtol=1e-3, atol=1e-3)
+        assert len(drafted.states) == 31, "of the prompt's last token and of each of the reply"
+    assert sum(kept) > 0, "some drafts were right"

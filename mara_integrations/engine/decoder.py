@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.backend import Backend, Segment
-from mara_integrations.engine.candidates import rank_candidates
+from mara_integrations.engine.candidates import Ranking, rank_candidates
 from mara_integrations.engine.cost import CostCurve, measure
 from mara_integrations.engine.heads import HeadStacks
 from mara_integrations.engine.prefix import PrefixCache
@@ -98,21 +98,14 @@ class Decoder:
             return
         tips = [sequence.tips() for sequence in settled]
         logits = self.backend.logits(torch.stack(list(chain(*tips)))).float()  # (B, V)
-        owners = [sequence for sequence, mine in zip(settled, tips, strict=True) for _ in mine]
-        for row, sequence in zip(logits, owners, strict=True):
+        rows = logits.split([len(mine) for mine in tips])
+        for sequence, mine in zip(settled, rows, strict=True):
             if sequence.request.constraint is not None:
-                sequence.request.constraint.mask(row)
-        sampling = [sequence.request.sampling for sequence in owners]
-        candidates = rank_candidates(
-            logits,
-            top_k=[s.top_k for s in sampling],
-            top_p=[s.top_p for s in sampling],
-            temperature=[sequence.temperature or 1.0 for sequence in owners],
-            min_candidates=[s.min_candidates for s in sampling],
-        )
-        rankings = iter(candidates.rankings())
-        for sequence, mine in zip(settled, tips, strict=True):
-            sequence.follow(list(islice(rankings, len(mine))))
+                sequence.request.constraint.mask(mine[0])
+        owners = [sequence for sequence, mine in zip(settled, tips, strict=True) for _ in mine]
+        rankings = iter(_rank(owners, logits))
+        for sequence, mine in zip(settled, rows, strict=True):
+            sequence.follow(partial(_ranking, sequence, mine, list(islice(rankings, len(mine)))))
 
     def _take_back(self, sequences: list[Sequence]) -> None:
         """Forget what was drafted in vain."""
@@ -160,3 +153,24 @@ class Decoder:
 
 def _knee(backend: Backend) -> int:
     return CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
+
+
+def _ranking(sequence: Sequence, logits: Tensor, rankings: list[Ranking], place: int) -> Ranking:
+    """Candidates after one of a sequence's tips, all tokens before them taken; logits are (len(tips), V)."""
+    constraint = sequence.request.constraint
+    if constraint is None or place == 0:
+        return rankings[place]
+    constraint.mask(logits[place])  # what may stand here depends on the tokens before: it was not known until now
+    return _rank([sequence], logits[place, None])[0]
+
+
+def _rank(sequences: Seq[Sequence], logits: Tensor) -> list[Ranking]:
+    """Candidates of a position of each, (B, V) logits, by the settings of its request."""
+    sampling = [sequence.request.sampling for sequence in sequences]
+    return rank_candidates(
+        logits,
+        top_k=[s.top_k for s in sampling],
+        top_p=[s.top_p for s in sampling],
+        temperature=[sequence.temperature or 1.0 for sequence in sequences],
+        min_candidates=[s.min_candidates for s in sampling],
+    ).rankings()

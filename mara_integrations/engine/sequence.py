@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -287,8 +286,8 @@ class Sequence:
 
     def _drafted(self, num_drafted: Callable[[float], int]) -> list[int]:
         room = self.request.sampling.max_new_tokens - len(self.token_ids) - 1
-        if room < 1 or self.is_prefilling or self.request.constraint is not None:
-            return []  # what a constraint allows is known only once the tokens before are settled
+        if room < 1 or self.is_prefilling:
+            return []
         if self.position is None:
             return self._drafts.propose((), num_drafted)[:room]
         if self.position.states:
@@ -306,10 +305,12 @@ class Sequence:
         if self.position is None:
             num_settled = len(states) - len(self._draft)
             del self.pending[:num_settled]
+            if self.token_ids:
+                self._keep(states[:num_settled])
+            elif not self.pending:  # of the prompt, the last token's
+                self._keep(states[num_settled - 1 : num_settled])
             previous = self.tip = states[num_settled - 1]
             states = states[num_settled:]
-            if not self.pending:
-                self.keep_state()
         self._undecided = states
         if not self.gated or not len(states):
             return None
@@ -333,7 +334,6 @@ class Sequence:
             if verdict is None:
                 self.num_wasted = len(states) if self._draft else 0
                 return None
-            self.keep_state()
             scores, states = scores[num_asked:], states[num_asked:]
         known = scores if self.gated else [None] * len(states)
         self._ahead = [FedAhead(*fed) for fed in zip(self._draft, known, states, strict=True)]
@@ -344,43 +344,42 @@ class Sequence:
         assert self.tip is not None
         return [self.tip, *(fed.state for fed in self._ahead)]
 
-    def follow(self, rankings: Seq[Ranking]) -> None:
+    def follow(self, ranking: Callable[[int], Ranking]) -> None:
         """Open the next position, and settle it and those after it as far as their tokens were fed ahead.
 
         Args:
-            rankings: Candidates after each of `tips`.
+            ranking: The candidates after one of `tips`, asked for in order, once all tokens before them are taken.
         """
         ahead, self._ahead = self._ahead, []
         num_kept = 0
-        for ranking, fed in zip_longest(rankings, ahead):
-            self.open_position(*ranking)
-            if fed is None or not self._is_what_comes(fed):
+        while True:
+            if self.is_settled:
+                self.open_position(*ranking(num_kept))
+            if num_kept == len(ahead) or self.finish_reason is not None or not self._is_what_comes(ahead[num_kept]):
                 break
             num_kept += 1
-            self.keep_state()
-            if self.finish_reason is not None:
-                break
         if ahead:
             self._drafts.observe(num_kept, len(ahead))
         self.num_wasted = len(ahead) - num_kept
 
     def _is_what_comes(self, fed: FedAhead) -> bool:
-        """Settle the position just opened by a token that was fed ahead, if it is the one that is taken."""
-        if self.position is None:  # taken unasked
-            if fed.token_id != self.token_ids[-1]:
+        """Commit a token that was fed ahead, if it is the one that is pending, or is taken in the open position."""
+        if self.position is None:
+            if fed.token_id != self.pending[0]:
                 return False
-            self.pending, self.tip = [], fed.state
+            del self.pending[0]
+            self.tip = fed.state
+            self._keep(fed.state[None])
             return True
         if fed.token_id != self.position.token_ids[0]:
             return False
         assert fed.score is not None, "a gated sequence shows all it feeds to its head"
         return self.judge([fed.score], fed.state[None]) is not None
 
-    def keep_state(self) -> None:
-        """Keep the tip for training, if the request asks for it."""
+    def _keep(self, states: Tensor) -> None:
+        """Keep states of committed tokens for training, (n, d), if the request asks for it."""
         if self.request.keep_states:
-            assert self.tip is not None
-            self.states.append(self.tip.clone())
+            self.states += states.clone()
 
     def open_position(self, token_ids: list[int], log_probs: list[float], hazard_logits: list[float]) -> None:
         """Look at ranked candidates; where there is nothing to ask, take one at once."""
@@ -436,6 +435,7 @@ class Sequence:
             shown = (position.token_ids, position.hazard_logits, torch.stack(position.states))
             self.positions.append(JudgedPosition(len(self.token_ids), *shown, self.tip))
         self.tip, self.position = position.states[taken], None
+        self._keep(position.states[taken][None])
         del position.accept_logits[visited:]  # fed ahead, never asked
         self._take(position, taken, outcome)
 

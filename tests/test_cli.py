@@ -240,6 +240,34 @@ def test_a_file_of_settings_is_checked(folder, text, said):
     assert said in run("train", "--config", "bad.yaml", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "hi"),
+        ("eval", "--head", "head", "--data", "prompts.jsonl"),
+        ("serve",),
+        ("train", "--data", "pairs.jsonl", "--output", "never"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_loads_the_model_is_handed_on(folder, command):
+    said = run(*command, "--model", "model", "--model-kwargs", "attn_implementation=no-such-kind", code=1).stderr
+    assert "no-such-kind" in said
+    said = run(*command, "--model", "model", "--model-kwargs", "device_map", code=1).stderr
+    assert "'device_map' is no NAME=VALUE" in said
+
+
+def test_how_a_model_was_loaded_is_kept_with_the_head(folder):
+    loads = ("--model-kwargs", "attn_implementation=eager")
+    said = run("train", "--model", "model", "--data", "pairs.jsonl", "--output", "eager", *loads, *QUICK).stdout
+    assert "--model-kwargs 'attn_implementation=\"eager\"'" in said and "model_kwargs={'attn_impl" in said
+    kept = "model_kwargs:\n  attn_implementation: eager\n"
+    assert kept in Path("eager/train.yaml").read_text()
+    assert MARAHead.from_pretrained("eager").config.training["model_kwargs"] == {"attn_implementation": "eager"}
+    secret = ("--model-kwargs", "token=hf_secret")
+    assert "set HF_TOKEN" in run("train", "--data", "pairs.jsonl", "--output", "never", *secret, code=1).stderr
+
+
 def test_what_a_file_leaves_out_is_needed_as_a_flag(folder):
     (folder / "half.yaml").write_text("data: pairs.jsonl\n")
     assert "--output" in run("train", "--config", "half.yaml", code=2).stderr

@@ -20,6 +20,7 @@ from mara_integrations.cli.options import (
     Heads,
     MaxNewTokens,
     Model,
+    ModelKwargs,
     SkipBadRows,
     Strength,
     SystemPrompt,
@@ -28,6 +29,7 @@ from mara_integrations.cli.options import (
     head_source,
 )
 from mara_integrations.errors import ConfigError, DataError, MaraError
+from mara_integrations.keywords import keyword_arguments
 from mara_integrations.progress import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def evaluate_head(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
 ) -> None:
     """Compare base model and head on the same prompts with the same random numbers."""
     from mara_integrations.data import column_mapping, read_prompts
@@ -89,7 +92,7 @@ def evaluate_head(
 
     if report is not None:
         reports.check_report_path(report)
-    settings = given(strength=strength)
+    settings = given(strength=strength, model_kwargs=keyword_arguments(model_kwargs or ()))
     engine = MARAEngine(
         model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
     ).load()

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
 
 import typer
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from mara_integrations.data import Format
+from mara_integrations.keywords import keyword_arguments
 
 if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
@@ -51,6 +53,15 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="Put before every conversation that brings none.")]
 Device = Annotated[str, typer.Option(help="auto is CUDA, then MPS, then CPU.")]
 Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on GPUs that have it, float32 on CPU.")]
+
+ModelKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="For from_pretrained, as device_map=auto or quantization_config={quant_method: bitsandbytes, "
+        "load_in_4bit: true}; may be repeated.",
+    ),
+]
 
 
 def head_source(values: Sequence[str] | None) -> dict[str, float] | None:
@@ -98,6 +109,7 @@ def _asked_model(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
 ) -> None:
     """The options; nothing is ever called."""
 
@@ -106,11 +118,18 @@ def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
     """The engine that the options of `asks_a_model` describe, with more settings."""
     from mara_integrations.runtime import MARAEngine
 
-    return MARAEngine(**given(**{**asking, "head": head_source(asking["head"]), **more}))
+    read = {"head": head_source(asking["head"]), "model_kwargs": keyword_arguments(asking["model_kwargs"] or ())}
+    return MARAEngine(**given(**{**asking, **read, **more}))
 
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_METAVARS = {"forbid": "WORD", "reward": "REWARD", "column": "NAME=COLUMN", "track": "TRACKER"}
+_METAVARS = {
+    "forbid": "WORD",
+    "reward": "REWARD",
+    "column": "NAME=COLUMN",
+    "track": "TRACKER",
+    "model_kwargs": "NAME=VALUE",
+}
 
 
 def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:
@@ -119,7 +138,7 @@ def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Comman
     What is not given is None: the settings' own default holds then, or what a file says.
 
     Args:
-        settings: The class; a tuple becomes an option that may be repeated.
+        settings: The class; a tuple or a dict becomes an option that may be repeated.
         common: Fields to show first; the others are shown in a panel of their own.
     """
     helps = _attributes(settings)
@@ -127,10 +146,10 @@ def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Comman
     def option(name: str) -> inspect.Parameter:
         declared = settings.model_fields[name]
         annotation: Any = declared.annotation
-        if get_origin(annotation) is tuple:
+        if get_origin(annotation) in (tuple, dict):
             annotation = list[str]  # the settings know which are allowed
         default = "needed" if declared.is_required() else declared.default
-        is_nothing = default is None or default is False or default == ()
+        is_nothing = default in (None, False, (), PydanticUndefined)
         info = typer.Option(
             help=helps.get(name),
             metavar=_METAVARS.get(name),

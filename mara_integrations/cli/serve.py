@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import say
-from mara_integrations.cli.options import Device, Dtype, Model, SystemPrompt
+from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, SystemPrompt
 from mara_integrations.errors import MissingExtraError
+from mara_integrations.keywords import keyword_arguments
 
 
 def serve(
@@ -32,6 +33,7 @@ def serve(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
 ) -> None:
     """Serve the model and its heads over HTTP, with OpenAI's interface."""
     from mara_integrations.runtime import MARAEngine, heads
@@ -43,7 +45,13 @@ def serve(
         raise MissingExtraError("serving needs uvicorn", hint="pip install 'mara-integrations[serve]'") from error
 
     named = {name: source for name, source in map(_named, head or ())}
-    engine = MARAEngine(model, device=device, dtype=dtype, system_prompt=system_prompt).load()
+    engine = MARAEngine(
+        model,
+        device=device,
+        dtype=dtype,
+        system_prompt=system_prompt,
+        model_kwargs=keyword_arguments(model_kwargs or ()),
+    ).load()
     for source in named.values():
         heads.get(source).check_fits(engine.model.hidden_size, engine.model.name, source)
     console = Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,10 +70,13 @@ def _show_next_steps(config: TrainConfig) -> None:
     used = {"model": config.model, "head": str(config.output)}
     used |= {name: value for name, value in given.items() if value not in (None, "auto")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
+    for name, value in config.model_kwargs.items():
+        flags += f" --model-kwargs {shlex.quote(f'{name}={json.dumps(value)}')}"
     data = ["--data", str(config.data), *(flag for column in config.column for flag in ("--column", column))]
     data += [] if config.format == "auto" else ["--format", config.format]
     data += ["--skip-bad-rows"] if config.skip_bad_rows else []
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
+    keywords += f", model_kwargs={config.model_kwargs!r}" if config.model_kwargs else ""
     print(
         "\nTry it\n"
         f"  mara-tools chat {flags}\n"

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
+from mara_integrations.keywords import keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
 from mara_integrations.training.trackers import TrackerName
 
@@ -23,6 +24,8 @@ class TrainConfig(Params):
 
     Attributes:
         model: Base model: Hub id, folder, `.gguf` file or alias.
+        model_kwargs: For `from_pretrained`, by name: `device_map=auto`, `tp_plan=auto`, `attn_implementation=eager`, or
+            `quantization_config={quant_method: bitsandbytes, load_in_4bit: true}`. May be repeated.
         data: Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder saved by
             `datasets`, a Hub name as `org/name:train`, or a mixture of several in a .yaml file.
         output: Folder of the head.
@@ -84,6 +87,7 @@ class TrainConfig(Params):
     """
 
     model: str = "smollm2"
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
     data: Path
     output: Path
     format: Format = "auto"
@@ -130,6 +134,14 @@ class TrainConfig(Params):
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value or ()
+
+    @field_validator("model_kwargs", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        try:
+            return keyword_arguments(value or {})
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _one_aim(self) -> Self:

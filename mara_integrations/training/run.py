@@ -115,7 +115,7 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
         reporter.say(f"  {escape(note)}")
     if config.ray:
         import_ray()  # or say what is missing, before the model is loaded
-    spec = ModelSpec(config.model, device=config.device, dtype=config.dtype)
+    spec = ModelSpec(config.model, config.device, config.dtype, model_kwargs=config.model_kwargs)
     model = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
     backend = make_backend(model.model, model.name)

@@ -1,0 +1,39 @@
+"""Keyword arguments of a model, as a command line or a file of settings says them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from mara_integrations.errors import ConfigError
+
+
+def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """Arguments by name: `NAME=VALUE` texts whose values are read as YAML, or a mapping.
+
+    Raises:
+        ConfigError: If a text has no name, a value is broken, or can't be kept as JSON; or for an access token, which
+            would be written down with the rest.
+    """
+    if isinstance(given, Mapping):
+        arguments = dict(given)
+    else:
+        arguments = {}
+        for text in given:
+            name, has_value, value = text.partition("=")
+            if not (name.isidentifier() and has_value):
+                raise ConfigError(f"{text!r} is no NAME=VALUE", hint="such as device_map=auto")
+            try:
+                arguments[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{text!r} has a broken value: {' '.join(str(error).split())}") from None
+    if "token" in arguments:
+        raise ConfigError("an access token is not taken here, it would be written down", hint="set HF_TOKEN")
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise ConfigError(f"{arguments!r} can't be kept as JSON: {error}", hint="name plain values") from None
+    return arguments

@@ -7,6 +7,8 @@ published procedure depends on the candidates that this one visits one by one: t
 Tokens are compared: ungated with `generate()`, gated with the published procedure.
 
     python benchmarks/decode.py [--model smollm2] [--tokens 48] [--rounds 3] [--threads 1] [--json out.json]
+
+`--rates` and `--parts` name less; in an existing json, only the rows that were measured are replaced.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from measure import Ratios, add_options, peak_bytes, timed
 
-from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.backend import Backend, make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.published import generate_published
@@ -47,6 +50,7 @@ COPY_PROMPTS = (
     f"Correct the spelling in this text, and keep everything else: {_NOTICE.replace('evening', 'evning')}",
 )
 Run: TypeAlias = Callable[[int], list[int]]  # from a number of tokens to the reply
+_PARTS = ("rates", "copies")
 ACCEPT_RATES = (0.95, 0.7, 0.4, 0.1, 0.0)
 
 
@@ -57,13 +61,42 @@ def generate(model: LoadedModel, prompt_ids: list[int], num_tokens: int, **setti
     return out[0, len(prompt_ids) :].tolist()
 
 
-def typical_states(model: LoadedModel, prompts: list[list[int]]) -> torch.Tensor:
+def typical_states(backend: Backend, hidden_size: int, prompts: list[list[int]]) -> torch.Tensor:
     """States of candidates of all ranks, to set a head's accept rate on."""
-    untrained = MARAHead(random_head(model.hidden_size, "residual").config).to(model.device).eval()
+    untrained = MARAHead(random_head(hidden_size, "residual").config).to(backend.device).eval()
     sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=0)
     requests = [Request(ids, sampling, head=untrained, keep_positions=True) for ids in prompts]
-    done = Decoder(make_backend(model.model)).run(requests)
+    done = Decoder(backend).run(requests)
     return torch.cat([position.states for sequence in done for position in sequence.positions]).float().cpu()
+
+
+class Ours:
+    """Our loop on one request, as long as it is told; the prompt is read from the start each time, as by the others.
+
+    Attributes:
+        done: What was decoded last.
+    """
+
+    def __init__(self, decoder: Decoder, request: Request) -> None:
+        self.decoder, self.request = decoder, request
+        self.done: Sequence | None = None
+
+    def __call__(self, num_tokens: int) -> list[int]:
+        """Tokens of the reply."""
+        self.decoder.prefixes.clear()
+        sampling = self.request.sampling.updated(max_new_tokens=num_tokens)
+        self.done = self.decoder.run([replace(self.request, sampling=sampling)])[0]
+        return self.done.token_ids
+
+    @property
+    def num_published_forwards(self) -> int:
+        """What the published procedure runs for the same reply: one for each candidate visited, and tokens unasked."""
+        return self.done.stats.accepted + self.done.stats.rejected + self.done.stats.single
+
+    @property
+    def share_accepted(self) -> float:
+        """Of the candidates visited."""
+        return self.done.stats.accepted / max(1, self.done.stats.accepted + self.done.stats.rejected)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
@@ -71,6 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("--rates", type=float, nargs="+", default=list(ACCEPT_RATES))
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="accept rates, copy-heavy prompts")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -81,7 +115,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
     prompts, copies = (
         [model.encoder.encode([Message("user", text)]) for text in texts] for texts in (PROMPTS, COPY_PROMPTS)
     )
-    states = typical_states(model, prompts)
+    states = typical_states(backend, model.hidden_size, prompts)
     ratios = Ratios()
 
     def compare(row: str, request: Request, contenders: dict[str, Run], pairs: list[str]) -> None:
@@ -95,7 +129,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
             ratios.add(row, pair, ours.speed / theirs.speed)
             ratios.add(row, f"{pair}, after the first token", ours.decoding_speed / theirs.decoding_speed)
 
-    for rate in args.rates:
+    for rate in args.rates if "rates" in args.parts else ():
         head = random_head(model.hidden_size, inner_sizes=(1024, 256), accept_rate=rate, states=states, seed=1)
         head = head.to(model.device)
         num_tokens = args.tokens if rate >= 0.4 else max(2, args.tokens // 2)  # the published procedure takes long
@@ -103,46 +137,37 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
         row = f"accept {rate:g}"
         for _ in range(args.rounds):
             for ids in prompts:
-                request = Request(ids, SamplingParams(max_new_tokens=num_tokens, seed=0), head=head)
+                ours = Ours(decoder, Request(ids, SamplingParams(max_new_tokens=num_tokens, seed=0), head=head))
                 contenders: dict[str, Run] = {
-                    "generate": lambda n, ids=ids: generate(model, ids, n),
-                    "gated": lambda n, request=request, decoder=decoder: decode(decoder, request, n).token_ids,
-                    "published": lambda n, ids=ids, head=head: generate_published(model.model, head, ids, n),
+                    "generate": partial(generate, model, ids),
+                    "gated": ours,
+                    "published": partial(generate_published, model.model, head, ids),
                 }
-                compare(row, request, contenders, ["gated / generate", "gated / published"])
-                stats = decode(decoder, request, num_tokens).stats
-                asked, unasked = stats.accepted + stats.rejected, stats.single
-                ratios.add(row, "published: forwards a token", (asked + unasked) / num_tokens)
-                ratios.add(row, "candidates accepted", stats.accepted / max(1, asked))
+                compare(row, ours.request, contenders, ["gated / generate", "gated / published"])
+                ratios.add(row, "published: forwards a token", ours.num_published_forwards / num_tokens)
+                ratios.add(row, "candidates accepted", ours.share_accepted)
         ratios.show(row)
     head = random_head(model.hidden_size, inner_sizes=(1024, 256), accept_rate=0.95, states=states, seed=1)
     head, decoder = head.to(model.device), Decoder.measured(backend)
-    for row, texts in (("ungated", prompts), ("copies, accept 0.95", copies)):
+    for row, texts in (("ungated", prompts), ("copies, accept 0.95", copies)) if "copies" in args.parts else ():
         for _ in range(args.rounds):
             for ids in texts:
                 sampling = SamplingParams(max_new_tokens=args.tokens, seed=0)
-                gated = Request(ids, sampling, head=head, eos_token_ids=model.eos_token_ids)
-                base = replace(gated, head=None)
+                base = Request(ids, sampling, eos_token_ids=model.eos_token_ids)
                 contenders = {
-                    "generate": lambda n, ids=ids: generate(model, ids, n),
-                    "ungated": lambda n, base=base: decode(decoder, base, n).token_ids,
-                    "prompt lookup": lambda n, ids=ids: generate(model, ids, n, prompt_lookup_num_tokens=8),
+                    "generate": partial(generate, model, ids),
+                    "ungated": Ours(decoder, base),
+                    "prompt lookup": partial(generate, model, ids, prompt_lookup_num_tokens=8),
                 }
                 pairs = ["ungated / generate", "prompt lookup / generate"]
                 if texts is copies:
-                    contenders["gated"] = lambda n, gated=gated: decode(decoder, gated, n).token_ids
+                    contenders["gated"] = Ours(decoder, replace(base, head=head))
                     pairs = ["gated / generate", *pairs]
                 compare(row, base, contenders, pairs)
         ratios.show(row)
     print(f"memory at its peak: model {loaded_bytes >> 20} MiB, decoding {peak_bytes() >> 20} MiB")
     ratios.write(args.json, model.name)
     return ratios.rows()
-
-
-def decode(decoder: Decoder, request: Request, num_tokens: int) -> Sequence:
-    """Up to this many tokens of the reply, its prompt read from the start as by the others."""
-    decoder.prefixes.clear()
-    return decoder.run([replace(request, sampling=request.sampling.updated(max_new_tokens=num_tokens))])[0]
 
 
 if __name__ == "__main__":

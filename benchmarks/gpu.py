@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,9 +108,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     bandwidth = 1e9 * args.bandwidth if args.bandwidth else measured_bandwidth(device)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(args.vocab, (args.prompt,), generator=generator).tolist()
-    shape = SimpleNamespace(model=model, hidden_size=args.hidden, device=device)
-    states = typical_states(shape, [prompt])
-    decoder = Decoder(make_backend(model, "a random Llama"))
+    backend = make_backend(model, "a random Llama")
+    states = typical_states(backend, args.hidden, [prompt])
+    decoder = Decoder.measured(backend)
 
     def plain(num_tokens: int) -> None:
         ids = torch.tensor([prompt], device=device)
@@ -127,7 +126,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     floor = bytes_per_token(model, args.prompt + args.tokens / 2) / bandwidth
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{name}, {parameters / 1e9:.2f}B parameters in {args.dtype}, {bandwidth / 1e9:.0f} GB/s")
+    path = type(backend).__name__  # PackedBackend on a CUDA device: capturing graphs failed the probe
+    print(f"{name}, {path}, {parameters / 1e9:.2f}B parameters in {args.dtype}, {bandwidth / 1e9:.0f} GB/s")
     print(f"floor {1e3 * floor:.2f} ms a token")
     rows: dict[str, dict[str, Any]] = {}
     for rate in args.rates:
@@ -137,8 +137,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "ungated": lambda n: ours(None, n),
             "gated": lambda n, head=head: ours(head, n),
         }
-        for run in contenders.values():  # kernels are chosen, graphs captured
-            run(4)
+        for run in contenders.values():  # kernels are chosen, graphs of all lengths captured
+            run(args.tokens)
         times: dict[str, list[float]] = {contender: [] for contender in contenders}
         for _ in range(args.rounds):
             for contender, run in contenders.items():
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
         print(f"accept {rate:<5g} {visited:.1f} of {candidates:.1f} candidates visited   {cells}", flush=True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    about = {"device": name, "parameters": parameters, "dtype": args.dtype, "peak_bytes": peak}
+    about = {"device": name, "backend": path, "parameters": parameters, "dtype": args.dtype, "peak_bytes": peak}
     result = {"about": {**about, "bandwidth": bandwidth, "floor_s": floor}, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

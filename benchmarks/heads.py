@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         model.hidden_size,
         inner_sizes=(1024, 256),
         accept_rate=args.rate,
-        states=typical_states(model, prompts),
+        states=typical_states(backend, model.hidden_size, prompts),
         seed=1,
     ).to(model.device)
     heads = [copy.deepcopy(head) for _ in range(max(NUM_HEADS))]

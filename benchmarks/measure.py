@@ -93,7 +93,7 @@ class Ratios:
             print(f"{row:<28} {column:<48} {cell['median']:6.2f}  ({low:.2f} to {high:.2f})", flush=True)
 
     def write(self, path: Path | None, model: str) -> None:
-        """Write all rows, if a path is given."""
+        """Write all rows, if a path is given; other rows that a file has there stay."""
         about = {
             "model": model,
             "machine": platform.processor() or platform.machine(),
@@ -101,7 +101,8 @@ class Ratios:
             "peak_bytes": peak_bytes(),
         }
         if path is not None:
-            path.write_text(json.dumps({"about": about, "rows": self.rows()}, indent=1) + "\n")
+            before = json.loads(path.read_text())["rows"] if path.exists() else {}
+            path.write_text(json.dumps({"about": about, "rows": {**before, **self.rows()}}, indent=1) + "\n")
 
 
 def peak_bytes() -> int:

@@ -25,7 +25,7 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
 
 TOPICS = ("rain", "bread", "bicycles", "owls", "tides", "chess", "violins", "maps")
-NUM_REQUESTS, NUM_RULES = 16, 95  # of a system prompt of about 800 tokens
+NUM_REQUESTS, NUM_RULES = 16, 104  # of a system prompt of about 800 tokens
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
     backend = make_backend(model.model)
     questions = [f"Tell me {how} about {topic}." for topic in TOPICS for how in ("something new", "a short story")]
     prompts = [model.encoder.encode([Message("user", question)]) for question in questions[:NUM_REQUESTS]]
-    states = typical_states(model, prompts[:3])
+    states = typical_states(backend, model.hidden_size, prompts[:3])
     ratios = Ratios()
 
     decoder = Decoder.measured(backend)

@@ -50,6 +50,25 @@ def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, 
     assert "min of training" in capsys.readouterr().out
 
 
+def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path):
+    import decode
+
+    arguments = ["--model", folder_model, "--tokens", "5", "--rounds", "1", "--json", str(tmp_path / "decode.json")]
+    first = decode.main([*arguments, "--parts", "rates", "--rates", "0.5"])
+    second = decode.main([*arguments, "--parts", "copies"])
+
+    assert json.loads((tmp_path / "decode.json").read_text())["rows"] == {**first, **second}
+    assert list(first) == ["accept 0.5"] and list(second) == ["ungated", "copies, accept 0.95"]
+    assert first["accept 0.5"]["published: forwards a token"]["median"] >= 1
+
+
+def test_what_comes_after_the_first_token_is_timed_without_it():
+    from measure import Timed
+
+    reply = Timed([1] * 11, whole_s=3.0, first_s=1.0)
+    assert reply.decoding_speed == 5.0 and reply.speed == 11 / 3
+
+
 def test_the_floor_counts_weights_and_keys_once():
     from types import SimpleNamespace
 

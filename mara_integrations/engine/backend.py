@@ -7,6 +7,7 @@ position, none of which sees another; one of them is committed, the others are f
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from mara_integrations.engine.hooks import hooks_undone
 from mara_integrations.engine.prefix import Prefix
 from mara_integrations.engine.windows import has_windows, narrowed
 from mara_integrations.errors import ModelError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +308,7 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
             packed, reason = _probed(kind, model)
             if packed is not None:
                 return packed
+            _log.info("%s (%s) does not run on %s: %s", name, type(model).__name__, kind.__name__, reason)
     attention.uninstall(model)
     warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
     serial, reason = _probed(SerialBackend, model)

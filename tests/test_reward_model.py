@@ -123,6 +123,18 @@ def test_a_kept_reward_model_judges_as_it_did(model, tmp_path):
         kept_reward(spec, [tmp_path], model)
 
 
+@pytest.mark.parametrize("method", ["value", "dpo", "kto"])
+@pytest.mark.parametrize("count", [60, 12])
+def test_what_heads_fitted_to_pairs_write_is_judged_by_a_model_of_the_pairs(folder_model, tmp_path, method, count):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(count, 3))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 2}
+    result = train(TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", method=method, **small))
+    assert set(result.evaluation.rewards) == ({"reward model"} if count == 60 else set())
+    assert [spec["name"] for spec in result.head.config.rewards] == (["reward model"] if count == 60 else [])
+
+
 def test_too_few_pairs_are_refused(folder_model, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(30, 3))]

@@ -26,6 +26,7 @@ from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.evaluation.metrics import Interval, wilson
 from mara_integrations.models import LoadedModel
+from mara_integrations.rewards import Reward
 from mara_integrations.training import gather, rloo
 from mara_integrations.training.context import Learned, Run
 
@@ -54,18 +55,36 @@ def learn(run: Run, head: MARAHead) -> Learned:
             hint=f"some {4 * _MIN_PAIRS} are needed at least; `--method value` makes do with fewer",
         )
     reward, judge = (RewardModel.fit(side, run.config.seed, run.model) for side in sides)
-    accuracy = None
-    for name, model in (("reward model", reward), ("second judge", judge)):
-        found = ordering(model, held_out)
-        run.log(name, pairs=len(held_out), accuracy=asdict(found))
-        doubt = " [yellow]not distinguishable from chance[/]" if found.low <= 0.5 else ""
-        interval = escape(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
-        run.say(f"  {name}: {interval} of {len(held_out)} held-out pairs ordered rightly{doubt}")
-        accuracy = accuracy or found
+    accuracy = _report_ordering(run, "reward model", reward, held_out)
+    _report_ordering(run, "second judge", judge, held_out)
     taught = replace(run, plan=replace(run.plan, reward=reward))
     return replace(
         rloo.teach(taught, head, {"reward model": reward, "second judge": judge}), held_out_accuracy=accuracy
     )
+
+
+def judge_of_preferences(run: Run) -> dict[str, Reward]:
+    """For heads that were fitted to given replies directly: a reward model of them judges what the head writes.
+
+    By name; none where there are too few to fit one to.
+    """
+    pairs, held_out = preferences(run, run.plan.train), preferences(run, run.plan.held_out)
+    if len(pairs) < _MIN_PAIRS or not held_out:
+        run.say("  too few preferences for a reward model that would judge the head's own replies")
+        return {}
+    reward = RewardModel.fit(pairs, run.config.seed, run.model)
+    _report_ordering(run, "reward model", reward, held_out)
+    return {"reward model": reward}
+
+
+def _report_ordering(run: Run, name: str, reward: RewardModel, held_out: Sequence[Preference]) -> Interval:
+    """Log and say how many held-out pairs it orders rightly."""
+    found = ordering(reward, held_out)
+    run.log(name, pairs=len(held_out), accuracy=asdict(found))
+    doubt = " [yellow]not distinguishable from chance[/]" if found.low <= 0.5 else ""
+    interval = escape(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
+    run.say(f"  {name}: {interval} of {len(held_out)} held-out pairs ordered rightly{doubt}")
+    return found
 
 
 def preferences(run: Run, data: Dataset) -> list[Preference]:

@@ -94,6 +94,8 @@ def _train(run: Run) -> TrainResult:
         head = run.new_head()
         learned = LOOPS[run.plan.method.name](run, head)
         kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
+        if not learned.rewards and run.plan.source in ("pairs", "labels"):
+            learned = replace(learned, rewards=reward_model.judge_of_preferences(run))
         keep_rewards(config.output, head, learned.rewards)
         head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
         evaluation = _evaluate(run, head, learned)
@@ -154,7 +156,7 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
         evaluation = evaluate(
             engine,
             prompts,
-            learned.rewards or {**_named(plan.rule or plan.reward), **plan.judges},
+            {**(learned.rewards or _named(plan.rule or plan.reward)), **plan.judges},
             seed=config.seed,
             temperature=plan.method.temperature,
             max_new_tokens=config.max_reply_tokens,

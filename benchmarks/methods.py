@@ -44,14 +44,16 @@ class Task:
     """What is trained for and how it is judged.
 
     Attributes:
-        data: Writes the file that is trained on, from the folder of the data.
+        data: Rows of the file that is trained on, from the folder of the data.
         judges: Of the replies to the test prompts, by name.
         settings: Of the training.
+        prompts: That replies are written to, where not to those of the data.
     """
 
     data: Callable[[Path, LoadedModel], list[dict[str, Any]]]
     judges: Callable[[Path, LoadedModel], Mapping[str, Reward]]
     settings: dict[str, Any] = field(default_factory=dict)
+    prompts: Callable[[Path, LoadedModel], list[dict[str, Any]]] | None = None
 
 
 def prompts(folder: Path, model: LoadedModel, side: str) -> list[dict[str, Any]]:
@@ -93,7 +95,9 @@ TASKS = {
         training_prompts, lambda *_: {"sentiment": parse_reward("sentiment")[0]}, {"reward": ("sentiment",)}
     ),
     "rule": Task(training_prompts, lambda *_: {"without the words": ForbiddenWords(WORDS)}, {"forbid": WORDS}),
-    "harmlessness": Task(lambda folder, _: pairs(folder, half=0), harm_judges, {"method": "reward-model"}),
+    "harmlessness": Task(
+        lambda folder, _: pairs(folder, half=0), harm_judges, {"method": "reward-model"}, training_prompts
+    ),
 }
 
 
@@ -148,15 +152,22 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     changed = dict(setting.split("=", 1) for setting in args.set)
     name = "-".join([args.task, *(f"{key}-{value}" for key, value in changed.items())]).replace("/", "_")
     args.output.mkdir(parents=True, exist_ok=True)
-    data = args.output / f"{args.task}.jsonl"
-    write_atomically(data, "".join(json.dumps(row) + "\n" for row in task.data(args.data, model)))
+    data = _written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
+    settings = {**task.settings, **changed}
+    if task.prompts is not None and settings.get("method") == "reward-model":
+        settings["prompts"] = _written(args.output / "prompts.jsonl", task.prompts(args.data, model))
     judges, test = task.judges(args.data, model), [row["prompt"] for row in prompts(args.data, model, "test")]
     found: dict[str, list[Evaluation]] = {"sampled": [], "greedy": []}
     lines = []
     for seed in args.seeds:
         output = args.output / f"{name}-{seed}"
-        settings = {"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, **task.settings, **changed}
-        config = TrainConfig(model=args.model, data=data, output=output, seed=seed, **settings)
+        config = TrainConfig.of(
+            model=args.model,
+            data=data,
+            output=output,
+            seed=seed,
+            **{"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, **settings},
+        )
         start = time.monotonic()
         if not (output / CONFIG_FILE).exists():
             train(config, ConsoleReporter(Console()))
@@ -174,6 +185,11 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     if args.json:
         write_atomically(args.json, json.dumps({"lines": lines}, indent=1) + "\n")
     return {name: lines}
+
+
+def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

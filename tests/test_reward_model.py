@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from mara_integrations.cli import app
-from mara_integrations.errors import DataError, RewardError
+from mara_integrations.errors import ConfigError, DataError, RewardError
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.rewards import reward_name
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -24,6 +24,7 @@ from mara_integrations.training.reward_model import (
     ordering,
 )
 from mara_integrations.training.run import train
+from mara_integrations.training.writing import WritersHere
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,28 @@ def test_what_heads_fitted_to_pairs_write_is_judged_by_a_model_of_the_pairs(fold
     result = train(TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", method=method, **small))
     assert set(result.evaluation.rewards) == ({"reward model"} if count == 60 else set())
     assert [spec["name"] for spec in result.head.config.rewards] == (["reward model"] if count == 60 else [])
+
+
+def test_replies_are_written_to_other_prompts_than_those_of_the_preferences(
+    folder_model, prompts_file, tmp_path, monkeypatch
+):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"pair {i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(100, 3))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 3, "max_replies": 16}
+    config = TrainConfig.of(
+        model=folder_model, data=data, output=tmp_path / "h", method="reward-model", prompts=prompts_file, **small
+    )
+    asked, submit = [], WritersHere.submit
+    monkeypatch.setattr(
+        WritersHere, "submit", lambda writers, part, on: asked.extend(part.prompts) or submit(writers, part, on)
+    )
+    result = train(config)
+    known = {json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()}
+    assert asked and {conversation.messages[-1].content for conversation in asked} <= known
+    assert {example.prompt[-1].content for example in result.evaluation.examples} <= known
+    with pytest.raises(ConfigError, match=r"method 'value' learns from those of --data"):
+        train(config.updated(method="value"))
 
 
 def test_too_few_pairs_are_refused(folder_model, tmp_path):

@@ -28,6 +28,8 @@ class TrainConfig(Params):
             `quantization_config={quant_method: bitsandbytes, load_in_4bit: true}`. May be repeated.
         data: Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder saved by
             `datasets`, a Hub name as `org/name:train`, or a mixture of several in a .yaml file.
+        prompts: Of `reward-model`: what replies are written to, in any form of `data`, where the prompts of the
+            preferences are not what the head will meet.
         output: Folder of the head.
         format: What the rows are, or whose export; `auto` goes by the columns.
         column: Where the data has other names: `prompt=question`, `label=stars>=4`; in an export of LangSmith or
@@ -89,6 +91,7 @@ class TrainConfig(Params):
     model: str = "smollm2"
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     data: Path
+    prompts: Path | None = None
     output: Path
     format: Format = "auto"
     column: tuple[str, ...] = ()
@@ -151,7 +154,7 @@ class TrainConfig(Params):
 
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        elsewhere = {"data", "output", "device", "reward_timeout_s", "track", "push_to_hub", "ray"}
+        elsewhere = {"data", "prompts", "output", "device", "reward_timeout_s", "track", "push_to_hub", "ray"}
         return self.model_dump(mode="json", exclude=elsewhere)
 
     def to_yaml(self) -> str:

@@ -99,7 +99,7 @@ class Run:
         """Where an interrupted run finds what it had; other settings, data or another model have another folder."""
         parts = [
             self.config.described(),
-            self.plan.train.fingerprint,
+            self.plan.fingerprint,
             self.model_fingerprint,
         ]
         fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -45,7 +45,7 @@ def prompts_of(run: Run, data: Dataset) -> list[Conversation]:
 def limited_prompts(run: Run, data: Dataset, each: int = 1) -> list[Conversation]:
     """As many of the prompts as may get `each` replies, of held-out ones their share of that, chosen by seed."""
     prompts, most = prompts_of(run, data), max(1, run.max_replies // each)
-    if data is run.plan.held_out:
+    if data is run.plan.held_out or data is run.plan.prompts[1]:
         most = max(_FEWEST_HELD_OUT, math.ceil(most * run.config.held_out))
     if len(prompts) <= most:
         return prompts
@@ -55,7 +55,7 @@ def limited_prompts(run: Run, data: Dataset, each: int = 1) -> list[Conversation
 
 def replies_each(run: Run) -> int:
     """Replies to each prompt, as the settings say or `max_replies` allows, at most 4."""
-    return run.config.replies_each or max(1, min(4, run.max_replies // len(prompts_of(run, run.plan.train))))
+    return run.config.replies_each or max(1, min(4, run.max_replies // len(prompts_of(run, run.plan.prompts[0]))))
 
 
 def sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, split
+from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
 from mara_integrations.engine.head import check_can_push
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
@@ -28,6 +28,7 @@ class Plan:
         rule: Forbidden words, where they are what is taught.
         reward: What scores replies, where one was given.
         judges: Rewards that training never sees, by name.
+        other_prompts: That replies are written to, fitted on and held out, where not to those of the data.
     """
 
     method: Method
@@ -38,6 +39,17 @@ class Plan:
     rule: ForbiddenWords | None
     reward: Reward | None
     judges: Mapping[str, Reward] = field(default_factory=dict)
+    other_prompts: tuple[Dataset, Dataset] | None = None
+
+    @property
+    def prompts(self) -> tuple[Dataset, Dataset]:
+        """Whose prompts replies are written to: fitted on, and held out."""
+        return self.other_prompts or (self.train, self.held_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is fitted on."""
+        return "-".join(dict.fromkeys((self.train.fingerprint, self.prompts[0].fingerprint)))
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -75,8 +87,16 @@ def make_plan(config: TrainConfig) -> Plan:
             f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no dial to keep within it",
             hint="leave it out, or train a residual head",
         )
+    prompts = None
+    if config.prompts is not None:
+        if method.name != "reward-model":
+            raise ConfigError(
+                f"prompts={str(config.prompts)!r} is not allowed: method {method.name!r} learns from those of --data",
+                hint="--method reward-model can write to others than those of the preferences",
+            )
+        prompts = split(read_prompts(config.prompts), config.held_out, config.seed)
     train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
-    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward, judges)
+    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward, judges, prompts)
 
 
 def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:

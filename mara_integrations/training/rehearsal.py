@@ -88,7 +88,7 @@ def _estimate(run: Run) -> Estimate:
     to_read = 0 if method.keeps_candidates or run.plan.source == "reward" else len(given)
     read_s = _seconds_to_read(run, given) if to_read else 0.0
     to_write = _replies_to_write(run)
-    held_out = {(row.prompt, row.tools) for row in run.plan.held_out.rows}
+    held_out = {(row.prompt, row.tools) for row in run.plan.prompts[1].rows}
     evaluated = 2 * min(len(held_out), config.eval_prompts)
     parameters = run.model.model.parameters()
     return Estimate(
@@ -121,7 +121,7 @@ def _replies_to_write(run: Run) -> int:
 
 def _tried(run: Run) -> tuple[float, float]:
     """Seconds for one reply of several written at once, and the hidden states it leaves, from a few short ones."""
-    prompts = prompts_of(run, run.plan.train)[:_TRIED_REPLIES]
+    prompts = prompts_of(run, run.plan.prompts[0])[:_TRIED_REPLIES]
     sampling = run.sampling(max_new_tokens=min(_TRIED_TOKENS, run.config.max_reply_tokens))
     head = run.new_head().eval() if run.plan.method.keeps_candidates else None
     began = time.perf_counter()

@@ -145,11 +145,10 @@ def num_rounds(run: Run, by_parts: bool) -> int:
 def sides(run: Run, by_parts: bool) -> tuple[Side, Side]:
     """What is written for fitting, and for checking."""
     each = gather.replies_each(run) if by_parts else run.config.replies_each or _REPLIES_EACH
+    train, held_out = run.plan.prompts
     return (
-        Side(run.plan.train, gather.limited_prompts(run, run.plan.train, each), each, run.config.seed),
-        Side(
-            run.plan.held_out, gather.limited_prompts(run, run.plan.held_out, each), each, run.config.seed + _HELD_OUT
-        ),
+        Side(train, gather.limited_prompts(run, train, each), each, run.config.seed),
+        Side(held_out, gather.limited_prompts(run, held_out, each), each, run.config.seed + _HELD_OUT),
     )
 
 

@@ -113,6 +113,9 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
     reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
     count = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out, split by prompt"
     reporter.say(f"[bold]Data[/]   {escape(str(config.data))}: {count}")
+    if plan.other_prompts is not None:
+        written_to = f"{len(plan.prompts[0].rows)} prompts to write to, {len(plan.prompts[1].rows)} held out"
+        reporter.say(f"[bold]Prompts[/] {escape(str(config.prompts))}: {written_to}")
     for note in plan.train.notes:
         reporter.say(f"  {escape(note)}")
     if config.ray:
@@ -149,7 +152,8 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
     config, plan = run.config, run.plan
     if config.eval_prompts == 0:
         return None
-    rows = {(row.prompt, row.tools): prompt_row(row) for row in plan.held_out.rows}
+    held_out = plan.prompts[1]
+    rows = {(row.prompt, row.tools): prompt_row(row) for row in held_out.rows}
     prompts = list(rows.values())[: config.eval_prompts]
     engine = MARAEngine(run.model, head, system_prompt=config.system_prompt)
     with run.stage("evaluation on held-out prompts", 2 * len(prompts)) as advance:
@@ -160,7 +164,7 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
             seed=config.seed,
             temperature=plan.method.temperature,
             max_new_tokens=config.max_reply_tokens,
-            conversational=plan.held_out.form == "conversational",
+            conversational=held_out.form == "conversational",
             on_progress=advance,
         )
     run.log("evaluation", **figures(evaluation))

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from measure import Ratios, add_options, peak_bytes, timed
+from measure import Ratios, add_options, peak_bytes, seconds, timed
 
 from mara_integrations.engine.backend import Backend, make_backend
 from mara_integrations.engine.decoder import Decoder
@@ -50,7 +50,7 @@ COPY_PROMPTS = (
     f"Correct the spelling in this text, and keep everything else: {_NOTICE.replace('evening', 'evning')}",
 )
 Run: TypeAlias = Callable[[int], list[int]]  # from a number of tokens to the reply
-_PARTS = ("rates", "copies")
+_PARTS = ("rates", "copies", "profile")
 ACCEPT_RATES = (0.95, 0.7, 0.4, 0.1, 0.0)
 
 
@@ -99,12 +99,30 @@ class Ours:
         return self.done.stats.accepted / max(1, self.done.stats.accepted + self.done.stats.rejected)
 
 
+def show_profile(ours: Ours, num_tokens: int) -> None:
+    """Print which operations the time after the first token goes to; what is in none of them is Python's."""
+    ours(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as one:
+        ours(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as whole:
+        taken_s, _ = seconds(lambda: ours(num_tokens))
+    shares = {event.key: event.self_cpu_time_total for event in whole.key_averages()}
+    for event in one.key_averages():
+        shares[event.key] = shares.get(event.key, 0.0) - event.self_cpu_time_total
+    print(f"{1e3 * taken_s / num_tokens:.0f} ms a token under the profiler; after the first, by operation:")
+    total = sum(shares.values())
+    for name, share in sorted(shares.items(), key=lambda item: -item[1])[:8]:
+        print(f"  {name:<52} {share / total:6.1%}")
+
+
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     """Run and print; returns the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("--rates", type=float, nargs="+", default=list(ACCEPT_RATES))
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="accept rates, copy-heavy prompts")
+    parser.add_argument(
+        "--parts", nargs="+", choices=_PARTS, default=_PARTS, help="by accept rate, on copies, and where time goes"
+    )
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -165,6 +183,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
                     pairs = ["gated / generate", *pairs]
                 compare(row, base, contenders, pairs)
         ratios.show(row)
+    if "profile" in args.parts:
+        request = Request(prompts[0], SamplingParams(max_new_tokens=args.tokens), head=head)
+        show_profile(Ours(decoder, request), args.tokens)
     print(f"memory at its peak: model {loaded_bytes >> 20} MiB, decoding {peak_bytes() >> 20} MiB")
     ratios.write(args.json, model.name)
     return ratios.rows()

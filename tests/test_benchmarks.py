@@ -50,16 +50,17 @@ def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, 
     assert "min of training" in capsys.readouterr().out
 
 
-def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path):
+def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path, capsys):
     import decode
 
     arguments = ["--model", folder_model, "--tokens", "5", "--rounds", "1", "--json", str(tmp_path / "decode.json")]
     first = decode.main([*arguments, "--parts", "rates", "--rates", "0.5"])
-    second = decode.main([*arguments, "--parts", "copies"])
+    second = decode.main([*arguments, "--parts", "copies", "profile"])
 
     assert json.loads((tmp_path / "decode.json").read_text())["rows"] == {**first, **second}
     assert list(first) == ["accept 0.5"] and list(second) == ["ungated", "copies, accept 0.95"]
     assert first["accept 0.5"]["published: forwards a token"]["median"] >= 1
+    assert "linear_pointwise" in capsys.readouterr().out, "the profile names what takes longest"
 
 
 def test_what_comes_after_the_first_token_is_timed_without_it():

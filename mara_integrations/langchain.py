@@ -30,7 +30,7 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
@@ -42,6 +42,7 @@ from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, ToolCall
 from mara_integrations.reasoning import ThoughtSplitter
 from mara_integrations.runtime import MARAEngine
+from mara_integrations.schemas import json_schema, named, openai_tool
 from mara_integrations.settings import (
     EngineSettings,
     answer_report,
@@ -210,7 +211,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Length of the prompt that these messages become, the chat template's own tokens included."""
-        form = ReplyForm.of_call({"tools": [_openai_tool(tool) for tool in tools or ()]})
+        form = ReplyForm.of_call({"tools": [openai_tool(tool) for tool in tools or ()]})
         return len(self.engine.encode(as_conversation(messages), self.system_prompt, form.tools))
 
     def bind_tools(
@@ -232,7 +233,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
         Raises:
             ConfigError: If `tool_choice` is no tool's name.
         """
-        bound = {"tools": [_openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
+        bound = {"tools": [openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
         bound["parallel_tool_calls"] = parallel_tool_calls
         ReplyForm.of_call(dict(bound))  # refuses a wrong choice now
         return self.bind(**{name: value for name, value in bound.items() if value is not None}, **kwargs)
@@ -255,16 +256,15 @@ class ChatMARA(EngineSettings, BaseChatModel):
             strict: Always so.
             **kwargs: Settings to bind beside it.
         """
-        schema = _named(schema) if isinstance(schema, dict) else schema
+        schema = named(schema) if isinstance(schema, dict) else schema
         if method == "function_calling":
             if schema is None:
                 raise ConfigError("with_structured_output needs a schema", hint="or method='json_mode'")
             return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         wanted: dict[str, Any] = {"type": "json_object"}
         if schema is not None:
-            json_schema = _json_schema(schema) or convert_to_json_schema(schema)
-            named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
-            wanted = {"type": "json_schema", "json_schema": named}
+            whole = json_schema(schema) or convert_to_json_schema(schema)
+            wanted = {"type": "json_schema", "json_schema": {"name": whole.get("title", "answer"), "schema": whole}}
             kwargs["ls_structured_output_format"] = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
         model = self.bind(response_format=wanted, **kwargs)
         is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
@@ -387,31 +387,6 @@ class _Reply:
         if self._top_logprobs is not None:
             report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
         return report
-
-
-def _named(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema as LangChain asks for it: with a name, and not a reference as a whole."""
-    definitions, name = schema.get("$defs", {}), schema.get("$ref", "").removeprefix("#/$defs/")
-    if name in definitions:
-        schema = {**definitions[name], "$defs": definitions}
-    return schema if {"title", "name", "function"} & schema.keys() else {"title": "answer", **schema}
-
-
-def _json_schema(schema: Any) -> dict[str, Any] | None:
-    """That of a pydantic class with definitions: LangChain leaves out what refers to itself."""
-    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
-        return None
-    json_schema = schema.model_json_schema()
-    return _named(json_schema) if "$defs" in json_schema else None
-
-
-def _openai_tool(tool: Any) -> dict[str, Any]:
-    converted = convert_to_openai_tool(tool)
-    if json_schema := _json_schema(tool):
-        said_already = ("title", "description")
-        parameters = {key: value for key, value in json_schema.items() if key not in said_already}
-        converted["function"]["parameters"] = parameters
-    return converted
 
 
 def _top_logprobs(call: dict[str, Any]) -> int | None:

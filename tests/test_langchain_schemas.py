@@ -6,6 +6,7 @@ import datetime
 import enum
 import uuid
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from mara_integrations import ChatMARA
+from mara_integrations.errors import ConfigError
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
 with warnings.catch_warnings():
@@ -109,6 +111,34 @@ def test_letters_of_other_scripts_may_begin_alike(llm: ChatMARA) -> None:
         größe: Literal["ä", "é"]  # they share their first byte
 
     assert llm.with_structured_output(Ort).invoke("hi").größe in ("ä", "é")
+
+
+YES = {"type": "boolean"}
+DICTS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+    ({"title": "Both", "type": "array", "items": YES, "minItems": 2, "maxItems": 2}, lambda it: len(it) == 2),
+    ({"title": "One", "enum": ["a", "b"]}, lambda it: it in ("a", "b")),
+    ({"title": "Any", "anyOf": [{"type": "object", "properties": {"a": YES}, "required": ["a"]}]},
+     lambda it: "a" in it),
+    ({"title": "Map", "type": "object", "additionalProperties": YES, "minProperties": 1, "maxProperties": 1},
+     lambda it: [type(value) for value in it.values()] == [bool]),
+    ({"name": "wrapped", "strict": True, "schema": {"type": "object", "properties": {"a": YES}, "required": ["a"]}},
+     lambda it: set(it) == {"a"}),
+    ({"type": "json_schema", "json_schema": {"name": "wrapped", "schema": {"enum": [1, 2]}}}, lambda it: it in (1, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "holds"), DICTS, ids=[str(i) for i in range(len(DICTS))])
+def test_a_schema_that_is_no_list_of_properties_holds_too(
+    llm: ChatMARA, schema: dict[str, Any], holds: Callable[[Any], bool]
+) -> None:
+    assert holds(llm.with_structured_output(schema).invoke("hi"))
+    if "enum" not in str(schema) and schema.get("type") != "array":
+        assert holds(llm.with_structured_output(schema, method="function_calling").invoke("hi"))
+
+
+def test_arguments_that_are_no_object_are_refused(llm: ChatMARA) -> None:
+    with pytest.raises(ConfigError, match=r"tool 'Both' has arguments of type 'array', which are an object"):
+        llm.bind_tools([DICTS[0][0]])
 
 
 @tool

@@ -1,0 +1,52 @@
+"""JSON schemas and tools of all the forms that LangChain takes, made ready for the grammar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import BaseModel
+
+from mara_integrations.errors import ConfigError
+
+_OF_TOOLS = {"name", "function", "toolSpec"}  # OpenAI, Anthropic; OpenAI, wrapped; Amazon
+
+
+def named(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema with a name, out of OpenAI's wrapping, and not a reference as a whole; a tool as it is."""
+    schema = schema.get("json_schema", schema)
+    if {"name", "schema"} <= schema.keys():
+        schema = {"title": schema["name"], **schema["schema"]}
+    definitions, name = schema.get("$defs", {}), schema.get("$ref", "").removeprefix("#/$defs/")
+    if name in definitions:
+        schema = {**definitions[name], "$defs": definitions}
+    return schema if {"title", *_OF_TOOLS} & schema.keys() else {"title": "answer", **schema}
+
+
+def json_schema(schema: Any) -> dict[str, Any] | None:
+    """Of a dict that is one, or of a class with definitions: LangChain leaves out what is no list of properties."""
+    if isinstance(schema, dict):
+        return None if _OF_TOOLS & schema.keys() else schema
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        return None
+    whole = schema.model_json_schema()
+    return named(whole) if "$defs" in whole else None
+
+
+def openai_tool(tool: Any) -> dict[str, Any]:
+    """A tool of any kind in OpenAI's form.
+
+    Raises:
+        ConfigError: If its arguments are no object.
+    """
+    converted = convert_to_openai_tool(tool)
+    if schema := json_schema(tool):
+        if schema.get("type", "object") != "object":
+            raise ConfigError(
+                f"tool {converted['function']['name']!r} has arguments of type {schema['type']!r}, which are an object",
+                hint="with_structured_output(..., method='json_schema') takes any",
+            )
+        said_already = ("title", "description")
+        parameters = {key: value for key, value in schema.items() if key not in said_already}
+        converted["function"]["parameters"] = parameters
+    return converted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -38,6 +38,8 @@ def warped(row, top_k, top_p, temperature, min_candidates):
     min_candidates=st.integers(1, 3),
     spread=st.sampled_from([0.3, 2.0, 8.0]),
 )
+@example(seed=0, top_k=1, top_p=0.9999999850988388, temperature=1.0, min_candidates=1, spread=8.0)  # 1 in float32
+@example(seed=0, top_k=60, top_p=0.9999999850988388, temperature=0.2, min_candidates=1, spread=8.0)
 def test_the_distribution_is_that_of_generate(seed, top_k, top_p, temperature, min_candidates, spread):
     logits = torch.randn(3, 120, generator=torch.Generator().manual_seed(seed)) * spread
     got = rank(logits, top_k, top_p, temperature, min_candidates)

@@ -86,8 +86,8 @@ def rank_candidates(
 
     values = values.masked_fill(values < kth, -torch.inf)
     tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # (B, K): probability of this candidate and all after it
-    shares = torch.tensor(top_p)[:, None]
-    removed_mass = 1.0 - shares
+    shares = torch.tensor(top_p, dtype=torch.float64)[:, None]  # in float32 a share just below 1 would be 1
+    removed_mass = (1.0 - shares).float()
     live = (tail > removed_mass) & values.isfinite()
     close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)
     for row in close.any(-1).nonzero()[:, 0].tolist():

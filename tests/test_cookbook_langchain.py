@@ -31,7 +31,7 @@ def test_an_agent_finishes_a_task_of_two_tools(capsys: pytest.CaptureFixture[str
     assert first.tool_calls[0]["args"] == {"article": "lamp"} and price.text == "25 euros"
     assert second.tool_calls[0]["args"] == {"euros": 25} and dollars.text == "27.50 dollars"
     assert "27.50" in answer.text and not answer.tool_calls
-    assert result["num_chunks"] > 15  # calls and answer as they were written
+    assert result["num_chunks"] > 6  # three messages, each in pieces; what was drafted comes in one
     assert '[find_price] {"article": "lamp"}' in capsys.readouterr().out
 
 
@@ -123,7 +123,7 @@ def test_the_graph_runs_the_tool_it_forces(tiny: ChatMARA) -> None:
     (result,) = seen["tools"]
     assert isinstance(result, ToolMessage)
     assert result.text == f"The customer wants {json.loads(written)['colour']} curtains."
-    assert len(seen["note"]) > 2 and len(seen["answer"]) > 5  # as they were written
+    assert len(seen["note"]) > 1 and len(seen["answer"]) > 1  # as they were written; what was drafted comes in one
     _, call, _, answer = graph.get_state(config).values["messages"]
     assert call.tool_calls[0]["name"] == "write_down" and isinstance(answer, AIMessage)
 

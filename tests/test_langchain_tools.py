@@ -54,7 +54,7 @@ def test_a_forced_call_reaches_the_message_whole_and_streamed(caller: ChatMARA) 
     for chunk in chunks[1:]:
         whole += chunk
     assert [(each["name"], each["args"]) for each in whole.tool_calls] == [("add", call["args"])]
-    assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) > 3  # as it is written, not at the end
+    assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) > 1  # as it is written, not at the end
 
 
 async def test_a_forced_call_reaches_the_async_forms(caller: ChatMARA) -> None:

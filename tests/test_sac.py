@@ -157,7 +157,7 @@ def test_a_full_disk_says_so_before_the_work(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"no room for a replay buffer of 0\.0 GB .* No space left"):
+    with pytest.raises(OutputError, match=r"no room for 0\.0 GB of hidden states .* No space left"):
         ReplayBuffer(50, 3, tmp_path / "states", max_bytes=100)
     assert not (tmp_path / "states").exists()
 

@@ -19,6 +19,7 @@ from mara_integrations.messages import Prompt
 from mara_integrations.models import LoadedModel
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.bank import Reply
+from mara_integrations.training.states import joined
 
 _MAX_ROWS = 64  # replies read side by side
 
@@ -66,12 +67,13 @@ class Decisions:
     @classmethod
     def join(cls, parts: Sequence[Decisions]) -> Decisions:
         """Those of all the parts, in order."""
-        names = ("states", "hazard_logits", "accepted", "tokens", "counts")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        names = ("hazard_logits", "accepted", "tokens", "counts")
+        others = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        return cls(joined([part.states for part in parts]), *others)
 
 
 class _Taken:
-    """Decisions of one reply as they come."""
+    """Decisions as they come."""
 
     def __init__(self, hidden_size: int) -> None:
         self.states: list[Tensor] = [torch.zeros(0, hidden_size, dtype=torch.half)]
@@ -85,10 +87,11 @@ class _Taken:
         self.accepted += accepted
         self.tokens += [token] * len(accepted)
 
-    def whole(self) -> Decisions:
+    def whole(self, counts: Sequence[int]) -> Decisions:
+        """Of replies with so many decisions each."""
         hazard_logits, accepted = torch.tensor(self.hazard_logits), torch.tensor(self.accepted, dtype=torch.bool)
-        count, tokens = torch.tensor([len(self.tokens)]), torch.tensor(self.tokens, dtype=torch.long)
-        return Decisions(torch.cat(self.states), hazard_logits, accepted, tokens, count)
+        tokens = torch.tensor(self.tokens, dtype=torch.long)
+        return Decisions(joined(self.states), hazard_logits, accepted, tokens, torch.tensor(counts))
 
 
 def taken_rank(reply: Reply, position: JudgedPosition) -> int:
@@ -103,16 +106,16 @@ def decisions_taken(replies: Sequence[Reply], *, with_forced: bool = False) -> D
         replies: Sampled with a head, their positions kept.
         with_forced: Count the last candidate of a position, which is taken unasked, as accepted.
     """
-    parts = []
+    taken, counts = _Taken(replies[0].states.shape[1]), []
     for reply in replies:
-        taken = _Taken(reply.states.shape[1])
+        before = len(taken.tokens)
         for position in reply.positions:
             rank = taken_rank(reply, position)
             asked = rank + (with_forced or rank < len(position.token_ids) - 1)
             accepted = [False] * rank + [True] * (asked - rank)
             taken.add(position.index, position.states[:asked], position.hazard_logits[:asked], accepted)
-        parts.append(taken.whole())
-    return Decisions.join(parts)
+        counts.append(len(taken.tokens) - before)
+    return taken.whole(counts)
 
 
 @torch.inference_mode()
@@ -182,7 +185,7 @@ def _read(
     finally:
         for row in rows:
             backend.close(row)
-    return [one.whole() for one in taken]
+    return [one.whole([len(one.tokens)]) for one in taken]
 
 
 def _asked(

@@ -23,6 +23,7 @@ from mara_integrations.training.bank import Reply
 # The cache's least recently used files make room for new ones. 128 replies of 48 tokens take 40 MB for a model of
 # width 576.
 MAX_CACHE_BYTES = 4 << 30
+_BLOCK = 1 << 20
 
 
 def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
@@ -36,15 +37,18 @@ def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bo
 
 
 def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
-    """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts."""
+    """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts.
+
+    Tensors are those of the file, read when they are looked at and forgotten when memory is short.
+    """
     data = read_data(path)
     if data is not None:
         return data, True
-    gathered, buffer = gather(), io.BytesIO()
-    torch.save(gathered, buffer)
+    buffer = io.BytesIO()
+    torch.save(gather(), buffer)
     payload = buffer.getvalue()
     write_atomically(path, payload + hashlib.sha256(payload).digest())
-    return gathered, False
+    return read_data(path), False
 
 
 def cache_file(key: str) -> Path:
@@ -85,14 +89,20 @@ def _make_room(folder: Path) -> None:
 
 def read_data(path: Path) -> Any | None:
     """What a file of `kept_data` holds; None where there is none, or not the whole of one."""
-    try:
-        whole = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists() or not _is_whole(path):
         return None
-    payload, digest = whole[:-32], whole[-32:]
-    if hashlib.sha256(payload).digest() != digest:
-        return None
-    return torch.load(io.BytesIO(payload), weights_only=True)
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the digest of what stands before."""
+    left, digest = path.stat().st_size - hashlib.sha256().digest_size, hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0:
+            block = file.read(min(left, _BLOCK))
+            digest.update(block)
+            left -= len(block)
+        return file.read() == digest.digest()
 
 
 _POSITION = ("index", "token_ids", "hazard_logits", "states", "previous")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mara_integrations.errors import OutputError
+from mara_integrations.training.states import MAX_BYTES_IN_MEMORY, on_disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +62,12 @@ class ReplayBuffer:
         OutputError: If the disk has no room for the file.
     """
 
-    def __init__(self, capacity: int, hidden_size: int, file: Path, max_bytes: int = 2 << 30) -> None:
+    def __init__(self, capacity: int, hidden_size: int, file: Path, max_bytes: int = MAX_BYTES_IN_MEMORY) -> None:
         self.capacity, self._count, self._next = capacity, 0, 0
         if 2 * capacity * hidden_size <= max_bytes:
             self._states = torch.zeros(capacity, hidden_size, dtype=torch.half)
         else:
-            _reserve(file, 2 * capacity * hidden_size)
-            flat = torch.from_file(str(file), shared=True, size=capacity * hidden_size, dtype=torch.half)
-            self._states = flat.view(capacity, hidden_size)
+            self._states = on_disk(file, capacity, hidden_size)
         self._hazard_logits, self._rewards = torch.zeros(capacity), torch.zeros(capacity)
         self._accepted, self._ends = torch.zeros(2, capacity, dtype=torch.bool)
 
@@ -104,20 +101,3 @@ class ReplayBuffer:
             self._states[after].to(device).float(),
             self._hazard_logits[after].to(device),
         )
-
-
-def _reserve(file: Path, num_bytes: int) -> None:
-    """Take the room now: a full disk met later, while writing to mapped memory, would end the process."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, num_bytes)
-            else:  # macOS and Windows promise no room
-                handle.truncate(num_bytes)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        raise OutputError(
-            f"no room for a replay buffer of {num_bytes / 1e9:.1f} GB at {str(file)!r}: {error.strerror or error}",
-            hint="free space, or keep fewer transitions",
-        ) from None

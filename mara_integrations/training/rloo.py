@@ -36,6 +36,7 @@ from mara_integrations.training.objectives import (
     look_ahead_advantages,
     value_loss,
 )
+from mara_integrations.training.states import joined
 from mara_integrations.training.value import advantages
 from mara_integrations.training.worth import asks_partial_text, candidate_gains, prefix_worths
 
@@ -181,7 +182,7 @@ def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch]
         settings = HeadConfig(form="value", hidden_size=run.model.hidden_size, inner_sizes=_CRITIC_SIZES)
         critic = MARAHead(settings).to(run.model.device)
     table, held_out = (
-        _table(torch.cat([reply.states[:-1] for batch in batches for reply in batch.replies]), values / scale)
+        _table(joined([reply.states[:-1] for batch in batches for reply in batch.replies]), values / scale)
         for batches, values in zip((fitting, checking), returns, strict=True)
     )
     with run.fitting(f"{name}, critic") as on_epoch:
@@ -191,7 +192,7 @@ def fit_look_ahead(run: Run, name: str, head: MARAHead, fitting: Sequence[Batch]
     ]
     spread = float(targets[0].std())
     table, held_out = (
-        _table(torch.cat([batch.decisions.states for batch in batches]), (values / spread).clamp(-_FURTHEST, _FURTHEST))
+        _table(joined([batch.decisions.states for batch in batches]), (values / spread).clamp(-_FURTHEST, _FURTHEST))
         for batches, values in zip((fitting, checking), targets, strict=True)
     )
     with run.fitting(name) as on_epoch:
@@ -297,7 +298,7 @@ def _advantages(critic: MARAHead, scale: float, batch: Batch) -> Tensor:
     lengths = torch.tensor([len(reply.token_ids) for reply in batch.replies])
     token = (lengths.cumsum(0) - lengths)[batch.decisions.replies] + batch.decisions.tokens  # among all tokens
     with torch.inference_mode():
-        before = outputs(critic, torch.cat([reply.states[:-1] for reply in batch.replies])) * scale
+        before = outputs(critic, joined([reply.states[:-1] for reply in batch.replies])) * scale
         after = outputs(critic, batch.decisions.states) * scale
     taken = _returns([batch])[token]
     return look_ahead_advantages(batch.decisions.accepted, taken, batch.gains, before[token], after, _GAMMA)

@@ -20,6 +20,7 @@ from mara_integrations.training.bank import Reply, token_texts
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.objectives import rule_loss
+from mara_integrations.training.states import joined
 
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
 
@@ -98,7 +99,7 @@ def rule_table(model: LoadedModel, replies: Sequence[Reply], rule: Rule) -> Tabl
                 text = token_texts(model, [*reply.token_ids[: position.index], candidate], last=1)[0]
                 states.append(state.half().cpu()[None])
                 offends.append(len(rule.violations(text)) > already)
-    return Table(torch.cat(states), torch.tensor(offends, dtype=torch.float32), torch.ones(len(offends)))
+    return Table(joined(states), torch.tensor(offends, dtype=torch.float32), torch.ones(len(offends)))
 
 
 def fit_rule(

@@ -20,6 +20,7 @@ from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.fitting import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.objectives import value_loss
 from mara_integrations.training.ordering import held_out_ordering
+from mara_integrations.training.states import joined
 
 
 def learn(run: Run, head: MARAHead) -> Learned:
@@ -61,7 +62,7 @@ def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:
     lengths = [len(reply.states) for reply in replies]
     repeats = torch.tensor(lengths)
     return Table(
-        torch.cat([reply.states for reply in replies]),
+        joined([reply.states for reply in replies]),
         torch.tensor(targets, dtype=torch.float32).repeat_interleave(repeats),
         (1.0 / repeats.float()).repeat_interleave(repeats),
     )

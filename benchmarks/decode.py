@@ -172,12 +172,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
             for ids in texts:
                 sampling = SamplingParams(max_new_tokens=args.tokens, seed=0)
                 base = Request(ids, sampling, eos_token_ids=model.eos_token_ids)
-                contenders = {
-                    "generate": partial(generate, model, ids),
-                    "ungated": Ours(decoder, base),
-                    "prompt lookup": partial(generate, model, ids, prompt_lookup_num_tokens=8),
-                }
-                pairs = ["ungated / generate", "prompt lookup / generate"]
+                contenders = {"generate": partial(generate, model, ids), "ungated": Ours(decoder, base)}
+                pairs = ["ungated / generate"]
+                if model.model.generation_config.eos_token_id is not None:  # transformers 5.0 asks for it there
+                    contenders["prompt lookup"] = partial(generate, model, ids, prompt_lookup_num_tokens=8)
+                    pairs.append("prompt lookup / generate")
                 if texts is copies:
                     contenders["gated"] = Ours(decoder, replace(base, head=head))
                     pairs = ["gated / generate", *pairs]

@@ -29,7 +29,10 @@ def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any
             try:
                 arguments[name] = yaml.safe_load(value)
             except yaml.YAMLError as error:
-                raise ConfigError(f"{text!r} has a broken value: {' '.join(str(error).split())}") from None
+                problem = " ".join(str(error).split())
+                raise ConfigError(
+                    f"{text!r} has a broken value: {problem}", hint="values are YAML: auto, {a: 1}"
+                ) from None
     if "token" in arguments:
         raise ConfigError("an access token is not taken here, it would be written down", hint="set HF_TOKEN")
     try:

@@ -255,6 +255,8 @@ def test_what_loads_the_model_is_handed_on(folder, command):
     assert "no-such-kind" in said
     said = run(*command, "--model", "model", "--model-kwargs", "device_map", code=1).stderr
     assert "'device_map' is no NAME=VALUE" in said
+    said = run(*command, "--model", "model", "--model-kwargs", "device_map={", code=1).stderr
+    assert "'device_map={' has a broken value" in said and "values are YAML" in said
 
 
 def test_how_a_model_was_loaded_is_kept_with_the_head(folder):

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ import huggingface_hub
 import platformdirs
 import torch
 import transformers
+from transformers.distributed.configuration_utils import DistributedConfig
 
+from mara_integrations import ranks
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
 from mara_integrations.messages import PromptEncoder
 
@@ -36,6 +38,8 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # settings of from_pretrained that say where and how files are read: configuration and tokenizer need them too
 _SOURCE_KWARGS = ("trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+# those that spread a model over processes
+_SPREADING = ("tp_plan", "tp_size", "distributed_config")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0
 _UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALiBi, state spaces)
@@ -96,6 +100,7 @@ class LoadedModel:
         context_window: Most tokens of prompt and reply together.
         eos_token_ids: End a reply; the same ones as in `generate` of transformers.
         encoder: Turns prompts into token ids.
+        parts: The model in each of the processes that hold it together, see `ranks`; None where it is in this one.
     """
 
     model: Any
@@ -108,6 +113,7 @@ class LoadedModel:
     context_window: int
     eos_token_ids: frozenset[int]
     encoder: PromptEncoder
+    parts: ranks.Shared[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +136,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     decoding random.
 
     Raises:
-        ConfigError: If device or dtype is unknown, or can't be had for this model on this machine.
+        ConfigError: If device or dtype is unknown, or can't be had for this model on this machine; or if the model is
+            to be spread over processes, and there is one.
         ModelError: If the model can't be found, reached, read, or is no causal language model.
         MissingExtraError: If a `.gguf` is to be read and the packages for it are absent.
     """
@@ -143,7 +150,10 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             f"a {type(spec.model).__name__} is not a base model",
             hint="give a name, a path, or (model, tokenizer)",
         )
-    device = _device(spec.device)
+    is_spread = _is_spread(spec.model_kwargs)
+    if is_spread:
+        _join(spec)
+    device = _device("auto" if is_spread else spec.device)
     dtype = _dtype(spec.dtype, device)
     name, source = _resolve(os.fspath(spec.model))
     settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
@@ -153,7 +163,11 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         with _loading:
             found = _loaded.get(key)
             if found is None:
-                found = _loaded[key] = _load(name, source, spec, device, dtype)
+                if is_spread:
+                    found = _load_parts(name, source, spec, dtype)
+                else:
+                    found = _load(name, source, spec, device, dtype)
+                _loaded[key] = found
     return found
 
 
@@ -243,6 +257,37 @@ def _hint(name: str) -> str:
     return f"did you mean {near[0]!r}? Allowed: {allowed}" if near else f"allowed: {allowed}"
 
 
+def _join(spec: ModelSpec) -> None:
+    """Meet the processes that will hold the model together; of them, only the first comes back."""
+    if not ranks.has_others():
+        named = next(name for name in _SPREADING if spec.model_kwargs.get(name) is not None)
+        raise ConfigError(
+            f"{named}={spec.model_kwargs[named]!r} spreads a model over processes, and there is one",
+            hint="`torchrun --nproc-per-node 2 -m mara_integrations ...` starts two; one process spreads it over its "
+            "devices by device_map=auto",
+        )
+    ranks.join()
+    if spec.device != "auto" and torch.device(spec.device).type != _device("auto").type:
+        raise ConfigError(
+            f"device={str(spec.device)!r} is not allowed: each process takes a {_device('auto').type} of its own",
+            hint="device='auto'",
+        )
+
+
+def _load_parts(name: str, source: str, spec: ModelSpec, dtype: torch.dtype) -> LoadedModel:
+    """Load the model in every process, a part of it in each."""
+    loaded = ranks.shared(_load_part, name, source, spec, dtype)
+    return replace(loaded.value, parts=ranks.shared(_model_of, loaded))
+
+
+def _load_part(name: str, source: str, spec: ModelSpec, dtype: torch.dtype) -> LoadedModel:
+    return _load(name, source, spec, _device("auto"), dtype)
+
+
+def _model_of(loaded: LoadedModel) -> Any:
+    return loaded.model
+
+
 def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     is_local = Path(source).exists()
     settings = dict(spec.model_kwargs)
@@ -281,12 +326,21 @@ def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, sett
         raise ModelError(f"model {name!r} has no tokenizer", hint="its folder or repository needs tokenizer.json")
     settings = {"dtype": dtype, **settings}
     is_quantised = getattr(config, "quantization_config", None) is not None or "quantization_config" in settings
-    if is_quantised and device.type != "cpu":
+    is_spread = _is_spread(settings)
+    if is_quantised and device.type != "cpu" and not is_spread:
         settings.setdefault("device_map", {"": device})  # packed weights can't be moved afterwards
+    if hasattr(DistributedConfig, "tp_plan"):  # the older way's successor
+        parallel = {key: settings.pop(key) for key in ("tp_plan", "tp_size") if key in settings}
+        settings |= {"distributed_config": parallel} if parallel else {}
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
-    if "device_map" not in settings and not is_quantised:
+    if "device_map" not in settings and not is_quantised and not is_spread:
         model.to(device)
     return _described(model.eval().requires_grad_(False), tokenizer, name)
+
+
+def _is_spread(settings: Mapping[str, Any]) -> bool:
+    """Whether these settings of from_pretrained spread a model over processes."""
+    return any(settings.get(name) is not None for name in _SPREADING)
 
 
 def _described(model: Any, tokenizer: Any, name: str) -> LoadedModel:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
-from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.backend import Backend, make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.grammar import Grammar
@@ -23,6 +23,7 @@ from mara_integrations.engine.head import MARAHead
 from mara_integrations.engine.head_cache import HeadCache
 from mara_integrations.engine.heads import ComposedHead, Head, candidate_settings
 from mara_integrations.engine.sequence import Generation, Request
+from mara_integrations.engine.spread import SpreadBackend
 from mara_integrations.engine.text import TextStream
 from mara_integrations.engine.verification import Verification, verify
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
@@ -43,11 +44,20 @@ _workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictio
 _workers_lock = threading.Lock()
 
 
+def backend_of(model: LoadedModel) -> Backend:
+    """A backend on a loaded model.
+
+    Raises:
+        ModelError: See `make_backend` and `SpreadBackend`.
+    """
+    return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
+
+
 def worker_for(model: LoadedModel) -> Worker:
     """The one worker of a loaded model."""
     with _workers_lock:
         if model not in _workers:
-            _workers[model] = Worker(Decoder.measured(make_backend(model.model, model.name)))
+            _workers[model] = Worker(Decoder.measured(backend_of(model)))
         return _workers[model]
 
 
@@ -191,11 +201,14 @@ class MARAEngine:
             Both replies, and the first place where they differ; `holds` unless that is more than noise.
 
         Raises:
-            ConfigError: If a grammar holds the reply: the reference knows none. Else as `generate`.
+            ConfigError: If a grammar holds the reply, or several processes the model: the reference knows neither. Else
+                as `generate`.
         """
         request = self.request(prompt, **{"seed": 0, **self.defaults, **overrides})
         if request.constraint is not None:
             raise ConfigError("the reference knows no tools or schemas", hint="verify the prompt without them")
+        if self.model.parts is not None:
+            raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
         request = replace(request, text=None)
         return verify(
             self.model.model, request, _last(worker_for(self.model).submit(request, ThreadTicket())).token_ids

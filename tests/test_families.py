@@ -134,9 +134,9 @@ def test_whatever_a_version_of_transformers_makes_of_a_family_it_is_decoded_exac
 def test_chunks_longer_than_the_probe_would_have_gone_unseen():
     config, _ = SERIAL["llama4_text"]
     model = tiny_model("llama4_text", **config)
-    assert backends._probed(PackedBackend, model)[1] == "", "on nine tokens both look alike"
+    assert backends.probed(PackedBackend, model)[1] == "", "on nine tokens both look alike"
     with narrowed(model):
-        assert "differ" in backends._probed(PackedBackend, model)[1]
+        assert "differ" in backends.probed(PackedBackend, model)[1]
 
 
 def test_narrowed_windows_are_given_back():

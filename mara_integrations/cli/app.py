@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from mara_integrations import __version__
+from mara_integrations import __version__, ranks
 from mara_integrations.errors import MaraError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -61,6 +61,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if ranks.has_others():  # now: a command reads standard input and speaks before it loads a model, and one does so
+        ranks.join()
     app()
 
 

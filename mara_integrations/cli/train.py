@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mara_integrations import ranks
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
 from mara_integrations.progress import ConsoleReporter
@@ -77,10 +79,12 @@ def _show_next_steps(config: TrainConfig) -> None:
     data += ["--skip-bad-rows"] if config.skip_bad_rows else []
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
     keywords += f", model_kwargs={config.model_kwargs!r}" if config.model_kwargs else ""
+    starts = os.environ.get("LOCAL_WORLD_SIZE", "2")
+    tools = f"torchrun --nproc-per-node {starts} -m mara_integrations" if ranks.has_others() else "mara-tools"
     print(
         "\nTry it\n"
-        f"  mara-tools chat {flags}\n"
-        f"  mara-tools eval {flags} {shlex.join(data)} --report report.html\n"
+        f"  {tools} chat {flags}\n"
+        f"  {tools} eval {flags} {shlex.join(data)} --report report.html\n"
         "\n"
         "  from mara_integrations import MARALLM\n"
         f"  llm = MARALLM({keywords})\n"

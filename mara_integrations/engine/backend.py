@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from typing_extensions import override
 
+from mara_integrations import ranks
 from mara_integrations.engine import attention
 from mara_integrations.engine.cache import KVCache
 from mara_integrations.engine.fused import FusedDecoder, PackedLinear, padded
@@ -295,23 +296,22 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     Raises:
         ModelError: If not even the serial one does: the model is not a causal language model we can drive.
     """
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        reason = "its position encoding depends on the longest sequence in the batch"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = "its attention can't be replaced"
-    elif has_windows(model) and (difference := _window_difference(model)):
-        reason = f"its windows are not those of packed attention: {difference}"
-    else:
+    if any(map(ranks.is_spread, model.parameters())):
+        raise ModelError(
+            f"{name} ({type(model).__name__}) is spread over processes that do not follow this one",
+            hint="give its name and model_kwargs={'tp_plan': 'auto'} in place of the loaded model",
+        )
+    reason = why_not_packed(model)
+    if not reason:
         fast = GraphedBackend if model.device.type == "cuda" else FusedBackend
         for kind in (fast, PackedBackend):
-            packed, reason = _probed(kind, model)
+            packed, reason = probed(kind, model)
             if packed is not None:
                 return packed
             _log.info("%s (%s) does not run on %s: %s", name, type(model).__name__, kind.__name__, reason)
     attention.uninstall(model)
     warnings.warn(f"{name} ({type(model).__name__}) runs on the slow serial path: {reason}", stacklevel=2)
-    serial, reason = _probed(SerialBackend, model)
+    serial, reason = probed(SerialBackend, model)
     if serial is None:
         raise ModelError(
             f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}",
@@ -320,12 +320,24 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     return serial
 
 
+def why_not_packed(model: PreTrainedModel) -> str:
+    """Why a model can't be decoded packed, as far as can be told without trying, or ''."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return "its position encoding depends on the longest sequence in the batch"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention can't be replaced"
+    if has_windows(model) and (difference := _window_difference(model)):
+        return f"its windows are not those of packed attention: {difference}"
+    return ""
+
+
 def _window_difference(model: PreTrainedModel) -> str:
     with narrowed(model):
-        return _probed(PackedBackend, model)[1]
+        return probed(PackedBackend, model)[1]
 
 
-def _probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) -> tuple[Backend | None, str]:
+def probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) -> tuple[Backend | None, str]:
     """A backend that computes what its model computes, or None and why not."""
     try:
         backend = kind(model)

@@ -24,8 +24,9 @@ class TrainConfig(Params):
 
     Attributes:
         model: Base model: Hub id, folder, `.gguf` file or alias.
-        model_kwargs: For `from_pretrained`, by name: `device_map=auto`, `tp_plan=auto`, `attn_implementation=eager`, or
-            `quantization_config={quant_method: bitsandbytes, load_in_4bit: true}`. May be repeated.
+        model_kwargs: For `from_pretrained`, by name: `device_map=auto`, `tp_plan=auto` (under torchrun),
+            `attn_implementation=eager`, or `quantization_config={quant_method: bitsandbytes, load_in_4bit: true}`. May
+            be repeated.
         data: Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder saved by
             `datasets`, a Hub name as `org/name:train`, or a mixture of several in a .yaml file.
         prompts: Of `reward-model`: what replies are written to, in any form of `data`, where the prompts of the
@@ -150,6 +151,8 @@ class TrainConfig(Params):
     def _one_aim(self) -> Self:
         if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
+        if self.ray and self.model_kwargs.get("tp_plan") is not None:
+            raise ValueError("a process on Ray holds a whole model: give either ray or tp_plan, not both")
         return self
 
     def described(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mara_integrations import ranks
 from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.errors import OutputError
 from mara_integrations.files import write_atomically
@@ -71,7 +72,7 @@ def model_fingerprint(model: LoadedModel) -> str:
     """Of a model's name, type and weights, by a sample of every tensor: a fine-tuned copy differs."""
     digest = hashlib.sha256(f"{model.name} {model.revision} {model.dtype}".encode())
     for name, tensor in model.model.state_dict().items():
-        flat = tensor.detach().flatten()
+        flat = ranks.own_part(tensor).detach().flatten()
         sample = flat[:: max(1, len(flat) // 256)]
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.to("cpu", torch.float32).numpy().tobytes())

@@ -23,6 +23,7 @@ from torch.nn.functional import embedding_bag, logsigmoid
 from mara_integrations.data import Dataset, Pair, Row
 from mara_integrations.data.rows import prompt_key
 from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.spread import embeddings
 from mara_integrations.errors import DataError
 from mara_integrations.evaluation.metrics import Interval, wilson
 from mara_integrations.models import LoadedModel
@@ -282,14 +283,9 @@ def _tf_idf(text: str, idf: dict[str, float]) -> dict[str, float]:
 @torch.inference_mode()
 def _embedded(model: LoadedModel, texts: Sequence[str]) -> Tensor:
     """Mean embedding of each text's tokens, (N, d)."""
-    table = model.model.get_input_embeddings().weight
     token_ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    means = [
-        table[torch.tensor(ids, device=table.device)].float().mean(0)
-        if ids
-        else table.new_zeros(table.shape[1]).float()
-        for ids in token_ids
-    ]
+    rows = (embeddings(model.parts or model.model, ids).float() for ids in token_ids)
+    means = [own.mean(0) if len(own) else own.new_zeros(own.shape[1]) for own in rows]
     return torch.stack(means).cpu().clone()
 
 

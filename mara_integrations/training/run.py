@@ -11,7 +11,6 @@ import torch
 from rich.markup import escape
 
 from mara_integrations.data import Row, preview, prompt_row
-from mara_integrations.engine.backend import make_backend
 from mara_integrations.engine.head import MARAHead, push_folder
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval
@@ -19,7 +18,7 @@ from mara_integrations.files import write_atomically
 from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_name
-from mara_integrations.runtime import MARAEngine
+from mara_integrations.runtime import MARAEngine, backend_of
 from mara_integrations.training import preference, reward_model, rloo, rule, sac, value
 from mara_integrations.training.calibration import calibrate
 from mara_integrations.training.card import figures, model_card
@@ -123,7 +122,7 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
     spec = ModelSpec(config.model, config.device, config.dtype, model_kwargs=config.model_kwargs)
     model = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
-    backend = make_backend(model.model, model.name)
+    backend = backend_of(model)
     writers: Writers = WritersHere(model, backend)
     if config.ray:
         writers = RayWriters(spec, config.ray, model.device.type == "cuda", reporter.say)

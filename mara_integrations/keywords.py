@@ -1,14 +1,16 @@
-"""Keyword arguments of a model, as a command line or a file of settings says them."""
+"""How a model is to be loaded, as a command line or a file of settings says it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
 from mara_integrations.errors import ConfigError
+
+Quantization: TypeAlias = Literal["int8"]
 
 
 def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

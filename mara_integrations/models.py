@@ -31,6 +31,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from mara_integrations import ranks
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
+from mara_integrations.int8 import check_int8, quantize
+from mara_integrations.keywords import Quantization
 from mara_integrations.messages import PromptEncoder
 
 _log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class ModelSpec:
             slower unless the processor has instructions for it.
         revision: Branch, tag or commit on the Hub.
         model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`.
+        quantization: `int8` is for the CPU: linear layers hold int8 weights, and round their inputs to as many levels.
     """
 
     model: Any = "smollm2"
@@ -83,6 +86,7 @@ class ModelSpec:
     dtype: str | torch.dtype = "auto"
     revision: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
@@ -96,6 +100,7 @@ class LoadedModel:
         revision: Commit on the Hub, where known.
         device: Where token ids go.
         dtype: Of the weights that are not quantised.
+        quantization: Of the others, if by us.
         hidden_size: Width of the last layer's hidden state.
         context_window: Most tokens of prompt and reply together.
         eos_token_ids: End a reply; the same ones as in `generate` of transformers.
@@ -109,11 +114,17 @@ class LoadedModel:
     revision: str | None
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization | None
     hidden_size: int
     context_window: int
     eos_token_ids: frozenset[int]
     encoder: PromptEncoder
     parts: ranks.Shared[Any] | None = None
+
+    @property
+    def number_format(self) -> str:
+        """Of most weights, in a word."""
+        return self.quantization or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +147,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     decoding random.
 
     Raises:
-        ConfigError: If device or dtype is unknown, or can't be had for this model on this machine; or if the model is
-            to be spread over processes, and there is one.
+        ConfigError: If device, dtype or quantization is unknown, or can't be had for this model on this machine; or if
+            the model is to be spread over processes, and there is one.
         ModelError: If the model can't be found, reached, read, or is no causal language model.
         MissingExtraError: If a `.gguf` is to be read and the packages for it are absent.
     """
@@ -155,9 +166,11 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         _join(spec)
     device = _device("auto" if is_spread else spec.device)
     dtype = _dtype(spec.dtype, device)
+    if spec.quantization is not None:
+        check_int8(spec.quantization, device, dtype, spec.model_kwargs)
     name, source = _resolve(os.fspath(spec.model))
     settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
-    key = (source, spec.revision, device, dtype, settings)
+    key = (source, spec.revision, device, dtype, spec.quantization, settings)
     found = _loaded.get(key)
     if found is None:
         with _loading:
@@ -211,8 +224,8 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
         raise ConfigError(f"device={str(spec.device)!r}, but the loaded model is on {device}", hint="move it yourself")
     if spec.dtype != "auto" and _dtype(spec.dtype, device) != model.dtype:
         raise ConfigError(f"dtype={str(spec.dtype)!r}, but the loaded model has {model.dtype}", hint="cast it yourself")
-    if spec.model_kwargs or spec.revision:
-        raise ConfigError("revision and model_kwargs say how to load a model; this one is loaded already")
+    if spec.model_kwargs or spec.revision or spec.quantization:
+        raise ConfigError("revision, model_kwargs and quantization say how to load a model; this one is loaded already")
     key = (id(model), id(tokenizer))  # the entry holds both objects, so while it lives the ids are theirs
     with _loading:
         found = _loaded.get(key)
@@ -299,14 +312,14 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
                 source = str(_converted(Path(source)))
             if is_local or _is_cached(source, settings):
                 try:
-                    return _read(name, source, device, dtype, {**settings, "local_files_only": True})
+                    return _read(name, source, spec, device, dtype, {**settings, "local_files_only": True})
                 except OSError:
                     if is_local:
                         raise
                     _log.info("the cached copy of %s is not complete", name)
             _check_reachable(name, settings)
             huggingface_hub.utils.enable_progress_bars()  # a download may take minutes
-            return _read(name, source, device, dtype, settings)
+            return _read(name, source, spec, device, dtype, settings)
     except (ConfigError, ModelError, MissingExtraError):
         raise
     except torch.OutOfMemoryError as error:
@@ -315,7 +328,9 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
         raise ModelError(f"model {name!r} can't be loaded: {_first_line(error)}", hint=_load_hint(error)) from error
 
 
-def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, settings: Mapping[str, Any]) -> LoadedModel:
+def _read(
+    name: str, source: str, spec: ModelSpec, device: torch.device, dtype: torch.dtype, settings: Mapping[str, Any]
+) -> LoadedModel:
     """Read configuration, tokenizer and weights, the cheap ones first."""
     shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
     config = transformers.AutoConfig.from_pretrained(source, **shared)
@@ -324,8 +339,11 @@ def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, sett
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # without its files transformers builds it of these alone
         raise ModelError(f"model {name!r} has no tokenizer", hint="its folder or repository needs tokenizer.json")
-    settings = {"dtype": dtype, **settings}
+    # int8 weights are made from those of the file, so that memory never has to hold all of them in float32
+    settings = {"dtype": dtype if spec.quantization is None else "auto", **settings}
     is_quantised = getattr(config, "quantization_config", None) is not None or "quantization_config" in settings
+    if is_quantised and spec.quantization is not None:
+        raise ConfigError(f"quantization={spec.quantization!r}, but model {name!r} is quantised already")
     is_spread = _is_spread(settings)
     if is_quantised and device.type != "cpu" and not is_spread:
         settings.setdefault("device_map", {"": device})  # packed weights can't be moved afterwards
@@ -333,9 +351,11 @@ def _read(name: str, source: str, device: torch.device, dtype: torch.dtype, sett
         parallel = {key: settings.pop(key) for key in ("tp_plan", "tp_size") if key in settings}
         settings |= {"distributed_config": parallel} if parallel else {}
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+    if spec.quantization is not None:
+        quantize(model)
     if "device_map" not in settings and not is_quantised and not is_spread:
         model.to(device)
-    return _described(model.eval().requires_grad_(False), tokenizer, name)
+    return _described(model.eval().requires_grad_(False), tokenizer, name, spec.quantization)
 
 
 def _is_spread(settings: Mapping[str, Any]) -> bool:
@@ -343,7 +363,7 @@ def _is_spread(settings: Mapping[str, Any]) -> bool:
     return any(settings.get(name) is not None for name in _SPREADING)
 
 
-def _described(model: Any, tokenizer: Any, name: str) -> LoadedModel:
+def _described(model: Any, tokenizer: Any, name: str, quantization: Quantization | None = None) -> LoadedModel:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     return LoadedModel(
@@ -353,6 +373,7 @@ def _described(model: Any, tokenizer: Any, name: str) -> LoadedModel:
         revision=getattr(model.config, "_commit_hash", None),
         device=_device_of(model),
         dtype=model.dtype,
+        quantization=quantization,
         hidden_size=config.hidden_size,
         context_window=_context_window(config, tokenizer),
         eos_token_ids=_eos_token_ids(model, config, tokenizer),

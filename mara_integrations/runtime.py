@@ -28,6 +28,7 @@ from mara_integrations.engine.text import TextStream
 from mara_integrations.engine.verification import Verification, verify
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
 from mara_integrations.errors import ConfigError
+from mara_integrations.keywords import Quantization
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
 from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
@@ -72,6 +73,7 @@ class MARAEngine:
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
         revision: Of a model on the Hub.
         model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
+        quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
         system_prompt: Put before every conversation that brings no system message.
         **defaults: Fields of `SamplingParams` and `GateParams` that every request starts from.
 
@@ -88,12 +90,11 @@ class MARAEngine:
         dtype: str = "auto",
         revision: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        quantization: Quantization | None = None,
         system_prompt: str | None = None,
         **defaults: Any,
     ) -> None:
-        self.spec = ModelSpec(
-            model, device=device, dtype=dtype, revision=revision, model_kwargs=dict(model_kwargs or {})
-        )
+        self.spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
         self.head_source = head
         self.system_prompt = system_prompt
         self.defaults = defaults
@@ -262,7 +263,7 @@ class MARAEngine:
         grammar = form.grammar(self._syntax, thoughts)
         if grammar is None:
             return None
-        vocab_size = model.model.get_output_embeddings().weight.shape[0]
+        vocab_size = model.model.get_output_embeddings().out_features
         return Grammar(
             grammar,
             tokenizer=model.tokenizer,
@@ -306,6 +307,7 @@ def _rebuild(spec: ModelSpec, head: Any, system_prompt: str | None, defaults: di
         "dtype": spec.dtype,
         "revision": spec.revision,
         "model_kwargs": spec.model_kwargs,
+        "quantization": spec.quantization,
     }
     return MARAEngine(spec.model, head, system_prompt=system_prompt, **settings, **defaults)
 

@@ -18,13 +18,14 @@ from typing_extensions import Self
 
 from mara_integrations.engine.sequence import Generation, TracePosition
 from mara_integrations.errors import ConfigError, MaraError
+from mara_integrations.keywords import Quantization
 from mara_integrations.models import LoadedModel, ModelSpec
 from mara_integrations.reasoning import ThoughtSplitter
 from mara_integrations.runtime import MARAEngine, head_fingerprint, head_name, head_weights, thoughts_of
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
 from mara_integrations.tool_calls import CallParser, ReplyForm, syntax_of
 
-_SPEC = ("model", "device", "dtype", "revision", "model_kwargs")
+_SPEC = ("model", "device", "dtype", "revision", "model_kwargs", "quantization")
 _GATE = ("strength", "selection", "fallback", "trace")
 _SAMPLING = ("temperature", "top_k", "top_p", "max_tokens", "stop", "seed")
 _REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
@@ -54,6 +55,7 @@ class EngineSettings(BaseModel):
         trace: Report what the gate saw and did at each position.
         revision: Of a model on the Hub.
         model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
+        quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -75,6 +77,7 @@ class EngineSettings(BaseModel):
     trace: bool = False
     revision: str | None = None
     model_kwargs: dict[str, Any] | None = None
+    quantization: Quantization | None = None
 
     _engine: MARAEngine | None = PrivateAttr(default=None)
 

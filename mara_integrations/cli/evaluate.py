@@ -21,6 +21,7 @@ from mara_integrations.cli.options import (
     MaxNewTokens,
     Model,
     ModelKwargs,
+    Quantise,
     SkipBadRows,
     Strength,
     SystemPrompt,
@@ -75,6 +76,7 @@ def evaluate_head(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Compare base model and head on the same prompts with the same random numbers."""
@@ -92,7 +94,7 @@ def evaluate_head(
 
     if report is not None:
         reports.check_report_path(report)
-    settings = given(strength=strength, model_kwargs=keyword_arguments(model_kwargs or ()))
+    settings = given(strength=strength, quantization=quantization, model_kwargs=keyword_arguments(model_kwargs or ()))
     engine = MARAEngine(
         model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
     ).load()
@@ -112,7 +114,7 @@ def evaluate_head(
         rewards, origin = list(_recorded_rewards(engine, head_source(head))), " (recorded with the head)"
     named = {reward_name(item): item for item in rewards}
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
-    say(console, "Model", f"{engine.model.name} on {engine.model.device}, {str(engine.model.dtype)[6:]}")
+    say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
     with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
         evaluation = evaluate(
             engine,

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mara_integrations.data import Format
-from mara_integrations.keywords import keyword_arguments
+from mara_integrations.keywords import Quantization, keyword_arguments
 
 if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
@@ -53,7 +53,10 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 SystemPrompt = Annotated[str | None, typer.Option(help="Put before every conversation that brings none.")]
 Device = Annotated[str, typer.Option(help="auto is CUDA, then MPS, then CPU.")]
 Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on GPUs that have it, float32 on CPU.")]
-
+Quantise = Annotated[
+    Quantization | None,
+    typer.Option("--quantization", help="int8 is for the CPU: a quarter of the memory for linear layers, and faster."),
+]
 ModelKwargs = Annotated[
     list[str] | None,
     typer.Option(
@@ -109,6 +112,7 @@ def _asked_model(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """The options; nothing is ever called."""

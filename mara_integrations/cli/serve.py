@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import say
-from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, SystemPrompt
+from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt
 from mara_integrations.errors import MissingExtraError
 from mara_integrations.keywords import keyword_arguments
 
@@ -33,6 +33,7 @@ def serve(
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Serve the model and its heads over HTTP, with OpenAI's interface."""
@@ -49,6 +50,7 @@ def serve(
         model,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         system_prompt=system_prompt,
         model_kwargs=keyword_arguments(model_kwargs or ()),
     ).load()

@@ -1,8 +1,8 @@
 """The layers of a Llama-shaped decoder written out for the CPU: fewer, wider matrices in the order oneDNN reads them.
 
 Gives the hidden states of the model's own code up to float rounding, in about two thirds of its time for one token and
-half for several. Holds a second copy of the weights, so the model stays as it is for others who hold it; what they
-change in it afterwards is not seen here.
+half for several. Holds a second copy of the weights (int8 layers that are not joined are shared), so the model stays as
+it is for others who hold it; what they change in it afterwards is not seen here.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad, rms_norm
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from mara_integrations.engine.attention import AttentionSettings, PackedContext
+from mara_integrations.int8 import Int8Linear, is_int8, weight_bytes
 
 # Room left after the copy, as a share of the memory that is free: caches and activations come on top.
 _MAX_SHARE_OF_FREE_MEMORY = 0.5
@@ -32,7 +34,17 @@ _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class PackedLinear:
+class FastLinear(Protocol):
+    """A linear layer over rows, each of whose results is the same however many rows there are."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same, added to `residual` (N, out)."""
+
+
+class PackedLinear(FastLinear):
     """A linear layer whose weights lie as oneDNN reads them: each row's result is the same however many there are.
 
     Args:
@@ -44,20 +56,38 @@ class PackedLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_FOR)
         self._bias = None if bias is None else bias.detach().clone()
 
+    @override
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
 
+    @override
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same, added to `residual` (N, out)."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return out
 
 
-def padded(x: Tensor) -> Tensor:
-    """Rows of zeros after (N, d), where linear layers are faster with more of them."""
-    return pad(x, (0, 0, 0, max(0, _FEWEST_ROWS - len(x))))
+def fast_linear(*linears: nn.Linear | Int8Linear, order: Tensor | None = None) -> FastLinear:
+    """One layer for one, or for several of a kind that read the same input.
+
+    Args:
+        *linears: Whose outputs come one after the other.
+        order: Of all these outputs, where it is to be another.
+    """
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        whole = torch.cat(parts)
+        return whole if order is None else whole[order]
+
+    first = linears[0]
+    if isinstance(first, Int8Linear) and len(linears) == 1 and order is None:
+        return first
+    weight, bias = joined([linear.weight.detach() for linear in linears]), None
+    if any(linear.bias is not None for linear in linears):
+        biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
+        bias = joined([bias.detach() for bias in biases])
+    scales = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
+    return Int8Linear(weight, joined(scales), bias) if scales else PackedLinear(weight, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +104,14 @@ class _Norm:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     attention_norm: _Norm
-    query_key_value: PackedLinear
+    query_key_value: FastLinear
     query_norm: _Norm | None
     key_norm: _Norm | None
-    output: PackedLinear
+    output: FastLinear
     mlp_norm: _Norm
-    gate_up: PackedLinear
+    gate_up: FastLinear
     activation: Callable[[Tensor], Tensor]
-    down: PackedLinear
+    down: FastLinear
     settings: AttentionSettings
 
 
@@ -109,12 +139,17 @@ class FusedDecoder:
         self._rotations = torch.empty(0, 1, self.head_dim // 2, dtype=torch.complex64)
         self._layers = [self._packed(layer, settings[i]) for i, layer in enumerate(decoder.layers)]
         self._norm = _norm(decoder.norm)
+        self._fewest_rows = -(-_FEWEST_ROWS // 2) if is_int8(decoder) else _FEWEST_ROWS  # int8 layers make two of each
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Rows of zeros after (N, d), where linear layers are faster with more of them."""
+        return pad(x, (0, 0, 0, max(0, self._fewest_rows - len(x))))
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: PackedContext) -> Tensor:
         """Hidden states after the final norm, (T,) token ids and their positions to (T, d)."""
         num_tokens, num_rotated = len(token_ids), self.num_heads + self.num_key_heads
         rotations = self._rotations_at(positions)
-        x = padded(embedding(token_ids, self._embeddings))  # (T or more, d); what pads it is seen by no token
+        x = self.padded(embedding(token_ids, self._embeddings))  # (T or more, d); what pads it is seen by no token
         for index, layer in enumerate(self._layers):
             states = layer.query_key_value(layer.attention_norm(x))[:num_tokens].view(num_tokens, -1, self.head_dim)
             rotated = states[:, :num_rotated]
@@ -124,7 +159,7 @@ class FusedDecoder:
             torch.view_as_complex(rotated.unflatten(2, (-1, 2))).mul_(rotations)
             queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
             seen = context.attend(index, queries, keys, states[:, num_rotated:], layer.settings)
-            x = layer.output.plus(padded(seen.reshape(num_tokens, -1)), x)
+            x = layer.output.plus(self.padded(seen.reshape(num_tokens, -1)), x)
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
             x = layer.down.plus(layer.activation(gate) * up, x)
         return self._norm(x[:num_tokens])
@@ -132,19 +167,19 @@ class FusedDecoder:
     def _packed(self, layer: Any, settings: AttentionSettings) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         by_pair = torch.arange(self.head_dim).view(2, -1).T.flatten()  # i beside i + D/2: rotated together
+        outputs = torch.arange((self.num_heads + 2 * self.num_key_heads) * self.head_dim).view(-1, self.head_dim)
+        outputs[: -self.num_key_heads] = outputs[: -self.num_key_heads, by_pair]  # of queries and keys
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         return _Layer(
             attention_norm=_norm(layer.input_layernorm),
-            query_key_value=_stacked(
-                _reordered(attention.q_proj, by_pair), _reordered(attention.k_proj, by_pair), _parts(attention.v_proj)
-            ),
+            query_key_value=fast_linear(attention.q_proj, attention.k_proj, attention.v_proj, order=outputs.flatten()),
             query_norm=_norm(query_norm, by_pair) if query_norm is not None else None,
             key_norm=_norm(key_norm, by_pair) if key_norm is not None else None,
-            output=PackedLinear(*_parts(attention.o_proj)),
+            output=fast_linear(attention.o_proj),
             mlp_norm=_norm(layer.post_attention_layernorm),
-            gate_up=_stacked(_parts(mlp.gate_proj), _parts(mlp.up_proj)),
+            gate_up=fast_linear(mlp.gate_proj, mlp.up_proj),
             activation=mlp.act_fn,
-            down=PackedLinear(*_parts(mlp.down_proj)),
+            down=fast_linear(mlp.down_proj),
             settings=settings,
         )
 
@@ -157,23 +192,6 @@ class FusedDecoder:
             half = self.head_dim // 2
             self._rotations = torch.complex(cos[..., :half].contiguous(), sin[..., :half].contiguous())
         return self._rotations[positions]
-
-
-def _parts(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
-
-
-def _reordered(linear: nn.Linear, order: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the outputs of each head in another order."""
-    weight = linear.weight.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
-    return weight, None if linear.bias is None else linear.bias.unflatten(0, (-1, len(order)))[:, order].flatten()
-
-
-def _stacked(*parts: tuple[Tensor, Tensor | None]) -> PackedLinear:
-    """One layer for several that read the same input."""
-    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-    has_bias = any(bias is not None for _, bias in parts)
-    return PackedLinear(torch.cat([weight for weight, _ in parts]), torch.cat(biases) if has_bias else None)
 
 
 def _norm(norm: Any, order: Tensor | None = None) -> _Norm:
@@ -196,7 +214,7 @@ def _check_shape(decoder: Any) -> None:
         if found != parts:
             raise ValueError(f"{type(module).__name__} has the parts {sorted(found)}, not {sorted(parts)}")
     for name, module in decoder.named_modules():
-        if name.endswith("_proj") and type(module) is not nn.Linear:
+        if name.endswith("_proj") and type(module) not in (nn.Linear, Int8Linear):
             raise ValueError(f"{name} is a {type(module).__name__}, not a Linear")
         if hasattr(module, "_hf_hook"):
             raise ValueError(f"{name} is moved between devices")
@@ -206,8 +224,7 @@ def _check_shape(decoder: Any) -> None:
 
 
 def _check_memory(decoder: nn.Module) -> None:
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())
-    free = _free_bytes()
+    needed, free = weight_bytes(decoder), _free_bytes()
     if free is not None and needed > _MAX_SHARE_OF_FREE_MEMORY * free:
         raise ValueError(f"a copy of the weights takes {needed:,} bytes and {free:,} are free")
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
-from mara_integrations.keywords import keyword_arguments
+from mara_integrations.keywords import Quantization, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
 from mara_integrations.training.trackers import TrackerName
 
@@ -87,6 +87,7 @@ class TrainConfig(Params):
         seed: Of everything random.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
+        quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
     """
 
     model: str = "smollm2"
@@ -133,6 +134,7 @@ class TrainConfig(Params):
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: str = "auto"
+    quantization: Quantization | None = None
 
     @field_validator("reward", "judge", mode="before")
     @classmethod

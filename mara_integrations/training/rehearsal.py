@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_integrations.errors import OutputError
+from mara_integrations.int8 import weight_bytes
 from mara_integrations.progress import Reporter
 from mara_integrations.training.bank import read_replies
 from mara_integrations.training.config import TrainConfig
@@ -90,12 +91,11 @@ def _estimate(run: Run) -> Estimate:
     to_write = _replies_to_write(run)
     held_out = {(row.prompt, row.tools) for row in run.plan.prompts[1].rows}
     evaluated = 2 * min(len(held_out), config.eval_prompts)
-    parameters = run.model.model.parameters()
     return Estimate(
         replies=to_write + to_read,
         gather_s=to_write * write_s + to_read * read_s,
         evaluate_s=evaluated * write_s,
-        model_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        model_bytes=weight_bytes(run.model.model),
         states_bytes=int(2 * (to_write + to_read) * states_a_reply * run.model.hidden_size),
         free_bytes=_free_bytes(config.output),
     )

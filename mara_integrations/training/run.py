@@ -119,9 +119,15 @@ def begin(config: TrainConfig, reporter: Reporter) -> Run:
         reporter.say(f"  {escape(note)}")
     if config.ray:
         import_ray()  # or say what is missing, before the model is loaded
-    spec = ModelSpec(config.model, config.device, config.dtype, model_kwargs=config.model_kwargs)
+    spec = ModelSpec(
+        config.model,
+        config.device,
+        config.dtype,
+        model_kwargs=config.model_kwargs,
+        quantization=config.quantization,
+    )
     model = load_model(spec)
-    reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {str(model.dtype)[6:]}")
+    reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {model.number_format}")
     backend = backend_of(model)
     writers: Writers = WritersHere(model, backend)
     if config.ray:

@@ -1,4 +1,4 @@
-"""Plots of the tables that the other benchmarks write with `--json`: one picture a file, bars with their ranges.
+"""Plots of the tables that the other benchmarks write with `--json`: one picture a file, medians with their ranges.
 
 python benchmarks/plot.py decode.json serve.json heads.json gpu.json [--output plots]
 """
@@ -12,10 +12,11 @@ from typing import Any
 
 from mara_integrations.errors import DataError, MissingExtraError
 
-_Bar = tuple[float, float, float]  # median, least, greatest
+_Span = tuple[float, float, float]  # median, least, greatest
+_ACROSS = 3  # panels beside each other
 
 
-def read_table(path: Path) -> dict[str, dict[str, _Bar]]:
+def read_table(path: Path) -> dict[str, dict[str, _Span]]:
     """Rows and columns of a benchmark's json: its numbers, alone or as a median with a range.
 
     Raises:
@@ -25,23 +26,23 @@ def read_table(path: Path) -> dict[str, dict[str, _Bar]]:
     table = next((content[key] for key in ("rows", "heads", "medians") if key in content), None)
     if not isinstance(table, dict) or not table:
         raise DataError(f"{path} holds no table of a benchmark", hint="write one with --json")
-    rows: dict[str, dict[str, _Bar]] = {}
+    rows: dict[str, dict[str, _Span]] = {}
     for name, cells in table.items():
         cells = cells if isinstance(cells, dict) else {"ratio": cells}
         if "ratio" in cells and "range" in cells:  # one figure, others beside it
             cells = {"ratio": {"median": cells["ratio"], "range": cells["range"]}}
-        rows[name] = {column: _bar(cell) for column, cell in cells.items()}
+        rows[name] = {column: _span(cell) for column, cell in cells.items()}
     return rows
 
 
-def _bar(cell: Any) -> _Bar:
+def _span(cell: Any) -> _Span:
     if isinstance(cell, dict):
         return (cell["median"], *cell["range"])
     return (cell, cell, cell)
 
 
 def plot(path: Path, output: Path) -> Path:
-    """Draw the table of one file, a group of bars for each row; returns the picture's path.
+    """Draw the table of one file, a panel for each column; returns the picture's path.
 
     Raises:
         MissingExtraError: Without matplotlib.
@@ -51,22 +52,32 @@ def plot(path: Path, output: Path) -> Path:
     except ImportError:
         raise MissingExtraError("plots need matplotlib", hint="pip install 'mara-integrations[plots]'") from None
     rows = read_table(path)
-    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    figure = Figure(figsize=(8, 1.5 + 0.28 * len(rows) * (len(columns) + 1)), layout="constrained")
-    axes = figure.subplots()
-    thickness = 0.8 / len(columns)
-    for index, column in enumerate(columns):
-        places = [row + (index + 0.5) * thickness - 0.4 for row, cells in enumerate(rows.values()) if column in cells]
-        bars = [cells[column] for cells in rows.values() if column in cells]
-        medians = [median for median, _, _ in bars]
-        spread = [[m - low for m, low, _ in bars], [high - m for m, _, high in bars]]
-        axes.barh(places, medians, thickness, xerr=spread, label=column, error_kw={"capsize": 2})
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("ratio")
-    axes.set_title(path.stem)
-    axes.legend(fontsize="small")
+    panels: dict[str, list[str]] = {}  # columns by what they are about, before the comma
+    for column in dict.fromkeys(column for cells in rows.values() for column in cells):
+        panels.setdefault(column.split(", ")[0], []).append(column)
+    across = min(_ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(1.6 + 2.9 * across, down * (1.1 + 0.3 * len(rows))), layout="constrained")
+    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for axes, (title, columns) in zip(grid, panels.items(), strict=False):
+        for index, column in enumerate(columns):
+            shift = 0.3 * (index - (len(columns) - 1) / 2)
+            known = [(row + shift, *cells[column]) for row, cells in enumerate(rows.values()) if column in cells]
+            places, medians, lows, highs = zip(*known, strict=True)
+            spread = [[m - low for m, low in zip(medians, lows, strict=True)]]
+            spread += [[high - m for m, high in zip(medians, highs, strict=True)]]
+            label = column.removeprefix(title).lstrip(", ") or "whole"
+            axes.errorbar(medians, places, xerr=spread, fmt="o", markersize=4, capsize=2, linewidth=1, label=label)
+        axes.axvline(1.0, color="grey", linewidth=0.8, zorder=0)
+        axes.set_xlim(left=0)
+        axes.set_title(title, fontsize="medium")
+        axes.grid(axis="y", linewidth=0.3)
+        if len(columns) > 1:
+            axes.legend(fontsize="x-small")
+    grid[0].set_yticks(range(len(rows)), list(rows))
+    grid[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
     output.mkdir(parents=True, exist_ok=True)
     picture = output / f"{path.stem}.png"
     figure.savefig(picture, dpi=120)

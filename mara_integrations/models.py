@@ -161,13 +161,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             f"a {type(spec.model).__name__} is not a base model",
             hint="give a name, a path, or (model, tokenizer)",
         )
+    if spec.quantization is not None:
+        chosen = _device(spec.device)
+        check_int8(spec.quantization, chosen, _dtype(spec.dtype, chosen), spec.model_kwargs)
     is_spread = _is_spread(spec.model_kwargs)
     if is_spread:
         _join(spec)
     device = _device("auto" if is_spread else spec.device)
     dtype = _dtype(spec.dtype, device)
-    if spec.quantization is not None:
-        check_int8(spec.quantization, device, dtype, spec.model_kwargs)
     name, source = _resolve(os.fspath(spec.model))
     settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
     key = (source, spec.revision, device, dtype, spec.quantization, settings)

@@ -150,6 +150,7 @@ def refusals():
     yield ("int8", cpu, torch.bfloat16, {}), "goes with float32, not with torch.bfloat16"
     yield ("int8", cpu, torch.float32, {"quantization_config": {}}), "together with quantization_config"
     yield ("int8", cpu, torch.float32, {"device_map": "auto"}), "together with device_map"
+    yield ("int8", cpu, torch.float32, {"tp_plan": "auto"}), "together with tp_plan"
 
 
 @pytest.mark.parametrize(("asked", "says"), list(refusals()), ids=[says for _, says in refusals()])

@@ -25,22 +25,22 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
 
 TOPICS = ("rain", "bread", "bicycles", "owls", "tides", "chess", "violins", "maps")
-NUM_REQUESTS, NUM_RULES = 16, 104  # of a system prompt of about 800 tokens
+QUESTIONS = tuple(f"Tell me {how} about {topic}." for topic in TOPICS for how in ("something new", "a short story"))
+NUM_RULES = 104  # of a system prompt of about 800 tokens
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     """Run and print; returns the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, NUM_REQUESTS])
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, len(QUESTIONS)])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.95, 0.7])
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(ModelSpec(args.model))
     backend = make_backend(model.model)
-    questions = [f"Tell me {how} about {topic}." for topic in TOPICS for how in ("something new", "a short story")]
-    prompts = [model.encoder.encode([Message("user", question)]) for question in questions[:NUM_REQUESTS]]
+    prompts = [model.encoder.encode([Message("user", question)]) for question in QUESTIONS]
     states = typical_states(backend, model.hidden_size, prompts[:3])
     ratios = Ratios()
 

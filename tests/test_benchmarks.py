@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mara_integrations.errors import DataError, MissingExtraError
+from mara_integrations.int8 import _processor_problem
 
 SMALL = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 512 --prompt 8 --tokens 4 --rounds 1"
 
@@ -48,6 +49,18 @@ def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, 
     assert all("sentiment" in line and "preferred" in line for line in lines)
     assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
     assert "min of training" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(_processor_problem()), reason=f"no int8 here: {_processor_problem()}")
+def test_int8_is_compared_with_float32(folder_model, tmp_path):
+    import quantization
+
+    small = ["--model", folder_model, "--tokens", "3", "--rounds", "1", "--texts", "2"]
+    rows = quantization.main([*small, "--json", str(tmp_path / "quantization.json")])
+
+    assert json.loads((tmp_path / "quantization.json").read_text())["rows"] == rows
+    assert 0.9 < rows["perplexity"]["int8 / float32"]["median"] < 1.1
+    assert rows["memory of weights"]["int8 / float32"]["median"] < 0.9
 
 
 def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path, capsys):

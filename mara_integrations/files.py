@@ -1,10 +1,12 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and the folder for those that can be made again."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+import platformdirs
 
 from mara_integrations.errors import OutputError
 
@@ -64,3 +66,11 @@ def check_writable(folder: str | Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"can't write {str(path)!r}: {error.strerror or error}", hint="check permissions and free space")
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `MARA_CACHE_DIR`, else the platform's cache folder."""
+    named = os.environ.get("MARA_CACHE_DIR")
+    return (
+        Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mara_integrations", appauthor=False))
+    )

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import importlib.util
-import io
 import logging
 import os
 import re
-import shutil
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,15 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import huggingface_hub
-import platformdirs
 import torch
 import transformers
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mara_integrations import ranks
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
+from mara_integrations.gguf import converted, copy_of
 from mara_integrations.int8 import check_int8, quantize
 from mara_integrations.keywords import Quantization
 from mara_integrations.messages import PromptEncoder
@@ -45,12 +40,6 @@ _SPREADING = ("tp_plan", "tp_size", "distributed_config")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0
 _UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALiBi, state spaces)
-# Since GgufConfig exists, some files stay packed on some machines without it, and a packed model can't be saved.
-_UNPACK = (
-    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-)
-_CONVERSION = 1  # raise it when a converted .gguf from an older version of this file must not be used
-_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +185,7 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
     _, source = _resolve(os.fspath(spec.model))
     path, settings = Path(source), {**spec.model_kwargs, "local_files_only": True}
     if path.suffix == ".gguf":
-        source = str(_copy_of(path))
+        source = str(copy_of(path))
     elif not path.exists() and spec.revision is not None:
         settings["revision"] = spec.revision
     if not Path(source).is_dir() and not _is_cached(source, settings):
@@ -310,7 +299,7 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
     try:
         with _quiet():
             if source.endswith(".gguf") and is_local:
-                source = str(_converted(Path(source)))
+                source = str(converted(Path(source)))
             if is_local or _is_cached(source, settings):
                 try:
                     return _read(name, source, spec, device, dtype, {**settings, "local_files_only": True})
@@ -474,97 +463,6 @@ def _check_reachable(name: str, settings: Mapping[str, Any]) -> None:
         raise ModelError(f"{where}, and the Hub has no such model", hint=_hint(name)) from error
     except Exception as error:  # offline mode, no network, a proxy, a Hub that is down: which one does not matter
         raise ModelError(f"{where}, and the Hub can't be reached ({_first_line(error)})", hint=_hint(name)) from error
-
-
-def cache_dir() -> Path:
-    """The folder for what can be made again: `MARA_CACHE_DIR`, else the platform's cache folder."""
-    named = os.environ.get("MARA_CACHE_DIR")
-    return (
-        Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mara_integrations", appauthor=False))
-    )
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder of a `.gguf` file's float32 copy, written on first use: reading the copy is 50 times faster.
-
-    The copy appears under its name when it is whole; of two processes that want it, the second waits.
-    """
-    folder = _copy_of(gguf)
-    if folder.is_dir():
-        return folder
-    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise MissingExtraError(
-            f"reading {gguf.name!r} needs the packages {' and '.join(missing)}",
-            hint="pip install 'mara-integrations[embedded]'",
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
-                try:
-                    _convert(gguf, partial)
-                    os.replace(partial, folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"{gguf.name!r} can't be converted into {str(folder.parent)!r}: {_first_line(error)}",
-            hint="MARA_CACHE_DIR names another folder; the copy takes 4 bytes a weight",
-        ) from error
-    return folder
-
-
-def _copy_of(gguf: Path) -> Path:
-    return cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    _log.info("converting %s, once: about half a minute", gguf.name)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            **_UNPACK,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    if _pre_tokenizer(gguf) == "smollm":
-        _part_digits(tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _pre_tokenizer(gguf: Path) -> str | None:
-    from gguf import GGUFReader
-
-    entry = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
-    return str(entry.contents()) if entry is not None else None
-
-
-def _part_digits(tokenizer: Any) -> None:
-    """Split digits off before anything else, as the published tokenizer does and transformers' reader of gguf does not.
-
-    It matters wherever a number follows white space: a blank line before "1." is one token, not two.
-    """
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def _fingerprint(file: Path) -> str:
-    """Hash of size and evenly spaced samples: reading all of a large file would take longer than loading the model."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(f"{_CONVERSION} {size}".encode())
-    with file.open("rb") as content:
-        for sample in range(_NUM_SAMPLES):
-            content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
-            digest.update(content.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

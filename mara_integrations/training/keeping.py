@@ -17,8 +17,8 @@ import torch
 from mara_integrations import ranks
 from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.errors import OutputError
-from mara_integrations.files import write_atomically
-from mara_integrations.models import LoadedModel, cache_dir
+from mara_integrations.files import cache_dir, write_atomically
+from mara_integrations.models import LoadedModel
 from mara_integrations.training.bank import Reply
 
 # The cache's least recently used files make room for new ones. 128 replies of 48 tokens take 40 MB for a model of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mara_integrations.errors import OutputError
-from mara_integrations.models import cache_dir
+from mara_integrations.files import cache_dir
 
 MAX_BYTES_IN_MEMORY = 2 << 30
 

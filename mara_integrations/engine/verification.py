@@ -91,6 +91,8 @@ def verify(model: PreTrainedModel, request: Request, token_ids: Sequence[int]) -
     context = [*request.prompt_ids, *reference[:place]]
     position = decide_reference(model, context, head, sampling, gate, uniform)
     share = _INT8_NOISE if is_int8(model) else NOISE[model.dtype]
+    if getattr(model, "is_quantized", False):  # layers may round states to 8 bits, which a last digit can decide
+        share = max(share, NOISE[torch.bfloat16])
     logit_bound = share * max(1.0, float(position.logits[position.candidates].abs().max()))
     disagreement = Disagreement(
         position=place,

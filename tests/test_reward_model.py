@@ -15,7 +15,7 @@ from mara_integrations.models import ModelSpec, load_model
 from mara_integrations.rewards import reward_name
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.reward_files import keep_rewards, kept_reward
+from mara_integrations.training.reward_files import copy_rewards, keep_rewards, kept_reward
 from mara_integrations.training.reward_model import (
     EmbeddingReward,
     NGramReward,
@@ -108,6 +108,24 @@ def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path
     assert "Rewards reward model; second judge (recorded with the head)" in " ".join(said.stdout.split()), said.output
     again, then = json.loads(report.read_text())["rewards"], result.evaluation.rewards
     assert [again[name]["base_mean"] for name in then] == pytest.approx([then[name].base_mean for name in then])
+
+
+def test_a_merged_head_keeps_the_reward_models_of_all(model, tmp_path):
+    heads = {}
+    for number, (folder, name) in enumerate([("a/voice", "mine"), ("b/voice", "mine"), ("c/safety", "other")]):
+        head = random_head(32, "residual", seed=number)
+        rewards = {name: RewardModel.fit(planted(40, number), number, model)}
+        keep_rewards(tmp_path / folder, head, rewards)
+        head.save_pretrained(tmp_path / folder)
+        heads[str(tmp_path / folder)] = head
+    merged, want = random_head(32, "residual"), heads[str(tmp_path / "b/voice")].config.rewards[0]
+
+    copy_rewards(tmp_path / "merged", merged, heads)
+
+    kept = [kept_reward(spec, [tmp_path / "merged"], model) for spec in merged.config.rewards]
+    assert [reward_name(reward) for reward in kept] == ["voice mine", "voice mine 2", "other"]
+    texts = {"prompts": ["?"] * 2, "completions": ["it was aye", "it was nay"]}
+    assert kept[1](**texts) == kept_reward(want, [tmp_path / "b/voice"], model)(**texts)
 
 
 def test_a_kept_reward_model_judges_as_it_did(model, tmp_path):

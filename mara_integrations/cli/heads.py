@@ -76,10 +76,14 @@ def merge(
     """Make one head that judges as the weighted sum of several."""
     from mara_integrations.engine.head import MARAHead
     from mara_integrations.engine.merge import merge_heads
+    from mara_integrations.training.reward_files import copy_rewards
 
     check_writable(output)
-    weighted = [(MARAHead.from_pretrained(name), weight) for name, weight in (head_source(heads) or {}).items()]
-    _written(merge_heads(weighted, top_k=top_k, top_p=top_p), output)
+    weights = head_source(heads) or {}
+    sources = {name: MARAHead.from_pretrained(name) for name in weights}
+    merged = merge_heads([(head, weights[name]) for name, head in sources.items()], top_k=top_k, top_p=top_p)
+    copy_rewards(output, merged, sources)
+    _written(merged, output)
 
 
 def _written(head: MARAHead, output: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from mara_integrations.engine.head import REWARDS_FOLDER, MARAHead
+from mara_integrations.engine.head import REWARDS_FOLDER, MARAHead, head_folder
 from mara_integrations.errors import RewardError
 from mara_integrations.files import write_atomically
 from mara_integrations.models import LoadedModel
@@ -31,10 +33,43 @@ def keep_rewards(folder: Path, head: MARAHead, rewards: Mapping[str, Reward]) ->
     specs = []
     for name, reward in rewards.items():
         if isinstance(reward, RewardModel):
-            data, file = _dump(reward), f"{REWARDS_FOLDER}/{name.replace(' ', '-')}.safetensors"
+            data, file = _dump(reward), _file(name)
             write_atomically(folder / file, data)
             specs.append({"kind": KIND, "name": name, "file": file, "sha256": hashlib.sha256(data).hexdigest()})
     head.config = head.config.model_copy(update={"rewards": (*head.config.rewards, *specs)})
+
+
+def copy_rewards(folder: Path, merged: MARAHead, sources: Mapping[str, MARAHead]) -> None:
+    """Copy the reward models beside several heads to the head they were merged into, and record them in its config.
+
+    Those of one name get their head's before it. One whose file is missing stays recorded as it was.
+
+    Args:
+        folder: Of the merged head.
+        merged: Not saved yet.
+        sources: The heads, by folder or Hub id.
+
+    Raises:
+        OutputError: If they can't be written.
+    """
+    recorded = [(source, spec) for source, head in sources.items() for spec in head.config.rewards]
+    counts = Counter(spec["name"] for _, spec in recorded if spec.get("kind") == KIND)
+    specs, used = [], set()
+    for source, spec in recorded:
+        path = head_folder(source) / spec["file"] if spec.get("kind") == KIND else None
+        if path is not None and path.is_file():
+            own = spec["name"] if counts[spec["name"]] == 1 else f"{Path(source).name} {spec['name']}"
+            numbered = (f"{own} {n}" if n > 1 else own for n in itertools.count(1))
+            name = next(name for name in numbered if name not in used)
+            used.add(name)
+            spec = {**spec, "name": name, "file": _file(name)}
+            write_atomically(folder / spec["file"], path.read_bytes())
+        specs.append(spec)
+    merged.config = merged.config.model_copy(update={"rewards": tuple(specs)})
+
+
+def _file(name: str) -> str:
+    return f"{REWARDS_FOLDER}/{name.replace(' ', '-')}.safetensors"
 
 
 def kept_reward(spec: Mapping[str, Any], folders: Sequence[Path], model: LoadedModel) -> RewardModel:

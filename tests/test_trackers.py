@@ -78,6 +78,32 @@ def test_weights_and_biases_and_trackio_get_each_event_as_a_step(monkeypatch, tm
     assert first["name"] == "brand-voice" and first["config"] == {"method": "value"}
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries that we do not choose
+def test_the_real_trackio_goes_on_with_the_curves_of_an_interrupted_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    storage = pytest.importorskip("trackio.sqlite_storage", reason="needs the trackio extra").SQLiteStorage
+
+    track("trackio", tmp_path / "brand-voice")
+
+    points = storage.get_logs("mara", "brand-voice")
+    assert [point["step"] for point in points] == [0, 1, 2, 3]
+    assert [point.get("fit/held_out_loss") for point in points] == [2.0, 1.5, None, None]
+    assert [point.get("rewards/mean_reward") for point in points] == [None, None, 0.25, 0.5]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_wandb_goes_on_under_the_same_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    pytest.importorskip("wandb", reason="needs the wandb extra")
+
+    track("wandb", tmp_path / "brand-voice")
+
+    parts = [folder.name for folder in tmp_path.glob("wandb/offline-run-*")]
+    run = json.loads((tmp_path / "brand-voice" / "metrics.jsonl").read_text().splitlines()[0])["run"]
+    assert len(parts) == 2 and all(part.endswith(run) for part in parts)
+
+
 def test_the_log_goes_on_after_what_an_interrupted_run_said(tmp_path):
     def run(*events, fingerprint="f00d", is_cut=False):
         log = MetricsLog(tmp_path)

@@ -274,6 +274,20 @@ def test_the_cache_drops_what_was_used_longest_ago(monkeypatch):
     assert keeping.cached(keeping.cache_file("first"), lambda: pytest.fail("it is there"))[1] is True
 
 
+def test_what_another_run_prunes_at_once_is_not_lost(monkeypatch):
+    write = keeping.write_atomically
+
+    def write_and_lose(path, data):
+        write(path, data)
+        path.unlink()
+
+    monkeypatch.setattr(keeping, "write_atomically", write_and_lose)
+    replies, was_kept = keeping.cached(
+        keeping.cache_file("first"), lambda: [Reply(0, "text", (1, 2), torch.ones(3, 4))]
+    )
+    assert replies[0].states.sum() == 12 and not was_kept
+
+
 def test_a_fine_tuned_model_has_another_bank():
     model, same, other = (load_model(ModelSpec((tiny_model(), tiny_tokenizer()))) for _ in range(3))
     with torch.no_grad():

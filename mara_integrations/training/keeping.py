@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
         return data, True
     buffer = io.BytesIO()
     torch.save(gather(), buffer)
+    buffer.seek(0)
     payload = buffer.getvalue()
     write_atomically(path, payload + hashlib.sha256(payload).digest())
-    return read_data(path), False
+    data = read_data(path)
+    return (torch.load(buffer, weights_only=True) if data is None else data), False  # another run may have pruned it
 
 
 def cache_file(key: str) -> Path:
@@ -61,7 +64,8 @@ def cached(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], 
     """As `kept`, in a folder of bounded size."""
     replies, was_kept = kept(path, gather)
     try:
-        os.utime(path)  # used just now
+        with suppress(FileNotFoundError):  # another run has pruned it
+            os.utime(path)  # used just now
         _make_room(path.parent)
     except OSError as error:
         raise OutputError(f"can't keep {str(path)!r}: {error.strerror}", hint="MARA_CACHE_DIR names another") from error
@@ -80,19 +84,23 @@ def model_fingerprint(model: LoadedModel) -> str:
 
 
 def _make_room(folder: Path) -> None:
-    files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    found = []
+    for file in folder.glob("*.pt"):
+        with suppress(FileNotFoundError):  # another run prunes too
+            found.append((file.stat(), file))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for status, file in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
+        total += status.st_size
         if total > MAX_CACHE_BYTES:
             file.unlink(missing_ok=True)
 
 
 def read_data(path: Path) -> Any | None:
     """What a file of `kept_data` holds; None where there is none, or not the whole of one."""
-    if not path.exists() or not _is_whole(path):
+    try:
+        return torch.load(path, weights_only=True, mmap=True) if _is_whole(path) else None
+    except FileNotFoundError:
         return None
-    return torch.load(path, weights_only=True, mmap=True)
 
 
 def _is_whole(path: Path) -> bool:

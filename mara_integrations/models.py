@@ -67,7 +67,7 @@ class ModelSpec:
             slower unless the processor has instructions for it.
         revision: Branch, tag or commit on the Hub.
         model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`.
-        quantization: `int8` is for the CPU: linear layers hold int8 weights, and round their inputs to as many levels.
+        quantization: `int8` is for the CPU: linear layers hold int8 weights.
     """
 
     model: Any = "smollm2"

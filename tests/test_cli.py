@@ -370,11 +370,13 @@ def test_eval_takes_the_heads_own_reward_and_of_its_training_file_only_what_was_
 def test_eval_with_rewards_of_its_own(folder):
     said = run(
         *("eval", "--model", "model", "--head", "head", "--data", "pairs.jsonl", "--limit", 3, "--examples", 0),
-        *("--reward", VOWELS, "--forbid", "However", "--max-new-tokens", 4, "--strength", 0, "--report", "report.json"),
+        *("--reward", VOWELS, "--reward", VOWELS, "--forbid", "However", "--max-new-tokens", 4, "--strength", 0),
+        *("--report", "report.json"),
     ).stdout
-    assert f"{VOWELS}; forbidden 'however'" in said
+    assert f"{VOWELS}; {VOWELS}; forbidden 'however'" in said
     report = json.loads(Path("report.json").read_text())
-    assert (len(report["examples"]), report["strength"], len(report["rewards"])) == (3, 0.0, 2)
+    assert len(report["rewards"]) == 3  # also the second of one name
+    assert (len(report["examples"]), report["strength"]) == (3, 0.0)
     assert all(example["base"]["text"] == example["gated"]["text"] for example in report["examples"])
 
 

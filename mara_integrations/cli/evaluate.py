@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +82,7 @@ def evaluate_head(
 ) -> None:
     """Compare base model and head on the same prompts with the same random numbers."""
     from mara_integrations.data import column_mapping, read_prompts
-    from mara_integrations.rewards import ForbiddenWords, parse_reward, reward_name
+    from mara_integrations.rewards import ForbiddenWords, parse_reward
 
     prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
     rewards: list[Reward] = [parse_reward(text)[0] for text in reward or ()]
@@ -112,7 +113,7 @@ def evaluate_head(
     origin = ""
     if not rewards:
         rewards, origin = list(_recorded_rewards(engine, head_source(head))), " (recorded with the head)"
-    named = {reward_name(item): item for item in rewards}
+    named = _named(rewards)
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
     with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
@@ -133,6 +134,18 @@ def evaluate_head(
     reports.print_summary(console, evaluation)
     if report is not None:
         say(console, "Report", str(report))
+
+
+def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:
+    """By name; of several that share one, as reward models of several heads do, those after the first get a number."""
+    from mara_integrations.rewards import reward_name
+
+    named: dict[str, Reward] = {}
+    for reward in rewards:
+        own = reward_name(reward)
+        numbered = (f"{own} {n}" if n > 1 else own for n in itertools.count(1))
+        named[next(name for name in numbered if name not in named)] = reward
+    return named
 
 
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:

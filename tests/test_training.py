@@ -25,7 +25,7 @@ from mara_integrations.training.bank import Reply, read_replies, sample_replies,
 from mara_integrations.training.calibration import PositionScores, score_positions, strength_for_budget
 from mara_integrations.training.config import Method, TrainConfig
 from mara_integrations.training.fitting import FitSettings
-from mara_integrations.training.methods import AUTO, METHODS
+from mara_integrations.training.methods import AUTO, MANY_PAIRS, METHODS
 from mara_integrations.training.objectives import RULE_DEPTH, rule_loss, value_loss
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rule import offending_tokens, rule_table
@@ -275,6 +275,20 @@ def test_the_plan_says_what_and_why(prompts_file, tmp_path):
         assert words in plan.why and plan.method.name == expected
         assert {row.prompt for row in plan.train.rows}.isdisjoint({row.prompt for row in plan.held_out.rows})
     assert not (tmp_path / "o").exists(), "planning writes nothing"
+
+
+def test_many_pairs_are_taught_by_a_model_of_them(tmp_path):
+    def planned(count, **settings):
+        pairs = tmp_path / f"{count}.jsonl"
+        rows = ({"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(count))
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return make_plan(TrainConfig.of(data=pairs, output=tmp_path / "o", **settings))
+
+    plan = planned(MANY_PAIRS)
+    assert plan.method.name == "reward-model" and f"a model of {MANY_PAIRS} preference pairs" in plan.why
+    assert planned(MANY_PAIRS, method="value").method.name == planned(MANY_PAIRS - 1).method.name == "value"
+    with pytest.raises(ConfigError, match="form='paper' is not allowed: method 'value'"):
+        planned(MANY_PAIRS, form="paper")
 
 
 def test_every_method_has_a_loop_and_a_name_on_the_command_line():

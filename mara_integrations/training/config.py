@@ -36,7 +36,7 @@ class TrainConfig(Params):
         column: Where the data has other names: `prompt=question`, `label=stars>=4`; in an export of LangSmith or
             Langfuse, `label` is the name of the feedback. May be repeated.
         skip_bad_rows: Go on without the rows that can't be read, and tell of them.
-        method: `auto` chooses by what the data and the other settings say.
+        method: `auto` chooses by what the data and the other settings say, and how much of it there is.
         reward: What scores the model's own replies to the prompts: `module:function` with TRL's signature,
             `hf:MODEL` for a reward model, or one by name: length, regex, forbidden-words, json, sentiment, toxicity.
             Arguments as in `length?words=60`, a weight as in `sentiment=0.5`. May be repeated; the sum counts.

@@ -76,15 +76,20 @@ METHODS: dict[str, Method] = {
 # What `auto` takes: the first source that is there decides. A rule or a reward was asked for by a flag of its own, so
 # it goes before the labels that the data may hold.
 AUTO: dict[Source, str] = {"rule": "rule", "reward": "rloo", "pairs": "value", "labels": "value"}
+# From as many on, a reward model of them teaches more than they do themselves; see cookbook/training_methods.md.
+MANY_PAIRS = 300
 
 
-def choose(name: str, given: Collection[Source], form: HeadForm | None = None) -> tuple[Method, Source]:
+def choose(
+    name: str, given: Collection[Source], form: HeadForm | None = None, *, num_pairs: int = 0
+) -> tuple[Method, Source]:
     """The method to use, and what it will learn from.
 
     Args:
         name: A method's name, or `auto`.
         given: Everything that says what a good reply is.
         form: Of the head, where it is not to be the method's own.
+        num_pairs: Preference pairs that are there.
 
     Raises:
         ConfigError: If nothing does, or nothing that the method can learn from, or not with such a head.
@@ -95,7 +100,10 @@ def choose(name: str, given: Collection[Source], form: HeadForm | None = None) -
             "prompts alone do not say what a good reply is",
             hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
         )
-    method = _with_form(METHODS[AUTO[sources[0]] if name == "auto" else name], form)
+    if name == "auto":
+        has_many = sources[0] == "pairs" and num_pairs >= MANY_PAIRS and form in (None, METHODS["reward-model"].form)
+        name = "reward-model" if has_many else AUTO[sources[0]]
+    method = _with_form(METHODS[name], form)
     for source in sources:
         if source in method.learns_from:
             return method, source

@@ -78,8 +78,10 @@ def make_plan(config: TrainConfig) -> Plan:
         "pairs": data.kind == "pairs",
         "labels": data.kind == "labelled",
     }
+    sources = [source for source, is_given in given.items() if is_given]
+    num_pairs = len(data.rows) if given["pairs"] else 0
     try:
-        method, source = choose(config.method, [source for source, is_given in given.items() if is_given], config.form)
+        method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
     except ConfigError as error:
         raise ConfigError(f"{str(config.data)!r}: {error.message}", hint=error.hint) from None
     if method.form == "paper" and config.kl_budget is not None:
@@ -96,10 +98,12 @@ def make_plan(config: TrainConfig) -> Plan:
             )
         prompts = split(read_prompts(config.prompts), config.held_out, config.seed)
     train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
-    return Plan(method, source, _why(source, data, config, rule), train, held_out, rule, reward, judges, prompts)
+    return Plan(
+        method, source, _why(method.name, source, data, config, rule), train, held_out, rule, reward, judges, prompts
+    )
 
 
-def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:
+def _why(method: str, source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:
     match source:
         case "rule":
             assert rule is not None
@@ -108,6 +112,8 @@ def _why(source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWord
             num_prompts = len({row.prompt for row in data.rows})
             return f"replies to {num_prompts} prompts will be scored by {', '.join(config.reward)}"
         case "pairs":
+            if method == "reward-model":
+                return f"a model of {len(data.rows)} preference pairs will judge the model's own replies"
             return f"{len(data.rows)} preference pairs label their replies good and bad"
         case "labels":
             return f"{len(data.rows)} replies are labelled good or bad"

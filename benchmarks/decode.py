@@ -22,14 +22,16 @@ from typing import Any, TypeAlias
 import torch
 from measure import Ratios, add_options, peak_bytes, seconds, timed
 
-from mara_integrations.engine.backend import Backend, make_backend
+from mara_integrations.engine.backends.protocol import Backend
+from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head import MARAHead
+from mara_integrations.engine.oracle.verify import verify
 from mara_integrations.engine.published import generate_published
-from mara_integrations.engine.sequence import Request, Sequence
-from mara_integrations.engine.verification import verify
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.sequence import Sequence
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
-from mara_integrations.models import LoadedModel, ModelSpec, load_model
+from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
 

@@ -25,10 +25,10 @@ import torch
 from decode import ACCEPT_RATES, typical_states
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head import MARAHead
-from mara_integrations.engine.sequence import Request
+from mara_integrations.engine.request import Request
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from decode import PROMPTS, typical_states
 
-from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head import MARAHead
-from mara_integrations.engine.heads import HeadStacks, Shown
-from mara_integrations.engine.sequence import Request
+from mara_integrations.engine.head_stacks import HeadStacks, Shown
+from mara_integrations.engine.request import Request
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
-from mara_integrations.models import ModelSpec, load_model
+from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
 

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mara_integrations.engine.head import CONFIG_FILE, MARAHead
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval, paired_bootstrap
 from mara_integrations.files import write_atomically
-from mara_integrations.models import LoadedModel, ModelSpec, load_model
+from mara_integrations.heads.head import CONFIG_FILE, MARAHead
+from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import ForbiddenWords, Reward, parse_reward
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.reward_model import EmbeddingReward, NGramReward
 from mara_integrations.training.run import train
+from mara_integrations.training.scoring.fitted_reward import EmbeddingReward, NGramReward
 
 WORDS = ("you", "your")
 MAX_PROMPT_TOKENS, REPLY_TOKENS = 64, 40

@@ -19,16 +19,16 @@ from decode import PROMPTS, typical_states
 from measure import Ratios, add_options, seconds
 from serve import QUESTIONS
 
-from mara_integrations.engine.backend import make_backend
+from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head import MARAHead
-from mara_integrations.engine.sequence import Request
-from mara_integrations.int8 import weight_bytes
+from mara_integrations.engine.request import Request
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation, Message
-from mara_integrations.models import LoadedModel, ModelSpec, load_model
+from mara_integrations.models.int8 import weight_bytes
+from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
-from mara_integrations.training.writing import Part
+from mara_integrations.training.rollouts.writers import Part
 
 TEXTS = Path(__file__).parents[1] / "cookbook" / "data" / "house_style_train.jsonl"
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mara_integrations.engine.head import MARAHead
-    from mara_integrations.langchain import ChatMARA
-    from mara_integrations.llm import MARALLM
+    from mara_integrations.frameworks.langchain import ChatMARA
+    from mara_integrations.frameworks.marallm import MARALLM
+    from mara_integrations.heads.head import MARAHead
     from mara_integrations.runtime import MARAEngine
 
 __version__ = "0.1.0"
 __all__ = ["MARALLM", "ChatMARA", "MARAEngine", "MARAHead", "__version__"]
 
 # Imported on first use (PEP 562): torch and the frameworks take seconds, and a command line may need none of them.
-_HOMES = {"MARALLM": "llm", "ChatMARA": "langchain", "MARAEngine": "runtime", "MARAHead": "engine.head"}
+_HOMES = {
+    "MARALLM": "frameworks.marallm",
+    "ChatMARA": "frameworks.langchain",
+    "MARAEngine": "runtime",
+    "MARAHead": "heads.head",
+}
 
 
 def __getattr__(name: str) -> Any:

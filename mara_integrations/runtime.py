@@ -5,42 +5,37 @@ Knows no framework. Loading happens on first use; one loaded model and one decod
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import torch
-
-from mara_integrations.engine.backend import Backend, make_backend
+from mara_integrations.engine.backends.protocol import Backend
+from mara_integrations.engine.backends.select import make_backend
+from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import check_strength
+from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.grammar import Grammar
-from mara_integrations.engine.head import MARAHead
-from mara_integrations.engine.head_cache import HeadCache
-from mara_integrations.engine.heads import ComposedHead, Head, candidate_settings
-from mara_integrations.engine.sequence import Generation, Request
-from mara_integrations.engine.spread import SpreadBackend
-from mara_integrations.engine.text import TextStream
-from mara_integrations.engine.verification import Verification, verify
+from mara_integrations.engine.oracle.verify import Verification, verify
+from mara_integrations.engine.request import Request
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
 from mara_integrations.errors import ConfigError
-from mara_integrations.keywords import Quantization
+from mara_integrations.heads.compose import Head, candidate_settings
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.source import HeadSource, head_weights, heads, place_heads
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
-from mara_integrations.models import LoadedModel, ModelSpec, Outline, load_model, read_outline
-from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
+from mara_integrations.models.options import Quantization
+from mara_integrations.replies.forms import CallSyntax, ReplyForm, syntax_of
+from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.replies.text import TextStream
 from mara_integrations.sampling import GateParams, SamplingParams
-from mara_integrations.tool_calls import CallSyntax, ReplyForm, syntax_of
-
-OneHead: TypeAlias = MARAHead | str | Path
-HeadSource: TypeAlias = OneHead | Sequence[OneHead] | Mapping[Any, float]  # keys: OneHead; Mapping is invariant
 
 _Ticket = TypeVar("_Ticket", bound=Ticket)
 
-heads = HeadCache()  # of the process: engines, models and frameworks share it
+
 _workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
 _workers_lock = threading.Lock()
 
@@ -325,74 +320,6 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     SamplingParams.of(**sampling)
     GateParams.of(**gate)
     return sampling, gate
-
-
-def head_weights(source: HeadSource | None) -> dict[OneHead, float]:
-    """Each head that is named, and its weight.
-
-    Raises:
-        ConfigError: If it names something else than heads, or none.
-    """
-    if source is None:
-        return {}
-    if isinstance(source, OneHead):
-        return {source: 1.0}
-    named = list(source) if isinstance(source, Sequence | Mapping) else []
-    if not named or not all(isinstance(one, OneHead) for one in named):
-        raise ConfigError(
-            f"head={source!r} is not allowed",
-            hint="a MARAHead, a path, or a Hub id; a list of these, or a mapping of these to weights",
-        )
-    weights = dict(source) if isinstance(source, Mapping) else {one: float(named.count(one)) for one in named}
-    for one, weight in weights.items():
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ConfigError(f"head {str(one)!r} has the weight {weight!r}", hint="weights are numbers from 0 up")
-    return weights
-
-
-def place_heads(source: HeadSource | None, device: torch.device, hidden_size: int, model_name: str) -> Head | None:
-    """What is named, ready to judge a model's states; None where nothing is, or all weights are 0.
-
-    Raises:
-        ConfigError: See `head_weights` and `ComposedHead`.
-        HeadError: If a head can't be read, or does not fit the model.
-    """
-    placed: dict[MARAHead, float] = {}
-    for one, weight in head_weights(source).items():
-        if isinstance(one, MARAHead):
-            head, name = one.to(device).eval(), None
-        else:
-            head, name = heads.get(one, device), one
-        head.check_fits(hidden_size, model_name, name)
-        if weight > 0:
-            placed[head] = placed.get(head, 0.0) + weight
-    if not placed:
-        return None
-    head, weight = next(iter(placed.items()))
-    return head if weight == 1 and len(placed) == 1 else ComposedHead(placed)
-
-
-def head_name(source: HeadSource | None) -> str | None:
-    """What is named, in words, without loading anything."""
-    names = []
-    for one, weight in head_weights(source).items():
-        name = f"{one.config.form} head of {one.config.base_model}" if isinstance(one, MARAHead) else str(one)
-        names.append(name if weight == 1 else f"{weight:g} x {name}")
-    return " + ".join(names) or None
-
-
-def head_fingerprint(source: HeadSource | None) -> str | None:
-    """Tells heads apart that can answer differently, without loading a model.
-
-    Raises:
-        HeadError: If a head can't be read.
-    """
-    parts = []
-    for one, weight in head_weights(source).items():
-        head = one if isinstance(one, MARAHead) else heads.get(one)
-        trained = head.config.model_dump_json(include={"strength", "top_k", "top_p", "min_candidates"})
-        parts.append(f"{weight} x {head.fingerprint} {trained}")
-    return " + ".join(parts) or None
 
 
 def _last(ticket: ThreadTicket) -> Generation:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from mara_integrations.engine.backend import Segment
-from mara_integrations.engine.head import HeadConfig, MARAHead
+from mara_integrations.engine.backends.protocol import Segment
+from mara_integrations.heads.head import HeadConfig, MARAHead
 from mara_integrations.sampling import HeadForm
 
 _SMALL = {

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from hypothesis import settings
 
-from mara_integrations.engine.cost import CostCurve
+from mara_integrations.engine.speculation.cost import CostCurve
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import worker_for
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model, tiny_tokenizer
@@ -80,7 +80,7 @@ async def _until(condition):
 def own_reply_cache(tmp_path_factory, monkeypatch):
     """No test finds the replies of another."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("mara_integrations.training.keeping.cache_dir", lambda: folder)
+    monkeypatch.setattr("mara_integrations.training.records.store.cache_dir", lambda: folder)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from mara_integrations import __version__, ranks
+from mara_integrations import __version__
 from mara_integrations.errors import MaraError
+from mara_integrations.models import ranks
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 

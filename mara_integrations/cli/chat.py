@@ -15,14 +15,14 @@ from mara_integrations.messages import Message
 from mara_integrations.sampling import GateParams
 
 if TYPE_CHECKING:
-    from mara_integrations.engine.sequence import Generation
+    from mara_integrations.engine.generation import Generation
     from mara_integrations.runtime import MARAEngine
 
 
 @asks_a_model
 def chat(*, asking: dict[str, Any]) -> None:
     """Talk with the model; /help lists what can be asked of the chat itself."""
-    from mara_integrations.runtime import head_name
+    from mara_integrations.heads.source import head_name
 
     strength = asking.pop("strength")
     engine = engine_for(asking, trace=True).load()

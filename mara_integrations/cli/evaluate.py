@@ -31,12 +31,12 @@ from mara_integrations.cli.options import (
     head_source,
 )
 from mara_integrations.errors import ConfigError, DataError, MaraError
-from mara_integrations.keywords import keyword_arguments
+from mara_integrations.models.options import keyword_arguments
 from mara_integrations.progress import ConsoleReporter
 
 if TYPE_CHECKING:
     from mara_integrations.data import Dataset
-    from mara_integrations.engine.head import HeadConfig
+    from mara_integrations.heads.head import HeadConfig
     from mara_integrations.rewards import Reward
     from mara_integrations.runtime import MARAEngine
 
@@ -181,9 +181,9 @@ def _described(reward: Reward) -> str:
 
 def _recorded_rewards(engine: MARAEngine, heads: Mapping[str, float] | None) -> Iterator[Reward]:
     """What the heads were trained for, as far as it can be built here."""
-    from mara_integrations.engine.head import head_folder
+    from mara_integrations.heads.head import head_folder
     from mara_integrations.rewards import reward_from_spec
-    from mara_integrations.training.reward_files import KIND, kept_reward
+    from mara_integrations.training.scoring.reward_files import KIND, kept_reward
 
     assert engine.head is not None
     for spec in engine.head.config.rewards:

@@ -16,7 +16,7 @@ from mara_integrations.cli.options import asks_a_model, engine_for
 from mara_integrations.messages import Message, Prompt
 
 if TYPE_CHECKING:
-    from mara_integrations.engine.sequence import Generation
+    from mara_integrations.engine.generation import Generation
     from mara_integrations.runtime import MARAEngine
 
 
@@ -41,7 +41,7 @@ def generate(
     """Write one reply to standard output."""
     engine, said = engine_for(asking, trace=trace), _prompt(prompt, raw)
     if as_json or trace:
-        from mara_integrations.settings import answer_report
+        from mara_integrations.frameworks.answers import answer_report
 
         generation = engine.generate(said)
         answer = answer_report(generation, engine.model)

@@ -13,10 +13,10 @@ from mara_integrations.cli.app import say
 from mara_integrations.cli.options import head_source
 from mara_integrations.errors import HeadError
 from mara_integrations.files import check_writable
-from mara_integrations.training.trackers import numbers
+from mara_integrations.training.records.trackers import numbers
 
 if TYPE_CHECKING:
-    from mara_integrations.engine.head import MARAHead
+    from mara_integrations.heads.head import MARAHead
 
 Output = Annotated[Path, typer.Option(help="Folder of the new head.")]
 
@@ -26,7 +26,7 @@ def inspect_head(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Say what a head is, what it was trained on and for, and how that went."""
-    from mara_integrations.engine.head import MARAHead
+    from mara_integrations.heads.head import MARAHead
 
     loaded = MARAHead.from_pretrained(head)
     config = loaded.config
@@ -57,7 +57,7 @@ def convert(
     base_model: Annotated[str | None, typer.Option(help="The model it was trained on, where that is known.")] = None,
 ) -> None:
     """Turn a published actor into a head's folder: safetensors, json, a model card."""
-    from mara_integrations.engine.head import MARAHead
+    from mara_integrations.heads.head import MARAHead
 
     if Path(actor).is_dir():
         raise HeadError(f"{actor!r} is a folder", hint="heads in folders need no conversion; name a .pth file")
@@ -74,9 +74,9 @@ def merge(
     top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
 ) -> None:
     """Make one head that judges as the weighted sum of several."""
-    from mara_integrations.engine.head import MARAHead
-    from mara_integrations.engine.merge import merge_heads
-    from mara_integrations.training.reward_files import copy_rewards
+    from mara_integrations.heads.head import MARAHead
+    from mara_integrations.heads.merge import merge_heads
+    from mara_integrations.training.scoring.reward_files import copy_rewards
 
     check_writable(output)
     weights = head_source(heads) or {}

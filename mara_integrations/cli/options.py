@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mara_integrations.data import Format
-from mara_integrations.keywords import Quantization, keyword_arguments
+from mara_integrations.models.options import Quantization, keyword_arguments
 
 if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine

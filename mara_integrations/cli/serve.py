@@ -10,7 +10,7 @@ from rich.console import Console
 from mara_integrations.cli.app import say
 from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt
 from mara_integrations.errors import MissingExtraError
-from mara_integrations.keywords import keyword_arguments
+from mara_integrations.models.options import keyword_arguments
 
 
 def serve(
@@ -37,7 +37,8 @@ def serve(
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Serve the model and its heads over HTTP, with OpenAI's interface."""
-    from mara_integrations.runtime import MARAEngine, heads
+    from mara_integrations.heads.source import heads
+    from mara_integrations.runtime import MARAEngine
     from mara_integrations.server import create_app
 
     try:

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mara_integrations import ranks
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
+from mara_integrations.models import ranks
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.training.config import TrainConfig, read_settings
 
@@ -36,7 +36,7 @@ def train(
     """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
     config = _settings(config_file, options)
     if dry_run:
-        from mara_integrations.training.rehearsal import rehearse
+        from mara_integrations.training.dry_run import rehearse
 
         rehearse(config, ConsoleReporter(Console()))
         print("Everything is in order; nothing was written.")

@@ -10,13 +10,14 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from mara_integrations.engine.backend import Backend, Segment
+from mara_integrations.engine.backends.prefix_cache import PrefixCache
+from mara_integrations.engine.backends.protocol import Backend, Segment
 from mara_integrations.engine.candidates import Ranking, rank_candidates
-from mara_integrations.engine.cost import CostCurve, measure
-from mara_integrations.engine.heads import HeadStacks
-from mara_integrations.engine.prefix import PrefixCache
+from mara_integrations.engine.head_stacks import HeadStacks
+from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
-from mara_integrations.engine.sequence import Request, Sequence
+from mara_integrations.engine.sequence import Sequence
+from mara_integrations.engine.speculation.cost import CostCurve, measure
 
 
 class Decoder:

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mara_integrations.errors import ConfigError, MissingExtraError
-from mara_integrations.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 
 if TYPE_CHECKING:
     import xgrammar

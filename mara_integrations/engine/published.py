@@ -10,8 +10,8 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from mara_integrations.engine.head import MARAHead
-from mara_integrations.engine.hooks import hooks_undone
+from mara_integrations.engine.backends.hooks import hooks_undone
+from mara_integrations.heads.head import MARAHead
 
 
 @torch.inference_mode()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from mara_integrations.engine.cost import CostCurve, best_draft, best_width
+from mara_integrations.engine.backends.prefix_cache import MIN_TOKENS, PrefixCache, shared
 from mara_integrations.engine.gate import Verdict
-from mara_integrations.engine.prefix import MIN_TOKENS, PrefixCache, shared
-from mara_integrations.engine.sequence import Request, Sequence
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.sequence import Sequence
+from mara_integrations.engine.speculation.cost import CostCurve, best_draft, best_width
 
 # Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator,
 # where a step is bound by reading the weights.

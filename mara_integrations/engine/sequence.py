@@ -1,4 +1,4 @@
-"""One request from its prompt to its last token: what it asks of the next forward, what was decided, why it ended."""
+"""The live state of one request: what it feeds next, what the gate decided, why it ended."""
 
 from __future__ import annotations
 
@@ -6,144 +6,18 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mara_integrations.engine.backend import Segment
+from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.candidates import Ranking
-from mara_integrations.engine.drafts import NgramDraft
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
-from mara_integrations.engine.heads import Head, Shown
-from mara_integrations.sampling import GateParams, SamplingParams
-
-FinishReason = Literal["stop", "length"]
-Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
-
-
-class Constraint(Protocol):
-    """What a reply may be, token by token."""
-
-    def mask(self, logits: Tensor) -> None:
-        """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
-
-    def accept(self, token_id: int) -> None:
-        """The gate took this token."""
-
-    def certain(self) -> Seq[int]:
-        """Tokens that come next whatever the model says, where that is known ahead."""
-        return ()
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the reply was brought to its end before `max_new_tokens`, other than the model would have."""
-        return False
-
-
-class TextFollower(Protocol):
-    """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""
-
-    text: str
-    stopped: bool
-
-    def push(self, token_id: int) -> object:
-        """Hear of a token; `stopped` says afterwards whether it was the last."""
-
-    def finish(self) -> object:
-        """No token follows."""
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """What is asked of the decoder.
-
-    Attributes:
-        prompt_ids: At least one token.
-        head: None for the base model.
-        eos_token_ids: Tokens that end the reply; the one that did is part of it.
-        text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.
-        constraint: Masks the logits before candidates are chosen; the head judges what is left.
-        keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
-        keep_positions: Keep what the head was shown at each position it judged, for training.
-    """
-
-    prompt_ids: Seq[int]
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    gate: GateParams = field(default_factory=GateParams)
-    head: Head | None = None
-    eos_token_ids: frozenset[int] = frozenset()
-    text: TextFollower | None = None
-    constraint: Constraint | None = None
-    keep_states: bool = False
-    keep_positions: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TracePosition:
-    """What the gate saw and did at one position.
-
-    Attributes:
-        token_ids: Candidates, most probable first.
-        log_probs: Of the candidates under the base model, whole vocabulary, in nats; under a `Constraint` renormalised
-            over the tokens it allows.
-        accept_logits: Of the candidates visited, in visiting order; empty where the gate was not asked.
-        taken: Index of the candidate taken.
-        outcome: `base`: no gate. `single`: the only candidate, taken unasked. `accepted`. `forced`: the last one left.
-            `fallback`: all were rejected.
-    """
-
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    accept_logits: tuple[float, ...]
-    taken: int
-    outcome: Outcome
-
-
-@dataclass(slots=True)
-class GateStats:
-    """Counts over one reply.
-
-    Attributes:
-        accepted: Tokens the gate accepted.
-        rejected: Candidates it visited and did not take.
-        single: Tokens taken unasked, the only candidates of their positions.
-        forced: Tokens taken as the last candidates left.
-        fallbacks: Tokens taken although every candidate was rejected.
-        fed: Tokens the model was run on for the reply, rejected and speculative ones included.
-    """
-
-    accepted: int = 0
-    rejected: int = 0
-    single: int = 0
-    forced: int = 0
-    fallbacks: int = 0
-    fed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A finished reply.
-
-    Attributes:
-        text: Without special tokens and stop strings; empty where the request followed no text.
-        token_ids: Of the reply, its end-of-sequence token included.
-        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
-            `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
-        prompt_tokens: Length of the prompt.
-        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`, also where a
-            `Constraint` brought the reply to an end that fits them.
-        stats: What the gate did.
-        trace: Position by position, on request.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    stats: GateStats
-    trace: tuple[TracePosition, ...] | None = None
+from mara_integrations.engine.generation import FinishReason, GateStats, Generation, Outcome, TracePosition
+from mara_integrations.engine.head_stacks import Shown
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.speculation.ngrams import NgramDraft
 
 
 @dataclass(slots=True)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.sequence import Generation, Request, Sequence
+from mara_integrations.engine.generation import Generation
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.sequence import Sequence
 from mara_integrations.errors import EngineClosedError
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 from mara_integrations.data import Dataset, PromptRow, gather_columns, prompt_row
 from mara_integrations.engine.candidates import MAX_HAZARD_LOGIT
 from mara_integrations.engine.gate import selection_rule
-from mara_integrations.engine.sequence import FinishReason, GateStats, Generation, Outcome, Request, TracePosition
-from mara_integrations.engine.text import TextStream
+from mara_integrations.engine.generation import FinishReason, GateStats, Generation, Outcome, TracePosition
+from mara_integrations.engine.request import Request
 from mara_integrations.engine.worker import ThreadTicket, Worker
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.evaluation.metrics import (
@@ -32,9 +32,11 @@ from mara_integrations.evaluation.metrics import (
     wilson,
     win_counts,
 )
+from mara_integrations.heads.source import head_name
 from mara_integrations.messages import Conversation, Message
+from mara_integrations.replies.text import TextStream
 from mara_integrations.rewards import CombinedReward, Reward, Scores, reward_name, score
-from mara_integrations.runtime import MARAEngine, head_name, worker_for
+from mara_integrations.runtime import MARAEngine, worker_for
 from mara_integrations.sampling import GateParams, SamplingParams
 
 # Where tokens are drawn: push, in nats of log-odds, from which a rejection is put down to the head and not to the dice.

@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mara_integrations.engine.sequence import GateStats
+from mara_integrations.engine.generation import GateStats
 from mara_integrations.errors import ConfigError
 from mara_integrations.evaluation.evaluate import Comparison, Evaluation, Mark, Rejected, Reply
 from mara_integrations.evaluation.metrics import Interval

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
-from mara_integrations.engine.sequence import Generation
+from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import Update
-from mara_integrations.models import LoadedModel
-from mara_integrations.reasoning import ThoughtSplitter
+from mara_integrations.frameworks.answers import call_parser, log_prob_report, thought_splitter
+from mara_integrations.models.load import LoadedModel
+from mara_integrations.replies.reasoning import ThoughtSplitter
+from mara_integrations.replies.tool_calls import CallParser, Piece
 from mara_integrations.server.requests import Asked
-from mara_integrations.settings import call_parser, log_prob_report, thought_splitter
-from mara_integrations.tool_calls import CallParser, Piece
 
 
 class _Answer:

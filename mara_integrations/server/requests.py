@@ -13,8 +13,8 @@ from mara_integrations.data.conversations import messages_of
 from mara_integrations.data.records import BadRowError
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Prompt
+from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.sampling import GateParams, SamplingParams
-from mara_integrations.tool_calls import ReplyForm
 
 # Said by clients, and without effect on a reply here.
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}

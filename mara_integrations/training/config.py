@@ -12,9 +12,9 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
-from mara_integrations.keywords import Quantization, keyword_arguments
+from mara_integrations.models.options import Quantization, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
-from mara_integrations.training.trackers import TrackerName
+from mara_integrations.training.records.trackers import TrackerName
 
 Method = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "sac-published"]
 

@@ -14,18 +14,18 @@ from typing import Any
 
 from rich.markup import escape
 
-from mara_integrations.engine.backend import Backend
-from mara_integrations.engine.head import HeadConfig, MARAHead
+from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.evaluation.metrics import Interval
-from mara_integrations.models import LoadedModel
+from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.models.load import LoadedModel
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_spec
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.fitting import Epoch, FitSettings
-from mara_integrations.training.metrics_log import MetricsLog
+from mara_integrations.training.learning.fit import Epoch, FitSettings
 from mara_integrations.training.plan import Plan
-from mara_integrations.training.writing import Writers
+from mara_integrations.training.records.metrics_log import MetricsLog
+from mara_integrations.training.rollouts.writers import Writers
 
 WORK_FOLDER = ".run"
 

@@ -18,16 +18,16 @@ from typing import TypeAlias
 from torch import Tensor
 
 from mara_integrations.data import Dataset, Labelled, Pair, PromptRow, Row, gather_columns
-from mara_integrations.engine.head import MARAHead
 from mara_integrations.errors import DataError
 from mara_integrations.files import write_atomically
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import CombinedReward, Reward, Scores, score
-from mara_integrations.training.bank import Reply, read_replies
 from mara_integrations.training.context import Run
-from mara_integrations.training.decisions import Decisions, read_decisions
-from mara_integrations.training.keeping import cache_file, cached, kept, kept_data
-from mara_integrations.training.writing import Ahead, Part
+from mara_integrations.training.records.store import cache_file, cached, kept, kept_data
+from mara_integrations.training.rollouts.decisions import Decisions, read_decisions
+from mara_integrations.training.rollouts.replies import Reply, read_replies
+from mara_integrations.training.rollouts.writers import Ahead, Part
 
 FAILURE_FILE = "reward-failure.json"
 _READ_PART = 256  # replies between two files of an interrupted run

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
-from mara_integrations.engine.head import check_can_push
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
+from mara_integrations.heads.head import check_can_push
 from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards, parse_reward, reward_name
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.methods import Method, Source, choose
-from mara_integrations.training.trackers import check_installed
+from mara_integrations.training.records.trackers import check_installed
+from mara_integrations.training.registry import Method, Source, choose
 
 
 @dataclass(frozen=True, slots=True)

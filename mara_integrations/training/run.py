@@ -11,27 +11,27 @@ import torch
 from rich.markup import escape
 
 from mara_integrations.data import Row, preview, prompt_row
-from mara_integrations.engine.head import MARAHead, push_folder
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.files import write_atomically
-from mara_integrations.models import ModelSpec, load_model
+from mara_integrations.heads.head import MARAHead, push_folder
+from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.runtime import MARAEngine, backend_of
-from mara_integrations.training import preference, reward_model, rloo, rule, sac, value
-from mara_integrations.training.calibration import calibrate
-from mara_integrations.training.card import figures, model_card
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.gather import conversation_of, try_reward
-from mara_integrations.training.keeping import model_fingerprint
-from mara_integrations.training.metrics_log import MetricsLog
+from mara_integrations.training.methods import preference, reward_model, rloo, rule, sac, value
 from mara_integrations.training.plan import make_plan
-from mara_integrations.training.ray_rewards import import_ray, on_ray
-from mara_integrations.training.ray_writers import RayWriters
-from mara_integrations.training.reward_files import keep_rewards
-from mara_integrations.training.writing import Writers, WritersHere
+from mara_integrations.training.records.card import figures, model_card
+from mara_integrations.training.records.metrics_log import MetricsLog
+from mara_integrations.training.records.store import model_fingerprint
+from mara_integrations.training.rollouts.ray_writers import RayWriters
+from mara_integrations.training.rollouts.writers import Writers, WritersHere
+from mara_integrations.training.scoring.ray_rewards import import_ray, on_ray
+from mara_integrations.training.scoring.reward_files import keep_rewards
+from mara_integrations.training.scoring.strength import calibrate
 
 SETTINGS_FILE = "train.yaml"
 _SHOWN_CHARACTERS = 600  # of a sample

@@ -1,0 +1,308 @@
+"""The gated loop as a `custom_generate` function, for those who call `model.generate(...)` of transformers themselves.
+
+What `generate` prepared is honoured row by row or refused by name: the rows of a batch are decoded together, but none
+waits for another, so what looks at the whole batch at each token has no place here.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from mara_integrations.engine.backends.select import make_backend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.gate import check_strength
+from mara_integrations.engine.request import Constraint, Request
+from mara_integrations.errors import ConfigError
+from mara_integrations.heads.compose import candidate_settings
+from mara_integrations.heads.source import HeadSource, place_heads
+from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
+
+_WHOLE_BATCH = "it is made for the rows of one batch, and here each row is decoded by itself"
+_OTHER_FILTER = "candidates are chosen by temperature, top_k and top_p"
+_AFTER_FILTERS = "it changes scores after the candidates were chosen"
+_REFUSED_PROCESSORS = {
+    "ClassifierFreeGuidanceLogitsProcessor": "it needs a second forward at each token",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "it needs a second forward at each token",
+    "SynthIDTextWatermarkLogitsProcessor": _AFTER_FILTERS,
+    "WatermarkLogitsProcessor": _AFTER_FILTERS,
+    **dict.fromkeys(("EpsilonLogitsWarper", "EtaLogitsWarper", "MinPLogitsWarper"), _OTHER_FILTER),
+    **dict.fromkeys(("TopHLogitsWarper", "TypicalLogitsWarper"), _OTHER_FILTER),
+}
+_FOR_ONE_ROW = {
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+}
+_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# What `generate` adds on its own; it follows from the tokens and the mask.
+_DERIVED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep"}
+
+
+class Streamer(Protocol):
+    """What transformers' streamers do."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each token."""
+
+    def end(self) -> None:
+        """No token follows."""
+
+
+def gated_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    head: HeadSource | None = None,
+    strength: float = 1.0,
+    selection: Selection = "auto",
+    fallback: Fallback = "first",
+    min_candidates: int | None = None,
+    streamer: Streamer | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generate under a head: `model.generate(**inputs, custom_generate=gated_generate, head="heads/x")`.
+
+    Greedy decoding takes the candidates the head was trained with; with `do_sample=True` temperature, top-k and top-p
+    are those of the generation config, and the random numbers follow from torch's generator. `generate` keeps a
+    streamer from custom functions, so one is bound: `custom_generate=partial(gated_generate, streamer=streamer)`.
+
+    Args:
+        model: Any causal language model of transformers; see `make_backend`.
+        input_ids: Prompts, padded on the left, shape (B, L).
+        logits_processor: Applied to each row's logits before its candidates are chosen.
+        stopping_criteria: Asked after each token of each row, with that row alone.
+        generation_config: Of the call, completed by `generate`.
+        head: See `MARAEngine`.
+        strength: See `GateParams`.
+        selection: See `GateParams`.
+        fallback: See `GateParams`.
+        min_candidates: See `SamplingParams`; None is what the head was trained with.
+        streamer: For one row: gets the prompt, then each token.
+        **model_kwargs: The attention mask, and what `generate` derives from it.
+
+    Returns:
+        Prompts and replies, padded on the right with the padding token, shape (B, L + R); in a
+        `GenerateDecoderOnlyOutput` where `return_dict_in_generate` asks for one.
+
+    Raises:
+        ConfigError: If something was asked for that gating does not do; it names what, and why.
+        HeadError: See `MARAEngine.load`.
+        ModelError: See `make_backend`.
+
+    Source: the contract of `custom_generate` callables, transformers' `GenerationMixin.generate`.
+    """
+    _check_call(generation_config, model_kwargs, len(input_ids), streamer)
+    gate = GateParams.of(strength=strength, selection=selection, fallback=fallback)
+    settings = _filters(logits_processor, generation_config, model.config.get_text_config().vocab_size)
+    if min_candidates is not None:
+        settings["min_candidates"] = min_candidates
+    hidden_size = model.config.get_text_config().hidden_size
+    placed = place_heads(head, model.device, hidden_size, model.name_or_path or type(model).__name__)
+    if placed is not None:
+        check_strength(placed.config.form, gate)
+        if strength > 0:
+            settings = candidate_settings(placed, settings)
+    room = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
+    if room is None:
+        raise ConfigError("the reply has no upper bound", hint="give max_new_tokens")
+    sampling = SamplingParams.of(max_new_tokens=room - input_ids.shape[1], **settings)
+    eos_token_ids = {int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id}
+    prompts = _unpadded(input_ids, model_kwargs.get("attention_mask"))
+    requests = []
+    for row, prompt_ids in enumerate(prompts):
+        reply = _Reply(input_ids[row], stopping_criteria, streamer)
+        processors = _processors_for(row, len(prompts), logits_processor)
+        requests.append(
+            Request(
+                prompt_ids,
+                sampling.updated(seed=int(torch.randint(2**62, ())) if sampling.temperature > 0 else None),
+                gate,
+                placed,
+                frozenset(eos_token_ids),
+                text=reply if reply.is_needed else None,
+                constraint=_Processed(input_ids[row], processors) if processors else None,
+            )
+        )
+    replies = _Driver.of(model).run(requests)
+    if streamer is not None:
+        if replies[0][-1] in eos_token_ids:  # no follower hears of it
+            streamer.put(torch.tensor(replies[0][-1:]))
+        streamer.end()
+    padding = getattr(generation_config, "_pad_token_tensor", None)  # the first end-of-sequence token where none is set
+    padding = 0 if padding is None else int(padding)
+    longest = max(map(len, replies))
+    padded = [[*reply, *[padding] * (longest - len(reply))] for reply in replies]
+    sequences = torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], dim=-1)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences))
+    return sequences
+
+
+class _Reply:
+    """Follows one reply: asks the stopping criteria, feeds the streamer."""
+
+    def __init__(self, prompt: Tensor, criteria: StoppingCriteriaList, streamer: Streamer | None) -> None:
+        self._ids = prompt.tolist()
+        self._device = prompt.device
+        self._criteria = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+        self._streamer = streamer
+        self.text, self.stopped = "", False
+        if streamer is not None:
+            streamer.put(prompt[None].cpu())
+
+    @property
+    def is_needed(self) -> bool:
+        """Somebody listens."""
+        return bool(self._criteria) or self._streamer is not None
+
+    def push(self, token_id: int) -> None:
+        """See `TextFollower`."""
+        self._ids.append(token_id)
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token_id]))
+        if self._criteria:
+            ids = cast(LongTensor, torch.tensor([self._ids], device=self._device))
+            self.stopped = any(bool(torch.as_tensor(c(ids, cast(Any, None))).all()) for c in self._criteria)
+
+    def finish(self) -> None:
+        """See `TextFollower`."""
+
+
+class _Processed(Constraint):
+    """Logits processors as a constraint on one row; they see the row as `generate` shows it, its padding included."""
+
+    def __init__(self, prompt: Tensor, processors: LogitsProcessorList) -> None:
+        self._ids = prompt.tolist()
+        self._device = prompt.device
+        self._processors = processors
+
+    def mask(self, logits: Tensor) -> None:
+        """See `Constraint`."""
+        ids = cast(LongTensor, torch.tensor([self._ids], device=self._device))
+        logits.copy_(self._processors(ids, cast(FloatTensor, logits[None].clone()))[0])
+
+    def accept(self, token_id: int) -> None:
+        """See `Constraint`."""
+        self._ids.append(token_id)
+
+
+def _check_call(
+    config: GenerationConfig, model_kwargs: dict[str, Any], num_rows: int, streamer: Streamer | None
+) -> None:
+    mode = config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        raise ConfigError(f"{mode} can't be gated", hint="greedy decoding and sampling can, without num_beams")
+    for name in _OUTPUTS:
+        if config.return_dict_in_generate and getattr(config, name):
+            raise ConfigError(
+                f"{name}=True is not to be had: candidates are fed together, so there is none for each step",
+                hint="`MARAEngine.generate(trace=True)` reports candidates and accept logits",
+            )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ConfigError("past_key_values can't be continued here", hint="give the whole prompt as input_ids")
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _DERIVED:
+            raise ConfigError(f"{name}=... is not understood by gated decoding: it is fed token ids alone")
+    if streamer is not None and num_rows > 1:
+        raise ConfigError(f"a streamer follows one row; there are {num_rows}")
+
+
+def _filters(processors: LogitsProcessorList, config: GenerationConfig, vocab_size: int) -> dict[str, Any]:
+    """Candidate settings that these processors stand for."""
+    settings: dict[str, Any] = {"temperature": 0.0}
+    if config.do_sample:
+        settings = {"temperature": 1.0, "top_k": vocab_size, "top_p": 1.0}
+    for processor in processors:
+        match processor:
+            case TemperatureLogitsWarper() if config.do_sample:
+                settings["temperature"] = processor.temperature
+            case TopKLogitsWarper():
+                settings["top_k"] = processor.top_k
+            case TopPLogitsWarper():
+                settings["top_p"] = processor.top_p
+    return settings
+
+
+def _processors_for(row: int, num_rows: int, processors: LogitsProcessorList) -> LogitsProcessorList:
+    """The processors of one row, without the filters that candidates are chosen by."""
+    mine = LogitsProcessorList()
+    for processor in processors:
+        name = type(processor).__name__
+        reason = _REFUSED_PROCESSORS.get(name) or (_WHOLE_BATCH if name in _FOR_ONE_ROW and num_rows > 1 else None)
+        if reason:
+            raise ConfigError(f"{name} can't be used with gated decoding: {reason}")
+        if isinstance(processor, TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper):
+            continue
+        if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+            lengths = getattr(processor, "prompt_ignore_length", None)  # of each row's padding
+            if isinstance(lengths, Tensor):
+                processor = copy.copy(processor)
+                processor.prompt_ignore_length = lengths[row : row + 1]
+        mine.append(processor)
+    return mine
+
+
+def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if attention_mask is None:
+        return cast(list[list[int]], input_ids.tolist())
+    prompts = []
+    for row, (ids, seen) in enumerate(zip(input_ids.tolist(), attention_mask.bool().tolist(), strict=True)):
+        start = seen.index(True) if any(seen) else len(ids)
+        if start == len(ids) or not all(seen[start:]):
+            raise ConfigError(
+                f"row {row} of the attention mask is not a prompt padded on the left", hint="padding_side='left'"
+            )
+        prompts.append(ids[start:])
+    return prompts
+
+
+class _Driver:
+    """A model's backend, kept with the model as long as it lives; a copy of the model makes its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._backend = make_backend(model, model.name_or_path or "the model")
+        self._lock = threading.Lock()
+        self.version = _version(model)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Driver:
+        """The one of a model, made anew when its weights or its attention were changed."""
+        driver: _Driver | None = vars(model).get("_mara_driver")
+        if driver is None or driver.version != _version(model):
+            driver = vars(model)["_mara_driver"] = cls(model)
+        return driver
+
+    def run(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Decode to the ends, one call at a time."""
+        with self._lock:
+            return [sequence.token_ids for sequence in Decoder(self._backend).run(requests)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # what copies get
+
+
+def _version(model: PreTrainedModel) -> tuple[Any, ...]:
+    stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return model.config._attn_implementation, stamps

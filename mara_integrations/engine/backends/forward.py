@@ -1,0 +1,58 @@
+"""Final hidden states and logits of a transformers model, computed apart so that rejected candidates need no logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mara_integrations.engine.backends.hooks import hooks_undone
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Return the part of a model that ends in its final norm."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 finds only itself
+
+
+def input_embeddings(model: PreTrainedModel) -> Tensor:
+    """Return the input embeddings, shape (V, d)."""
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """`lm_head` alone where that is all there is, else the model's own code after its decoder (soft caps, scalings)."""
+    lm_head, embeddings = model.get_output_embeddings(), input_embeddings(model)
+    probe = torch.arange(len(embeddings), device=embeddings.device)[None, -5:]
+    with torch.inference_mode(), hooks_undone(model):
+        output = model(input_ids=probe, output_hidden_states=True, use_cache=False)
+        hidden, want = output.hidden_states[-1][0], output.logits[0]
+        if lm_head is not None and torch.allclose(lm_head(hidden).float(), want.float(), rtol=1e-3, atol=1e-3):
+            return cast(Callable[[Tensor], Tensor], lm_head)
+    decoder, tail = decoder_of(model), copy.copy(model)
+    tail._modules = dict(model._modules)  # a shallow copy: the user's model keeps its decoder, the weights are shared
+    for name, child in model.named_children():
+        if any(module is decoder for module in child.modules()):
+            tail._modules[name] = _Finished(decoder)
+
+    def to_logits(hidden: Tensor) -> Tensor:
+        logits: Tensor = tail(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits
+
+    return to_logits
+
+
+class _Finished(nn.Module):
+    """Stands where a decoder stood and hands its input on as the decoder's result."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.config = decoder.config
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

@@ -1,0 +1,126 @@
+"""The serial backend: one sequence a forward pass, for models whose attention takes no trees of candidates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
+
+from mara_integrations.engine.backends.forward import decoder_of, input_embeddings, logits_function
+from mara_integrations.engine.backends.prefix_cache import Prefix
+from mara_integrations.engine.backends.protocol import Backend, Segment
+
+
+@dataclass(slots=True)
+class _SerialRow:
+    cache: Any
+    length: int = 0
+    branches: list[Any] = field(default_factory=list)
+
+
+class SerialBackend(Backend):
+    """One forward a segment, and one a sibling, each from a snapshot of its row's cache.
+
+    Exact for every causal model transformers can run, and slow: for models whose attention takes no trees (position
+    biases, recurrent states) and as the oracle of the packed backend.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder = decoder_of(model)
+        self._to_logits = logits_function(model)
+        self._rows: dict[int, _SerialRow] = {}
+        self._next_row = 0
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return input_embeddings(self._model).device
+
+    @override
+    def keep(self, row: int, length: int) -> Prefix | None:
+        return None
+
+    @override
+    def open(self, kept: Any = None, length: int = 0) -> int:
+        assert kept is None, "this backend keeps no prefixes"
+        row, self._next_row = self._next_row, self._next_row + 1
+        self._rows[row] = _SerialRow(DynamicCache(config=self._model.config))
+        return row
+
+    @override
+    def fork(self, row: int) -> int:
+        copied, source = self.open(), self._rows[row]
+        self._rows[copied] = _SerialRow(_snapshot(source.cache), source.length)
+        return copied
+
+    @override
+    def close(self, row: int) -> None:
+        del self._rows[row]
+
+    @override
+    def feed(self, segments: Sequence[Segment]) -> Tensor:
+        hidden = []
+        for segment in segments:
+            row = self._rows[segment.row]
+            if segment.siblings:
+                for token_id in segment.token_ids:
+                    branch = _snapshot(row.cache)
+                    hidden.append(self._run(branch, [token_id], row.length))
+                    row.branches.append(branch)
+            else:
+                hidden.append(self._run(row.cache, segment.token_ids, row.length))
+                row.length += len(segment.token_ids)
+        return torch.cat(hidden)
+
+    @override
+    def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
+        for handle, branch in zip(rows, branches, strict=True):
+            row = self._rows[handle]
+            row.cache, row.branches = row.branches[branch], []
+            row.length += 1
+
+    @property
+    @override
+    def can_retract(self) -> bool:
+        return False  # not every kind of state can be cut
+
+    @override
+    def retract(self, row: int, count: int, *, held: bool) -> None:
+        raise AssertionError("ask can_retract first")
+
+    @override
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._to_logits(hidden)
+
+    def _run(self, cache: Any, token_ids: Sequence[int], start: int) -> Tensor:
+        ids = torch.tensor([token_ids], device=self.device)
+        positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
+        arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        if _takes_position_ids(self._decoder):
+            arguments["position_ids"] = positions
+        hidden: Tensor = self._decoder(**arguments).last_hidden_state[0]
+        return hidden.to(self.device)  # of a model spread over devices, the last one's
+
+
+def _snapshot(cache: Any) -> Any:
+    """A cache that can grow without changing the one it came from."""
+    if all(type(layer) is DynamicLayer for layer in cache.layers):  # update() makes new tensors: sharing is safe
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+        return branch
+    return copy.deepcopy(cache)
+
+
+def _takes_position_ids(decoder: nn.Module) -> bool:
+    import inspect
+
+    parameters = inspect.signature(decoder.forward).parameters
+    return "position_ids" in parameters

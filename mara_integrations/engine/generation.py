@@ -1,0 +1,76 @@
+"""A finished reply, and what the gate did for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
+
+
+@dataclass(frozen=True, slots=True)
+class TracePosition:
+    """What the gate saw and did at one position.
+
+    Attributes:
+        token_ids: Candidates, most probable first.
+        log_probs: Of the candidates under the base model, whole vocabulary, in nats; under a `Constraint` renormalised
+            over the tokens it allows.
+        accept_logits: Of the candidates visited, in visiting order; empty where the gate was not asked.
+        taken: Index of the candidate taken.
+        outcome: `base`: no gate. `single`: the only candidate, taken unasked. `accepted`. `forced`: the last one left.
+            `fallback`: all were rejected.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    accept_logits: tuple[float, ...]
+    taken: int
+    outcome: Outcome
+
+
+@dataclass(slots=True)
+class GateStats:
+    """Counts over one reply.
+
+    Attributes:
+        accepted: Tokens the gate accepted.
+        rejected: Candidates it visited and did not take.
+        single: Tokens taken unasked, the only candidates of their positions.
+        forced: Tokens taken as the last candidates left.
+        fallbacks: Tokens taken although every candidate was rejected.
+        fed: Tokens the model was run on for the reply, rejected and speculative ones included.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    single: int = 0
+    forced: int = 0
+    fallbacks: int = 0
+    fed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished reply.
+
+    Attributes:
+        text: Without special tokens and stop strings; empty where the request followed no text.
+        token_ids: Of the reply, its end-of-sequence token included.
+        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
+            `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
+        prompt_tokens: Length of the prompt.
+        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`, also where a
+            `Constraint` brought the reply to an end that fits them.
+        stats: What the gate did.
+        trace: Position by position, on request.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    stats: GateStats
+    trace: tuple[TracePosition, ...] | None = None

@@ -1,0 +1,1 @@
+"""The slow reference that recomputes every candidate, and the comparison of the engine with it."""

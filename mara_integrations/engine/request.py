@@ -1,0 +1,69 @@
+"""A generation request: prompt, settings, head, and what follows or constrains its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from mara_integrations.heads.compose import Head
+from mara_integrations.sampling import GateParams, SamplingParams
+
+
+class Constraint(Protocol):
+    """What a reply may be, token by token."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
+
+    def accept(self, token_id: int) -> None:
+        """The gate took this token."""
+
+    def certain(self) -> Seq[int]:
+        """Tokens that come next whatever the model says, where that is known ahead."""
+        return ()
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the reply was brought to its end before `max_new_tokens`, other than the model would have."""
+        return False
+
+
+class TextFollower(Protocol):
+    """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""
+
+    text: str
+    stopped: bool
+
+    def push(self, token_id: int) -> object:
+        """Hear of a token; `stopped` says afterwards whether it was the last."""
+
+    def finish(self) -> object:
+        """No token follows."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What is asked of the decoder.
+
+    Attributes:
+        prompt_ids: At least one token.
+        head: None for the base model.
+        eos_token_ids: Tokens that end the reply; the one that did is part of it.
+        text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.
+        constraint: Masks the logits before candidates are chosen; the head judges what is left.
+        keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
+        keep_positions: Keep what the head was shown at each position it judged, for training.
+    """
+
+    prompt_ids: Seq[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    gate: GateParams = field(default_factory=GateParams)
+    head: Head | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    text: TextFollower | None = None
+    constraint: Constraint | None = None
+    keep_states: bool = False
+    keep_positions: bool = False

@@ -1,0 +1,1 @@
+"""Drafted tokens: where drafts come from, and when their cost pays."""

@@ -1,0 +1,4 @@
+"""LangChain and LlamaIndex: `ChatMARA`, `MARALLM`, and the settings and reports that they share.
+
+Decoding is below, in `runtime` and `engine`.
+"""

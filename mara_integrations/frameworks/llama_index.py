@@ -1,0 +1,416 @@
+"""The LlamaIndex half of `MARALLM`: an LLM over the gated engine, and LlamaIndex' messages as ours."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, closing
+from functools import partial
+from typing import Any, TypeVar
+
+import llama_index.core
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.program.utils import create_flexible_model
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools.types import BaseTool
+from llama_index.core.utils import set_global_tokenizer
+from pydantic import BaseModel
+from pydantic_core import from_json
+
+from mara_integrations.engine.generation import Generation
+from mara_integrations.engine.worker import AsyncStream, Update
+from mara_integrations.errors import ConfigError
+from mara_integrations.frameworks.answers import answer_report, call_parser, thought_splitter
+from mara_integrations.frameworks.settings import EngineSettings
+from mara_integrations.messages import Message, Prompt, Role, ToolCall
+from mara_integrations.replies.reasoning import ThoughtSplitter
+from mara_integrations.replies.tool_calls import CallParser
+from mara_integrations.sampling import SamplingParams
+
+Answer = TypeVar("Answer", ChatResponse, CompletionResponse)
+Model = TypeVar("Model", bound=BaseModel)
+# From the settings of a request to what makes a response of each update
+Answers = Callable[[dict[str, Any]], Callable[..., Answer]]
+
+
+class GatedLLM(EngineSettings, FunctionCallingLLM):
+    """LlamaIndex' LLM; what `MARALLM` is without its LangChain half.
+
+    `raw` of a response is a plain dict: `model_name`, `finish_reason`, `token_ids`, `gate` counts, `usage`, and with
+    `trace=True` the trace. In a stream it comes once, with the last response.
+    """
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised settings."""
+        return "MARALLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex packs prompts by; weights are not loaded for it.
+
+        It counts prompts with one tokenizer a process, `Settings.tokenizer`: GPT-3.5's, unless somebody chose another.
+        Reading this puts the model's own in place of that default, so that packed prompts fit; a choice is left alone.
+        """
+        outline = self.engine.outline
+        _count_with(outline.tokenizer)
+        return LLMMetadata(
+            context_window=outline.context_window,
+            num_output=self.max_tokens or SamplingParams.model_fields["max_new_tokens"].default,
+            is_chat_model=True,
+            is_function_calling_model=True,
+            model_name=self.model_name,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What events tell of this LLM: the settings. Not `metadata`, which would load the model in an event loop."""
+        return {"class_name": self.class_name(), "model_name": self.model_name, **self._described()}
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation; keyword arguments are request settings, as `temperature`, `head` or `trace`."""
+        return self._generate(self._of_chat(messages), kwargs, self._chat_answers)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` without blocking the event loop; cancelling the task stops the generation."""
+        return await self._agenerate(self._of_chat(messages), kwargs, self._chat_answers)
+
+    # The framework's events are told around the answers of a stream, and ours is the outermost generator again: its
+    # handlers may keep the exception that a generator is closed with, and by it all generators inside (`AsyncStream`).
+
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """`chat`, as it is written; closing the generator stops the generation."""
+        answers = self._stream(self._of_chat(messages), kwargs, self._chat_answers)
+
+        @llm_chat_callback()
+        def told(_: GatedLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+            return answers
+
+        return _closing(told(self, messages, **kwargs), answers)
+
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> AsyncStream[ChatResponse]:
+        """`stream_chat` without blocking the event loop."""
+        answers = self._astream(self._of_chat(messages), kwargs, self._chat_answers)
+
+        @llm_chat_callback()
+        async def told(_: GatedLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+            return answers
+
+        return AsyncStream(await told(self, messages, **kwargs), answers.cancel)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a prompt: as a user's message, or with `formatted=True` as raw text that the reply continues."""
+        return self._generate(self._of_completion(prompt, formatted), kwargs, self._completions)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` without blocking the event loop; cancelling the task stops the generation."""
+        return await self._agenerate(self._of_completion(prompt, formatted), kwargs, self._completions)
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """`complete`, as it is written; closing the generator stops the generation."""
+        answers = self._stream(self._of_completion(prompt, formatted), kwargs, self._completions)
+
+        @llm_completion_callback()
+        def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseGen:
+            return answers
+
+        return _closing(told(self, prompt, **kwargs), answers)
+
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> AsyncStream[CompletionResponse]:
+        """`stream_complete` without blocking the event loop."""
+        answers = self._astream(self._of_completion(prompt, formatted), kwargs, self._completions)
+
+        @llm_completion_callback()
+        async def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseAsyncGen:
+            return answers
+
+        return AsyncStream(await told(self, prompt, **kwargs), answers.cancel)
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or [])
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        called = {"tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]} if tools else {}
+        choice = tool_choice or ("any" if tool_required and tools else None)
+        return {
+            "messages": messages,
+            **called,
+            "tool_choice": choice,
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """Calls of a response, also of one that is still being written: its arguments are then what is there so far.
+
+        Raises:
+            ValueError: If there is none, and `error_on_no_tool_call`.
+        """
+        calls = [
+            ToolSelection(
+                tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=_arguments(block.tool_kwargs)
+            )
+            for block in response.message.blocks
+            if isinstance(block, ToolCallBlock)
+        ]
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"the answer calls no tool: {response.message.content!r}")
+        return calls
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **variables: Any,
+    ) -> Generator[Any, None, None]:
+        # The frameworks' own program looks for calls where only OpenAI's classes put them; JSON is streamed as it is.
+        as_object = _objects_of(output_cls)
+        responses = self.stream_chat(self._get_messages(prompt, **variables), **_answering(output_cls, llm_kwargs))
+        return (found for response in responses if (found := as_object(response)) is not None)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **variables: Any,
+    ) -> AsyncStream[Any]:
+        as_object = _objects_of(output_cls)
+        messages = self._get_messages(prompt, **variables)
+        responses = await self.astream_chat(messages, **_answering(output_cls, llm_kwargs))
+        objects = (found async for response in responses if (found := as_object(response)) is not None)
+        return AsyncStream(objects, responses.cancel)
+
+    def _of_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+        render = self.messages_to_prompt
+        if render is not None and render is not generic_messages_to_prompt:  # the user's own template
+            return render(messages)
+        return as_conversation(messages)
+
+    def _of_completion(self, prompt: str, formatted: bool) -> Prompt:
+        if formatted:
+            return prompt
+        render = self.completion_to_prompt
+        if render is not None and render is not default_completion_to_prompt:
+            return render(prompt)
+        return [Message("user", prompt)]
+
+    # Everything below is undecorated, so that each call is one event and one turn of the rate limiter.
+
+    def _generate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
+        settings = self._request_settings(call)
+        generation = self.engine.generate(prompt, **settings)
+        return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+
+    async def _agenerate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
+        settings = self._request_settings(call)
+        generation = await self.engine.agenerate(prompt, **settings)
+        return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+
+    def _stream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Generator[Answer, None, None]:
+        settings = self._request_settings(call)
+        answer = answers(settings)
+        with closing(self.engine.stream(prompt, **settings)) as updates:
+            for update in updates:
+                if update.text or update.generation is not None:
+                    yield answer(update)
+
+    def _astream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> AsyncStream[Answer]:
+        settings = self._request_settings(call)
+        updates = self.engine.astream(prompt, **settings)
+
+        async def written() -> AsyncGenerator[Answer, None]:
+            answer = answers(settings)
+            async with aclosing(updates):
+                async for update in updates:
+                    if update.text or update.generation is not None:
+                        yield answer(update)
+
+        return AsyncStream(written(), updates.cancel)
+
+    def _chat_answers(self, settings: dict[str, Any]) -> Callable[..., ChatResponse]:
+        """Makes the responses of one request, each with all that was written so far."""
+        splitter: ThoughtSplitter | None = None  # the model is loaded by the time of the first update
+        parser: CallParser | None = None
+        thoughts = text = ""
+
+        def answer(update: Update, is_stream: bool = True) -> ChatResponse:
+            nonlocal splitter, parser, thoughts, text
+            splitter = splitter or thought_splitter(self.engine.model)
+            parser = parser or call_parser(settings, self.engine.model)
+            is_last = update.generation is not None
+            thought, delta = splitter.push(update.text, final=is_last)
+            if parser is not None:
+                delta = "".join(piece.text for piece in parser.push(delta, final=is_last))
+            thoughts, text = thoughts + thought, text + delta
+            calls = parser.calls if parser else []
+            blocks: list[Any] = [ThinkingBlock(content=thoughts)] if thoughts else []
+            blocks += [TextBlock(text=text)] if text or not calls else []
+            for call in calls:
+                arguments = call.arguments if call.parsed is None else call.parsed
+                blocks.append(ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments))
+            message = ChatMessage(blocks, role=MessageRole.ASSISTANT)
+            if not is_stream:
+                return ChatResponse(message=message, **self._about(update.generation))
+            news = {"thinking_delta": thought} if thought else {}
+            about = self._about(update.generation)
+            return ChatResponse(message=message, delta=delta, additional_kwargs=news, **about)
+
+        return answer
+
+    def _completions(self, settings: dict[str, Any]) -> Callable[..., CompletionResponse]:
+        """As `_chat_answers`, for raw text."""
+        text = ""
+
+        def answer(update: Update, is_stream: bool = True) -> CompletionResponse:
+            nonlocal text
+            text += update.text
+            delta = update.text if is_stream else None
+            return CompletionResponse(text=text, delta=delta, **self._about(update.generation))
+
+        return answer
+
+    def _about(self, generation: Generation | None) -> dict[str, Any]:
+        if generation is None:
+            return {}
+        usage = {
+            "prompt_tokens": generation.prompt_tokens,
+            "completion_tokens": len(generation.token_ids),
+            "total_tokens": generation.prompt_tokens + len(generation.token_ids),
+        }
+        return {"raw": {**answer_report(generation, self.engine.model), "usage": usage}}
+
+
+def _closing(
+    outer: Generator[Answer, None, None], inner: Generator[Answer, None, None]
+) -> Generator[Answer, None, None]:
+    """What `outer` gives; left early, it closes `inner` too."""
+    try:
+        yield from outer
+    finally:
+        inner.close()
+
+
+class TokenCount:
+    """A model's tokenizer as LlamaIndex counts with it: from text to token ids, without special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _count_with(tokenizer: Any) -> None:
+    """Make this the tokenizer of LlamaIndex, unless the user has chosen one."""
+    current = llama_index.core.global_tokenizer
+    is_default = isinstance(current, partial) and current.keywords == {"allowed_special": "all"}  # `get_tokenizer` sets
+    if isinstance(current, TokenCount):
+        is_default = current.tokenizer is not tokenizer  # another model's
+    if current is None or is_default:
+        set_global_tokenizer(TokenCount(tokenizer))
+
+
+def as_conversation(messages: Sequence[ChatMessage]) -> list[Message]:
+    """LlamaIndex' messages as ours.
+
+    Raises:
+        ConfigError: If a message holds something else than text and calls.
+    """
+    return [_as_message(message) for message in messages]
+
+
+_ROLES: dict[MessageRole, Role] = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+
+
+def _as_message(message: ChatMessage) -> Message:
+    for block in message.blocks:
+        if not isinstance(block, TextBlock | ToolCallBlock | ThinkingBlock | CachePoint):
+            raise ConfigError(f"a {type(block).__name__} is not text", hint="the model reads text only")
+    calls = [
+        ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs))
+        for block in message.blocks
+        if isinstance(block, ToolCallBlock)
+    ]
+    return Message(
+        _ROLES[message.role],
+        message.content or "",
+        tool_calls=tuple(calls),
+        tool_call_id=message.additional_kwargs.get("tool_call_id"),
+        name=message.additional_kwargs.get("name"),
+    )
+
+
+def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
+    """Arguments of a call that may be half-written, or written by another model as text that is no JSON."""
+    if isinstance(arguments, dict):
+        return arguments
+    try:
+        parsed = from_json(arguments, allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _answering(output_cls: type[Model], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    schema = {"name": output_cls.__name__, "schema": output_cls.model_json_schema()}
+    return {**(llm_kwargs or {}), "response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+def _objects_of(output_cls: type[Model]) -> Callable[[ChatResponse], BaseModel | None]:
+    """Reads responses as objects: loose ones while JSON is being written, the last as the class itself."""
+    loose = create_flexible_model(output_cls)
+
+    def as_object(response: ChatResponse) -> BaseModel | None:
+        text = response.message.content or ""
+        if response.raw is not None:
+            return output_cls.model_validate_json(text)
+        fields = _arguments(text)
+        return loose(**fields) if fields else None
+
+    return as_object

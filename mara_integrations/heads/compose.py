@@ -1,0 +1,75 @@
+"""Several heads as one: their corrections of the base model add, each with its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.heads.head import HeadConfig, MARAHead
+
+
+class ComposedHead:
+    """Several heads as one: their corrections of the base model's hazard add.
+
+    Args:
+        weights: What each head's correction is multiplied by, above 0, beside the strength that its own calibration
+            recorded; at least one head.
+
+    Attributes:
+        parts: Each head, and the factor of its score.
+        config: What the sum is to the gate, and what the parts were trained for together.
+
+    Raises:
+        ConfigError: If a head has nothing to add: one of the `paper` form.
+        HeadError: If the heads are of different widths.
+    """
+
+    def __init__(self, weights: Mapping[MARAHead, float]) -> None:
+        first = next(iter(weights)).config
+        for head, weight in weights.items():
+            assert 0 < weight < math.inf
+            if head.config.form == "paper":
+                raise ConfigError(
+                    "a 'paper' head can be neither weighed nor composed: its accept probability replaces the base "
+                    "model's instead of correcting it, so there is nothing to add",
+                    hint="heads of the 'residual' and 'value' form add",
+                )
+            if head.config.hidden_size != first.hidden_size:
+                raise HeadError(
+                    "heads of different widths can't be composed: "
+                    f"they expect hidden sizes {first.hidden_size} and {head.config.hidden_size}"
+                )
+        self.parts = {head: weight * head.config.strength for head, weight in weights.items()}
+        self.config = HeadConfig(
+            form="residual",
+            hidden_size=first.hidden_size,
+            method="composition",
+            rewards=tuple(reward for head in self.parts for reward in head.config.rewards),
+        )
+
+
+Head: TypeAlias = MARAHead | ComposedHead
+
+
+def candidate_settings(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidate settings of a request under a head: those given, then those its parts were trained with.
+
+    Of `min_candidates` the largest holds: a head that needs an alternative gets one, to the others it is one more to
+    pass over. `top_k` and `top_p` decide what is judged at all, so there is no middle.
+
+    Raises:
+        ConfigError: If parts were trained with different `top_k` or `top_p`, and it is not given.
+    """
+    configs = [part.config for part in head.parts]
+    trained: dict[str, Any] = {"min_candidates": max(config.min_candidates for config in configs)}
+    for name in ("top_k", "top_p"):
+        values = list(dict.fromkeys(getattr(config, name) for config in configs))
+        if len(values) > 1 and name not in given:
+            raise ConfigError(
+                f"the heads were trained with different {name}: {' and '.join(map(str, values))}",
+                hint=f"say which holds for their composition, as {name}={values[0]}",
+            )
+        trained[name] = values[0]
+    return {**trained, **given}

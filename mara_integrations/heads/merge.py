@@ -1,0 +1,94 @@
+"""Several heads as one head on disk: their weighted sum, exactly, in one wider perceptron.
+
+Composition adds what heads say. Each head's own scale and shift of the normalised state go into its first layer, so
+that all share the bare normalisation; hidden layers stand side by side, and the last one adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.heads.head import HeadConfig, MARAHead
+
+
+def merge_heads(
+    weighted: Sequence[tuple[MARAHead, float]], *, top_k: int | None = None, top_p: float | None = None
+) -> MARAHead:
+    """One head that scores every state as the weighted sum of several at their own strengths.
+
+    Args:
+        weighted: The heads and their weights, at least two heads. A weight below 0 turns a head round.
+        top_k: Candidate setting of the result, where the heads differ in it.
+        top_p: As `top_k`.
+
+    Raises:
+        ConfigError: If a weight is 0 or no number, there is one head alone, or the heads differ in a candidate setting
+            that is not given.
+        HeadError: If the sum is no head: one of the `paper` form, several forms, widths or base models.
+    """
+    if len(weighted) < 2:
+        raise ConfigError("there is nothing to merge", hint="name at least two heads")
+    for _, weight in weighted:
+        if not math.isfinite(weight) or weight == 0:
+            raise ConfigError(f"weight {weight!r} is not allowed", hint="any number but 0")
+    configs = [head.config for head, _ in weighted]
+    first = configs[0]
+    if any(config.form == "paper" for config in configs):
+        raise HeadError(
+            "a head of the 'paper' form can't be merged: its accept probability replaces the base model's instead of "
+            "correcting it, so there is nothing to add",
+            hint="heads of the 'residual' and 'value' form add",
+        )
+    for name, why in (
+        ("form", "a 'residual' head scores a state, a 'value' head the step between two: no single head is their sum"),
+        ("hidden_size", "they judge states of different widths"),
+        ("base_model", "they were trained on the states of different models"),
+    ):
+        values = list(dict.fromkeys(getattr(config, name) for config in configs))
+        if len(values) > 1:
+            raise HeadError(f"heads of different {name} can't be merged ({', '.join(map(str, values))}): {why}")
+    wide = [config.inner_sizes[0] for config in configs]
+    narrow = [config.inner_sizes[1] for config in configs]
+    merged = MARAHead(
+        HeadConfig(
+            form=first.form,
+            hidden_size=first.hidden_size,
+            inner_sizes=(sum(wide), sum(narrow)),
+            base_model=first.base_model,
+            top_k=_agreed("top_k", configs, top_k),
+            top_p=_agreed("top_p", configs, top_p),
+            min_candidates=max(config.min_candidates for config in configs),
+            method="merge",
+            rewards=tuple(reward for config in configs for reward in config.rewards),
+            training={"merged": [{"weight": weight, "head": head.fingerprint} for head, weight in weighted]},
+        )
+    )
+    with torch.no_grad():
+        for parameter in (merged.ln.weight, merged.linear2.weight, merged.output_linear.bias):
+            parameter.fill_(float(parameter is merged.ln.weight))
+        at_wide = at_narrow = 0
+        for (head, weight), w, n in zip(weighted, wide, narrow, strict=True):
+            rows, columns = slice(at_wide, at_wide + w), slice(at_narrow, at_narrow + n)
+            factor = weight * head.config.strength
+            merged.linear1.weight[rows] = head.linear1.weight * head.ln.weight
+            merged.linear1.bias[rows] = head.linear1.bias + head.linear1.weight @ head.ln.bias
+            merged.linear2.weight[columns, rows] = head.linear2.weight
+            merged.linear2.bias[columns] = head.linear2.bias
+            merged.output_linear.weight[:, columns] = factor * head.output_linear.weight
+            merged.output_linear.bias.add_(head.output_linear.bias, alpha=factor)
+            at_wide, at_narrow = at_wide + w, at_narrow + n
+    return merged.eval().requires_grad_(False)
+
+
+def _agreed(name: str, configs: Sequence[HeadConfig], given: float | None) -> float:
+    values = list(dict.fromkeys(getattr(config, name) for config in configs))
+    if given is None and len(values) > 1:
+        raise ConfigError(
+            f"the heads were trained with different {name}: {' and '.join(map(str, values))}",
+            hint=f"say which holds for the result: --{name.replace('_', '-')} {values[0]}",
+        )
+    return float(values[0] if given is None else given)

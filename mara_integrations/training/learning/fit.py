@@ -1,0 +1,136 @@
+"""Fitting a head to examples: minibatches, early stopping on held-out ones, the best epoch kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from mara_integrations.heads.head import MARAHead
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How a head is fitted.
+
+    Attributes:
+        epochs: At most.
+        patience: Epochs without a better held-out loss before it stops.
+        learning_rate: Of AdamW.
+        weight_decay: Of AdamW.
+        batch_size: Examples a step.
+        seed: Of the order of examples.
+    """
+
+    epochs: int = 20
+    patience: int = 4
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    batch_size: int = 512
+    seed: int = 0
+
+
+class Examples(Protocol):
+    """What a head is fitted to, in parts that a loss needs whole."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def take(self, rows: Tensor) -> Self:
+        """The named ones, in that order."""
+
+
+ExamplesT = TypeVar("ExamplesT", bound=Examples)
+Loss = Callable[[MARAHead, ExamplesT], Tensor]  # mean over the examples, a scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows to fit on.
+
+    Attributes:
+        states: (N, d).
+        targets: (N,).
+        weights: (N,).
+    """
+
+    states: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def take(self, rows: Tensor) -> Table:
+        """The named rows."""
+        return Table(self.states[rows], self.targets[rows], self.weights[rows])
+
+
+def outputs(head: MARAHead, states: Tensor) -> Tensor:
+    """The head's one output at each state, (N, d) half precision to (N,), on the CPU; in parts, so that many fit."""
+    device = head.ln.weight.device
+    return torch.cat([head(part.to(device).float())[:, 0] for part in states.split(4096)]).cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Losses after one epoch; epoch 0 is the head as it was."""
+
+    epoch: int
+    train_loss: float
+    held_out_loss: float
+
+
+def fit(
+    head: MARAHead,
+    train: ExamplesT,
+    held_out: ExamplesT,
+    loss: Loss[ExamplesT],
+    settings: FitSettings,
+    on_epoch: Callable[[Epoch], None],
+) -> list[Epoch]:
+    """Fit in place and leave the head as it was after its best epoch on the held-out examples; returns all epochs.
+
+    Epoch 0, the head as it came, is no choice: whether fitting helped at all is for the caller to judge and to say.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    history = [Epoch(0, _evaluate(head, train, loss), _evaluate(head, held_out, loss))]
+    on_epoch(history[0])
+    best, best_weights, since_best = math.inf, _weights(head), 0
+    head.train().requires_grad_(True)
+    for number in range(1, settings.epochs + 1):
+        total = 0.0
+        for rows in torch.randperm(len(train), generator=generator).split(settings.batch_size):
+            batch_loss = loss(head, train.take(rows))
+            optimizer.zero_grad(set_to_none=True)
+            batch_loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            total += float(batch_loss.detach()) * len(rows)
+        epoch = Epoch(number, total / len(train), _evaluate(head, held_out, loss))
+        history.append(epoch)
+        on_epoch(epoch)
+        if math.isfinite(epoch.held_out_loss) and epoch.held_out_loss < best:
+            best, best_weights, since_best = epoch.held_out_loss, _weights(head), 0
+        else:
+            since_best += 1
+            if since_best >= settings.patience:
+                break
+    head.load_state_dict(best_weights)
+    head.eval().requires_grad_(False)
+    return history
+
+
+@torch.inference_mode()
+def _evaluate(head: MARAHead, examples: ExamplesT, loss: Loss[ExamplesT]) -> float:
+    return float(loss(head, examples))
+
+
+def _weights(head: MARAHead) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in head.state_dict().items()}

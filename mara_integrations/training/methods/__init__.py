@@ -1,0 +1,1 @@
+"""The training methods, one loop a file, read from top to bottom."""

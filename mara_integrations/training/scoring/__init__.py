@@ -1,0 +1,1 @@
+"""Figures on replies and heads: rewards of partial text, held-out comparisons, strength, fitted reward models."""

@@ -1,0 +1,126 @@
+"""The benchmark scripts run to their ends, where that takes seconds; what they measure is not looked at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mara_integrations.errors import DataError, MissingExtraError
+from mara_integrations.models.int8 import _processor_problem
+
+SMALL = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 512 --prompt 8 --tokens 4 --rounds 1"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path, capsys):
+    import gpu
+    import plot
+
+    table = gpu.main([*SMALL.split(), "--rates", "0.9", "0.1", "--json", str(tmp_path / "gpu.json")])
+
+    assert json.loads((tmp_path / "gpu.json").read_text()) == table
+    assert list(table["rows"]) == ["accept 0.9", "accept 0.1"]
+    assert 0 < table["rows"]["accept 0.9"]["share of floor"]["median"] < 1
+    assert "GB/s" in capsys.readouterr().out
+    (picture,) = plot.main([str(tmp_path / "gpu.json"), "--output", str(tmp_path / "plots")])
+    assert picture.name == "gpu.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, capsys):
+    import methods
+
+    for side, start in (("train", 0), ("test", 40)):
+        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 24)]
+        (tmp_path / f"saferlhf_prompts_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("reward=tests/reward_for_tests.py:vowels", "max_replies=8", "inner_size=16", "epochs=1")
+    small = [f"--set={setting}" for setting in settings]
+    where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    (lines,) = methods.main(["sentiment", "--model", str(folder_model), "--seeds", "0", "1", *small, *where]).values()
+
+    assert json.loads((tmp_path / "out.json").read_text()) == {"lines": lines}
+    assert len(lines) == 2 * 2 + 2, "two decodings of two seeds, and each over both"
+    assert all("sentiment" in line and "preferred" in line for line in lines)
+    assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
+    assert "min of training" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(_processor_problem()), reason=f"no int8 here: {_processor_problem()}")
+def test_int8_is_compared_with_float32(folder_model, tmp_path):
+    import quantization
+
+    small = ["--model", folder_model, "--tokens", "3", "--rounds", "1", "--texts", "2"]
+    rows = quantization.main([*small, "--json", str(tmp_path / "quantization.json")])
+
+    assert json.loads((tmp_path / "quantization.json").read_text())["rows"] == rows
+    assert 0.9 < rows["perplexity"]["int8 / float32"]["median"] < 1.1
+    assert rows["memory of weights"]["int8 / float32"]["median"] < 0.9
+
+
+def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path, capsys):
+    import decode
+
+    arguments = ["--model", folder_model, "--tokens", "5", "--rounds", "1", "--json", str(tmp_path / "decode.json")]
+    first = decode.main([*arguments, "--parts", "rates", "--rates", "0.5"])
+    second = decode.main([*arguments, "--parts", "copies", "profile"])
+
+    assert json.loads((tmp_path / "decode.json").read_text())["rows"] == {**first, **second}
+    assert list(first) == ["accept 0.5"] and list(second) == ["ungated", "copies, accept 0.95"]
+    assert first["accept 0.5"]["published: forwards a token"]["median"] >= 1
+    assert "linear_pointwise" in capsys.readouterr().out, "the profile names what takes longest"
+
+
+def test_what_comes_after_the_first_token_is_timed_without_it():
+    from measure import Timed
+
+    reply = Timed([1] * 11, whole_s=3.0, first_s=1.0)
+    assert reply.decoding_speed == 5.0 and reply.speed == 11 / 3
+
+
+def test_the_floor_counts_weights_and_keys_once():
+    from types import SimpleNamespace
+
+    import gpu
+
+    args = SimpleNamespace(hidden=64, layers=2, vocab=512, device="cpu", dtype="bfloat16", sharpness=1.0)
+    model = gpu.make_model(args)
+    weights = sum(p.numel() for p in model.parameters()) - 512 * 64  # of the embedding one row is read
+    cached = 2 * 2 * 1 * 16  # keys and values, layers, heads, width
+    assert gpu.bytes_per_token(model, 10) == 2 * (weights + 10 * cached)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"about": {}, "medians": {"0.95": {"gated / generate": 1.1}, "0.7": {"gated / generate": 0.9}}},
+        {"model": "m", "medians": {"16 at once / one at a time": 4.5}},
+        {"about": {}, "heads": {"16 heads": {"ratio": 0.95, "range": [0.9, 1.0], "mb": 3.0}}},
+    ],
+    ids=["decode", "serve", "heads"],
+)
+def test_every_benchmarks_table_is_read(tmp_path, content):
+    import plot
+
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(content))
+    rows = plot.read_table(path)
+    assert all(low <= median <= high for cells in rows.values() for median, low, high in cells.values())
+    assert plot.plot(path, tmp_path).exists()
+
+
+def test_what_is_no_table_and_what_is_missing_is_said(tmp_path, monkeypatch):
+    import plot
+
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"other\.json holds no table"):
+        plot.read_table(path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"mara-integrations\[plots\]"):
+        plot.plot(path, tmp_path)

@@ -1,0 +1,48 @@
+"""Requests that differ in everything a request may say, and the reference's replies to them."""
+
+from __future__ import annotations
+
+import torch
+
+from mara_integrations.engine.oracle.reference import generate_reference
+from mara_integrations.engine.request import Request
+from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.testing import random_head
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "gpt2": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "num_hidden_layers": 7},
+    "mistral": {"sliding_window": 6},
+    "cohere": {},
+    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}  # fmt: skip
+
+
+def prompt(length, seed=0, vocab_size=256):
+    return torch.randint(1, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def mixed_requests(model, count=6, max_new_tokens=6):
+    """Requests that differ in everything a request may say."""
+    forms = ["paper", "residual", "value", None, "paper", "residual"]
+    for i in range(count):
+        form = forms[i % len(forms)]
+        head = random_head(32, form, accept_rate=[0.9, 0.4, 0.1][i % 3], seed=i) if form else None
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens + i % 3,
+            temperature=0.9 * (i % 2),
+            top_k=12 - 4 * (i % 3),
+            min_candidates=1 + (i == 1),
+            seed=i,
+        )
+        gate = GateParams(fallback=("first", "last", "best")[i % 3], strength=0.7 if form == "value" else 1.0)
+        yield Request(prompt(2 + 5 * i, seed=i), sampling, gate, head)
+
+
+def references(model, requests):
+    return [generate_reference(model, r.prompt_ids, r.head, r.sampling, r.gate, r.eos_token_ids) for r in requests]

@@ -1,0 +1,118 @@
+"""The written-out layers give the model's own hidden states, and the reference's tokens, or are not taken."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from decoding import mixed_requests, prompt, references
+
+from mara_integrations.engine.backends.fused import FusedBackend, PackedLinear
+from mara_integrations.engine.backends.packed import PackedBackend
+from mara_integrations.engine.backends.protocol import Segment
+from mara_integrations.engine.backends.select import make_backend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.scheduler import Scheduler
+from mara_integrations.testing import tiny_model
+
+LLAMA_SHAPED = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama with scaled positions": {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                            "original_max_position_embeddings": 16},
+    },
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LLAMA_SHAPED)
+def test_llama_shaped_models_run_fused_and_give_the_reference_tokens(family):
+    model = tiny_model(family.split()[0], **LLAMA_SHAPED[family])
+    requests = list(mixed_requests(model))
+    backend = make_backend(model)
+    assert isinstance(backend, FusedBackend)
+    for kind in (backend, PackedBackend(model)):
+        done = Decoder(kind, Scheduler(max_live=3, prefill_chunk=6)).run(requests)
+        assert [s.token_ids for s in done] == references(model, requests)
+
+
+@pytest.mark.parametrize("fewest", [1, 7])
+def test_padding_to_rows_that_kernels_like_changes_no_token(fewest, monkeypatch):
+    monkeypatch.setattr("mara_integrations.engine.backends.fused._FEWEST_ROWS", fewest)
+    model = tiny_model()
+    requests = list(mixed_requests(model, count=3))
+    assert [s.token_ids for s in Decoder(FusedBackend(model)).run(requests)] == references(model, requests)
+
+
+def _scaled_residual(model):
+    model.config.residual_multiplier = 0.5
+    for layer in model.model.layers:
+        layer.residual_multiplier = 0.5
+
+
+def _extra_part(model):
+    model.model.layers[1].adapter = torch.nn.Identity()
+
+
+def _other_linear(model):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(32, 32, bias=False)
+
+
+def _half(model):
+    model.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("granite", _scaled_residual),
+        ("llama", _extra_part),
+        ("llama", _other_linear),
+        ("llama", _half),
+        ("gemma", None),
+    ],
+)
+def test_what_is_not_exactly_that_shape_takes_the_packed_path_without_a_word(family, change):
+    model = tiny_model(family)
+    if change is not None:
+        change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend = make_backend(model)
+    assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
+
+
+def test_too_little_memory_for_a_second_copy_is_no_error(monkeypatch):
+    monkeypatch.setattr("mara_integrations.engine.backends.fused._free_bytes", lambda: 100)
+    backend = make_backend(tiny_model())
+    assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
+
+
+def test_rows_of_a_packed_linear_do_not_depend_on_how_many_there_are():
+    linear, x = torch.nn.Linear(96, 160), torch.randn(40, 96)
+    packed = PackedLinear(linear.weight, linear.bias)
+    whole = packed(x)
+    torch.testing.assert_close(whole, linear(x))
+    torch.testing.assert_close(packed.plus(x, whole), 2 * whole)
+    for width in (1, 2, 8, 17):
+        assert torch.equal(packed(x[:width]), whole[:width])
+
+
+def test_positions_past_the_first_tables_are_rotated_like_the_models_own():
+    model = tiny_model()
+    ids = prompt(400)
+    with torch.inference_mode():
+        backend = FusedBackend(model)
+        row = backend.open()
+        got = torch.cat([backend.feed([Segment(row, ids[:100])]), backend.feed([Segment(row, ids[100:])])])
+        want = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.grammar import Grammar
+from mara_integrations.errors import ConfigError
+from mara_integrations.messages import Message, Tool
+from mara_integrations.replies.forms import HERMES, ReplyForm
+from mara_integrations.replies.tool_calls import CallParser
+from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.testing import ScriptedBackend, random_head, tiny_model, tiny_tokenizer
+
+TAG = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
+JOKE = {
+    "type": "object",
+    "properties": {
+        "setup": {"type": "string"},
+        "rating": {"type": "integer", "minimum": 1, "maximum": 5},
+        "kind": {"enum": ["pun", "riddle"]},
+        "tags": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+        },
+    },
+    "required": ["setup", "rating", "kind", "tags"],
+    "additionalProperties": False,
+}
+TOOLS = (
+    Tool("add", "", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    Tool("now", "", {"type": "object", "properties": {}}),
+)
+ASK = [Message("user", "hi")]
+
+
+@pytest.fixture(scope="module")
+def engine() -> MARAEngine:
+    return MARAEngine((tiny_model(max_position_embeddings=2048), tiny_tokenizer()))
+
+
+def grammar(schema: dict[str, Any], budget: int = 100) -> Grammar:
+    form = ReplyForm(json_schema=schema).grammar(HERMES)
+    assert form is not None
+    return Grammar(form, tokenizer=tiny_tokenizer(), vocab_size=256, eos_token_ids=[0], budget=budget)
+
+
+def test_the_mask_leaves_what_the_schema_allows_and_the_end() -> None:
+    state, tokenizer = grammar({"enum": [True, 12]}), tiny_tokenizer()
+
+    def allowed() -> set[str]:
+        logits = torch.zeros(256)
+        state.mask(logits)
+        return {tokenizer.decode([i]) for i in logits.isfinite().nonzero()[:, 0].tolist()}
+
+    assert allowed() == {"t", "1"}
+    state.accept(tokenizer("1")["input_ids"][0])
+    assert allowed() == {"2"}
+    state.accept(tokenizer("2")["input_ids"][0])
+    assert allowed() == {"<eos>"}
+
+
+def test_one_tokenizer_serves_models_of_several_widths() -> None:
+    form, tokenizer = ReplyForm(json_schema={"enum": [True]}).grammar(HERMES), tiny_tokenizer()
+    assert form is not None
+
+    for width in (256, 320):
+        logits = torch.zeros(width)
+        Grammar(form, tokenizer=tokenizer, vocab_size=width, eos_token_ids=[0], budget=9).mask(logits)
+        assert logits.isfinite().sum() == 1
+
+
+@pytest.mark.parametrize("head", [None, "paper", "residual"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_model_writes_json_of_the_schema(engine: MARAEngine, head: Any, seed: int) -> None:
+    given_head = random_head(32, head) if head else None
+
+    reply = engine.generate(
+        ASK,
+        form=ReplyForm(json_schema=JOKE),
+        head=given_head,
+        temperature=1.5,
+        top_p=1.0,
+        seed=seed,
+        max_new_tokens=150,
+    )
+
+    joke = json.loads(reply.text)
+    assert set(joke) == set(JOKE["properties"])
+    assert joke["rating"] in range(1, 6) and joke["kind"] in ("pun", "riddle")
+    assert all(set(tag) == {"x"} for tag in joke["tags"])
+
+
+def test_a_token_that_is_forced_is_taken_unasked(engine: MARAEngine) -> None:
+    form = ReplyForm(TOOLS, "now")
+
+    reply = engine.generate(ASK, form=form, head=random_head(32, accept_rate=0.01), trace=True, max_new_tokens=100)
+
+    assert reply.stats.single >= len('<tool_call>\n{"name": "now", "arguments": {')
+    assert reply.trace is not None
+    assert all(not position.accept_logits for position in reply.trace if len(position.token_ids) == 1)
+
+
+@pytest.mark.parametrize("choice", ["any", "add", "now"])
+def test_a_forced_call_is_one_call(engine: MARAEngine, choice: str) -> None:
+    reply = engine.generate(ASK, form=ReplyForm(TOOLS, choice), temperature=1.5, seed=1, max_new_tokens=120)
+
+    parser = CallParser(HERMES)
+    assert parser.push(reply.text, final=True)[0].text == ""
+    (call,) = parser.calls
+    assert call.parsed is not None
+    assert choice in ("any", call.name)
+    assert set(call.parsed) == ({"a"} if call.name == "add" else set())
+
+
+def test_a_budget_too_small_is_said(engine: MARAEngine) -> None:
+    reply = engine.generate(ASK, form=ReplyForm(json_schema=JOKE), max_new_tokens=10)
+
+    assert reply.finish_reason == "length"
+    assert len(reply.token_ids) == 10
+
+
+def test_an_end_for_want_of_tokens_is_said(engine: MARAEngine) -> None:
+    schema = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+
+    reply = engine.generate(ASK, form=ReplyForm(json_schema=schema), max_new_tokens=40)
+
+    assert set(json.loads(reply.text)) == {"note"} and len(reply.token_ids) <= 40
+    assert reply.finish_reason == "length"  # its string was closed for it
+
+
+def scripted(written: str) -> Any:
+    """A model that writes one text, if it may, and ends."""
+    tokenizer = tiny_tokenizer()
+    wanted, turn = [*tokenizer(written)["input_ids"], 0], tokenizer("[assistant] ")["input_ids"]
+
+    def script(token_ids: Any) -> list[float]:
+        begin = max(i + len(turn) for i in range(len(token_ids)) if list(token_ids[i : i + len(turn)]) == turn)
+        done = list(token_ids[begin:])
+        following = wanted[len(done)] if done == wanted[: len(done)] else 0
+        return [20.0 if token_id == following else float(token_id == 24) for token_id in range(256)]  # else: an 8
+
+    engine = MARAEngine((tiny_model(max_position_embeddings=2048), tokenizer))
+    worker_for(engine.model)._decoder = Decoder(ScriptedBackend(script, 256))
+    return engine
+
+
+def test_an_end_that_the_model_itself_came_to_is_its_own() -> None:
+    schema = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+    text = '{"note": "a short note, it ends here"}'
+
+    reply = scripted(text).generate(ASK, form=ReplyForm(json_schema=schema), max_new_tokens=len(text) + 10)
+
+    assert (reply.text, reply.finish_reason) == (text, "stop")
+
+
+def test_a_number_that_does_not_end_is_ended_in_time() -> None:
+    numbers = {"a": {"type": "integer"}, "b": {"type": "number"}}
+    schema = {"type": "object", "properties": numbers, "required": ["a", "b"]}
+
+    reply = scripted("").generate(ASK, form=ReplyForm(json_schema=schema), max_new_tokens=300)
+
+    assert set(json.loads(reply.text)) == {"a", "b"}
+    assert reply.finish_reason == "length"
+
+
+def test_certain_text_costs_no_forward_a_token() -> None:
+    tool = Tool("magic_function", "", {"type": "object", "properties": {"input": {"const": 3}}, "required": ["input"]})
+    engine = scripted("")
+
+    reply = engine.generate(ASK, form=ReplyForm((tool,), "any"))
+
+    assert reply.text == '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n</tool_call>'
+    assert reply.stats.single == len(reply.token_ids) == len(reply.text) + 1
+    assert len(worker_for(engine.model)._decoder.backend.fed) <= 4  # the prompt, the text, its last character, its end
+
+
+def test_the_state_after_certain_text_is_that_of_the_text(engine: MARAEngine) -> None:
+    form = ReplyForm(json_schema=JOKE)
+    reply = engine.generate(ASK, form=form, max_new_tokens=60, head=random_head(32))
+
+    prompt_ids = engine.encode(ASK)
+    logits = engine.model.model(torch.tensor([[*prompt_ids, *reply.token_ids]])).logits[0, len(prompt_ids) - 1 :]
+    state = grammar(JOKE, budget=60)
+    for row, token_id, log_prob in zip(logits.detach(), reply.token_ids, reply.log_probs, strict=False):
+        row = row.clone()
+        state.mask(row)
+        state.accept(token_id)
+        assert row.log_softmax(-1)[token_id].item() == pytest.approx(log_prob, abs=1e-3)
+
+
+def test_a_schema_that_is_none_is_refused(engine: MARAEngine) -> None:
+    with pytest.raises(ConfigError, match="can't be made a grammar"):
+        engine.generate(ASK, form=ReplyForm(json_schema={"type": "nonsense"}))
+
+
+async def test_constrained_and_free_requests_share_a_batch(engine: MARAEngine) -> None:
+    forms = [None, ReplyForm(json_schema=JOKE), ReplyForm(TOOLS, "any"), None]
+    settings = [{"form": form, "max_new_tokens": 60, "seed": i} for i, form in enumerate(forms)]
+    alone = [engine.generate(ASK, **each).text for each in settings]
+
+    together = await asyncio.gather(*(engine.agenerate(ASK, **each) for each in settings))
+
+    assert [generation.text for generation in together] == alone
+
+
+@pytest.mark.parametrize("word", ["größe", "éa", "a\\xe9", "你好", "\U0001f600f", 'say "a"', "tab\tand\nline", "\\"])
+def test_names_and_words_are_written_letter_for_letter(engine: MARAEngine, word: str) -> None:
+    schema = {"type": "object", "properties": {word: {"const": word}}, "required": [word]}
+
+    reply = engine.generate(ASK, form=ReplyForm(json_schema=schema), max_new_tokens=150)
+
+    assert json.loads(reply.text) == {word: word}

@@ -1,0 +1,357 @@
+"""SAC: credit adds up, the buffer keeps what follows what, updates learn and resume, collapse is noticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mara_integrations.engine.backends.select import make_backend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.scheduler import Scheduler
+from mara_integrations.errors import ConfigError, OutputError
+from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.messages import Message
+from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.progress import Reporter
+from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.learning.actor_critic import (
+    PUBLISHED,
+    Learner,
+    SACSettings,
+    Vitals,
+    collapse,
+    mended,
+    policy,
+)
+from mara_integrations.training.learning.credit import postback_credit, prefix_credit, published_kl, terminal_credit
+from mara_integrations.training.learning.replay_buffer import ReplayBuffer, Transitions
+from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken
+from mara_integrations.training.rollouts.replies import sample_replies
+from mara_integrations.training.run import train
+
+
+def decisions(*replies):
+    """Replies given as lists of (token, accepted)."""
+    flat = [decision for reply in replies for decision in reply]
+    counts = torch.tensor([len(reply) for reply in replies])
+    tokens = torch.tensor([token for token, _ in flat], dtype=torch.long)
+    accepted = torch.tensor([accepted for _, accepted in flat], dtype=torch.bool)
+    return Decisions(torch.zeros(len(flat), 4).half(), torch.zeros(len(flat)), accepted, tokens, counts)
+
+
+TWO = ([(0, False), (0, True), (1, True), (3, False), (3, True)], [], [(2, True)])
+
+
+# --- credit ---
+
+
+def test_terminal_credit_goes_to_last_decisions():
+    assert terminal_credit(decisions(*TWO), [1.0, 5.0, -2.0]).tolist() == [0, 0, 0, 0, 1, -2]
+
+
+def test_postback_discounts_once_an_accepted_token():
+    got = postback_credit(decisions(*TWO), [1.0, 5.0, -2.0], 0.5)
+    assert got.tolist() == [0.25, 0.25, 0.5, 1.0, 1.0, -2.0]
+    spared = postback_credit(decisions(*TWO), [1.0, 5.0, -2.0], 0.5, spare_first=True)
+    assert spared.tolist() == [0.0, 0.25, 0.5, 1.0, 1.0, -2.0], "a lone decision is the last, and gets the worth"
+
+
+def test_prefix_credit_goes_to_the_decision_that_settled_the_token():
+    worth = [[0.0, 1.0, 3.0, 3.5, 7.0, 8.0], [9.0], [0.0, 0.0, 2.0, 1.0]]
+    got = prefix_credit(decisions(*TWO), worth)
+    assert got.tolist() == [0.0, 1.0, 2.5, 0.0, 4.5, -1.0], "token 2 was no decision: its gain is that of token 1"
+
+
+@given(st.lists(st.floats(-2, 2), min_size=6, max_size=6))
+def test_prefix_credit_adds_up_to_the_reply(worth):
+    got = prefix_credit(decisions(TWO[0]), [worth])
+    assert float(got.sum()) == pytest.approx(worth[-1] - worth[0], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    model = load_model(ModelSpec((tiny_model(), tiny_tokenizer())))
+    head = random_head(32, "paper", accept_rate=0.3)
+    wide = Decoder(make_backend(model.model), Scheduler(feeds_all=True))  # feeds all candidates
+    sampling = SamplingParams(max_new_tokens=8, top_k=6)
+    prompts = [(Message("user", text),) for text in "abcd"]
+    gate = GateParams(selection="sample")
+    return head, sample_replies(model, wide, prompts, sampling=sampling, head=head, gate=gate, keep_positions=True)
+
+
+def test_the_published_kl_is_that_of_the_code(rollouts):
+    head, replies = rollouts
+    got, want, exact = published_kl(head, replies, 0.1).tolist(), [], []
+    for reply in replies:
+        for position in reply.positions:
+            accept = torch.sigmoid(head.score(position.states, position.states))
+            pi, remaining = [], 1.0
+            for a in accept.tolist():  # the code's own words: the last one is not forced
+                pi.append(remaining * a)
+                remaining *= 1 - a
+            hazards = torch.tensor(position.hazard_logits).sigmoid().tolist()
+            p, left = [], 1.0
+            for k, h in enumerate(hazards):
+                p.append(left * (h if k < len(hazards) - 1 else 1.0))
+                left *= 1 - h
+            visited = position.token_ids.index(reply.token_ids[position.index]) + 1
+            log_probs = torch.tensor(pi).log_softmax(0).tolist()
+            want += [-0.1 * (log_probs[k] - math.log(p[k]) / 0.8) for k in range(visited)]
+            exact += [visited == len(pi)] * visited
+    assert len(got) == len(want) and any(exact) and not all(exact)
+    for g, w, is_exact in zip(got, want, exact, strict=True):
+        assert g == pytest.approx(w, abs=1e-4 if is_exact else 0.1 * math.log((1 + math.e) / 2))
+
+
+def test_the_last_candidate_is_a_decision_only_as_published(rollouts):
+    _, replies = rollouts
+    mended, published = decisions_taken(replies), decisions_taken(replies, with_forced=True)
+    forced = sum(p.token_ids[-1] == r.token_ids[p.index] for r in replies for p in r.positions)
+    assert forced > 0 and len(published.states) == len(mended.states) + forced
+    assert int(published.accepted.sum()) == int(mended.accepted.sum()) + forced
+
+
+# --- the buffer ---
+
+
+def episodes(first, lengths, hidden_size=3):
+    count = sum(lengths)
+    ends = torch.zeros(count, dtype=torch.bool)
+    ends[torch.tensor(lengths).cumsum(0) - 1] = True
+    rows = torch.arange(first, first + count, dtype=torch.float32)
+    return Transitions(rows[:, None].expand(-1, hidden_size).half(), rows, rows.long() % 2 == 0, rows, ends)
+
+
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=8), st.integers(6, 20))
+@settings(deadline=None)
+def test_what_follows_a_transition_is_its_episodes_next_state(rounds, capacity):
+    buffer, added, ends = ReplayBuffer(capacity, 3, None), 0, set()
+    for lengths in rounds:
+        batch = episodes(added, lengths)
+        buffer.add(batch)
+        ends |= {added + i for i, end in enumerate(batch.ends.tolist()) if end}
+        added += len(batch)
+    assert len(buffer) == min(added, capacity)
+    batch = buffer.sample(200, torch.Generator().manual_seed(0), torch.device("cpu"))
+    columns = (batch.rewards, batch.states[:, 0], batch.next_states[:, 0], batch.ends)
+    for reward, state, after, end in zip(*(column.tolist() for column in columns), strict=True):
+        assert reward == state and reward >= added - capacity, "only the newest are there"
+        assert end == (reward in ends) and (end or after == state + 1)
+
+
+def test_on_disk_it_is_the_same_buffer(tmp_path):
+    memory = ReplayBuffer(50, 3, tmp_path / "unused")
+    disk = ReplayBuffer(50, 3, tmp_path / "work" / "states", max_bytes=100)
+    assert not (tmp_path / "unused").exists() and (tmp_path / "work" / "states").stat().st_size == 300
+    for buffer in (memory, disk):
+        buffer.add(episodes(0, [20, 15]))
+        buffer.add(episodes(35, [30]))
+    batches = [b.sample(64, torch.Generator().manual_seed(1), torch.device("cpu")) for b in (memory, disk)]
+    assert batches[0].states.equal(batches[1].states) and batches[0].next_states.equal(batches[1].next_states)
+
+
+def test_a_full_disk_says_so_before_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"no room for 0\.0 GB of hidden states .* No space left"):
+        ReplayBuffer(50, 3, tmp_path / "states", max_bytes=100)
+    assert not (tmp_path / "states").exists()
+
+
+# --- updates ---
+
+
+def planted(n=600):
+    """Episodes of one decision: accepting is worth the sign of the first coordinate, rejecting nothing."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(n, 16, generator=generator)
+    accepted = torch.rand(n, generator=generator) < 0.5
+    rewards = torch.where(accepted, states[:, 0].sign(), 0.0)
+    return Transitions(states.half(), torch.zeros(n), accepted, rewards, torch.ones(n, dtype=torch.bool))
+
+
+def learner(preset, form="paper", seed=0):
+    torch.manual_seed(seed)
+    return Learner(MARAHead(HeadConfig(form=form, hidden_size=16, inner_sizes=(64, 16))), preset, seed)
+
+
+def updated(learner, times, capacity=600):
+    buffer = ReplayBuffer(capacity, 16, None)
+    buffer.add(planted())
+    return [learner.update(buffer.sample(64, learner.generator, learner.device)) for _ in range(times)]
+
+
+@torch.no_grad()
+def accepts(learner):
+    """First coordinates of planted states, and the probability to accept each."""
+    data = planted()
+    return data.states[:, 0], policy(learner.actor, data.states.float(), data.hazard_logits)[:, 1].exp()
+
+
+@pytest.mark.parametrize("form", ["paper", "residual"])
+def test_it_learns_to_accept_what_pays(form):
+    one = learner(SACSettings(learning_rate=3e-3, temperature=0.1, target_entropy=0.1), form)
+    updated(one, 200)
+    pays, accept = accepts(one)
+    assert float(accept[pays > 0.3].mean()) > 0.8 > 0.2 > float(accept[pays < -0.3].mean())
+
+
+def test_the_temperature_steers_the_entropy_to_its_target():
+    rising = learner(SACSettings(learning_rate=3e-3, temperature=0.01))
+    falling = learner(SACSettings(learning_rate=3e-3, temperature=1.0))
+    few, many = updated(rising, 150), updated(falling, 150)
+    assert few[-1]["alpha"] > 0.01 and many[-1]["alpha"] < 1.0
+    fixed = learner(SACSettings(temperature=0.0, target_entropy=None))
+    assert [figures["alpha"] for figures in updated(fixed, 3)] == [0.0, 0.0, 0.0]
+
+
+def test_distance_from_the_base_model_costs():
+    spread = []
+    for weight in (0.0, 9.0):
+        one = learner(SACSettings(learning_rate=3e-3, kl_weight=weight, temperature=0.0, target_entropy=None))
+        updated(one, 100)
+        spread.append(float((accepts(one)[1] - 0.5).abs().mean()))
+    assert spread[1] < 0.15 < spread[0]
+
+
+def test_published_targets_stand_still_between_episodes():
+    one = learner(PUBLISHED)
+    before = one.targets.first[0].weight.clone()
+    updated(one, 9)
+    assert one.targets.first[0].weight.equal(before)
+    updated(one, 1)
+    moved = one.targets.first[0].weight - before
+    torch.testing.assert_close(moved, 0.005 * (one.critics.first[0].weight - before), rtol=1e-3, atol=1e-7)
+
+
+def test_interrupted_and_resumed_is_uninterrupted():
+    whole, half = learner(SACSettings()), learner(SACSettings())
+    updated(whole, 12)
+    updated(half, 5)
+    resumed = learner(SACSettings(), seed=7)
+    resumed.load_state_dict(half.state_dict())
+    updated(resumed, 7)
+    for name, part in whole._parts().items():
+        other = resumed._parts()[name]
+        if isinstance(part, torch.nn.Module):
+            assert all(a.equal(b) for a, b in zip(part.state_dict().values(), other.state_dict().values(), strict=True))
+    assert whole.log_alpha.equal(resumed.log_alpha) and whole.num_updates == resumed.num_updates == 12
+
+
+# --- the watchdog ---
+
+
+def test_collapse_is_told_from_decisions():
+    assert collapse(Vitals(0.5, 0.4, 0.1)) is None and collapse(Vitals(0.05, 0.1, 0.1)) is None
+    assert "rejects everything" in collapse(Vitals(0.001, 0.004, 0.1))
+    assert "accepts everything" in collapse(Vitals(0.999, 0.004, 0.1))
+    assert "no longer numbers" in collapse(Vitals(math.nan, 0.1, 0.1))
+    assert collapse(Vitals(0.55, 0.001, 0.1)) is None, "certain, but not of one answer"
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A model and prompts; few and small updates."""
+
+    def small(form, credit):
+        return replace(mended(form, credit), batch_size=32, warmup=300, updates=1)
+
+    monkeypatch.setattr("mara_integrations.training.methods.sac.mended", small)
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(20)))
+    return tmp_path
+
+
+def run(files, output="head", reporter=None, **values):
+    defaults = {"max_replies": 128, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
+    return train(
+        TrainConfig.of(
+            model=str(files / "tiny"), data=files / "prompts.jsonl", output=files / output,
+            reward="tests/reward_for_tests.py:vowels", **defaults | values,
+        ),
+        reporter,
+    )  # fmt: skip
+
+
+class Listening(Reporter):
+    """Remembers what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def rounds(folder):
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == "round"]
+
+
+@pytest.mark.parametrize(("form", "credit"), [("residual", "prefix"), ("paper", "terminal"), ("residual", "postback")])
+def test_a_head_is_trained_from_end_to_end(files, form, credit):
+    result = run(files, form=form, credit=credit)
+    assert result.head.config.form == form and result.head.config.method == "sac"
+    assert not (files / "head" / ".run").exists()
+    first, last = rounds(files / "head")
+    assert (
+        first["visits_per_token"] > 1
+        and last["alpha"] == pytest.approx(0.0 if form == "residual" else 0.2, rel=0.2)
+        and last["kl_per_token"] >= 0
+    )
+    if form == "residual":
+        assert first["kl_per_token"] == pytest.approx(0, abs=1e-5), "the first round is the base model's"
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_head(interrupting, files):
+    whole = run(files, "whole", eval_prompts=0)
+    for after in (30, 64, 100):
+        with pytest.raises(KeyboardInterrupt):
+            run(files, "broken", interrupting("episodes", after), eval_prompts=0)
+    newest = next((files / "broken").rglob("learner-1.pt"))
+    newest.with_name("learner-2.pt").write_bytes(newest.read_bytes()[:1000])  # as a failing disk leaves it
+    resumed = run(files, "broken", eval_prompts=0)
+    assert resumed.head.fingerprint == whole.head.fingerprint
+
+
+def test_a_head_that_stops_deciding_is_kept_as_it_was_before(files, monkeypatch):
+    monkeypatch.setattr("mara_integrations.training.methods.sac.collapse", lambda vitals: "it gave up")
+    news = Listening()
+    result = run(files, reporter=news, eval_prompts=0)
+    assert len(rounds(files / "head")) == 1
+    assert float(result.head.output_linear.weight.abs().max()) == 0, "as before the first round"
+    assert any("stopped after round 1: the head no longer decides, it gave up" in line for line in news.lines)
+
+
+def test_what_can_not_work_is_refused(files):
+    with pytest.raises(ConfigError, match=r"max_replies=128 is not enough for method 'sac-published'.*65536 decisions"):
+        run(files, method="sac-published")
+    with pytest.raises(ConfigError, match=r"form='residual' is not allowed: method 'sac-published'"):
+        run(files, method="sac-published", form="residual")
+    with pytest.raises(ConfigError, match=r"kl_budget=0\.1 is not allowed: a head of the paper's form has no dial"):
+        run(files, form="paper", kl_budget=0.1)
+
+
+def test_the_published_preset_runs(files, monkeypatch):
+    small = replace(PUBLISHED, batch_size=32, warmup=500, updates=1)
+    monkeypatch.setattr("mara_integrations.training.methods.sac.PUBLISHED", small)
+    result = run(files, method="sac-published")
+    assert result.head.config.form == "paper" and result.head.config.strength == 1.0
+    assert rounds(files / "head")[-1]["alpha"] < 0.02

@@ -28,7 +28,7 @@ from mara_integrations.training.gather import prompts_of, scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.run import begin
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 VOWELS = f"{ROOT / 'tests' / 'reward_for_tests.py'}:vowels"
 PROMPTS = [{"prompt": f"hello {i}"} for i in range(12)]
 PAIRS = [{"prompt": f"say {i}", "chosen": "aeiou " * 2, "rejected": "xyz tqk " * 2} for i in range(12)]

@@ -203,7 +203,10 @@ assert llm.as_langchain().bind_tools([{"title": "f", "type": "object", "properti
     [
         (COMPANIONS, RUNS),
         ("llama_index", "from mara_integrations import ChatMARA; ChatMARA().bind(max_tokens=2)"),
-        ("langchain_core langchain", "from mara_integrations.llama_index import GatedLLM; GatedLLM(max_tokens=2)"),
+        (
+            "langchain_core langchain",
+            "from mara_integrations.frameworks.llama_index import GatedLLM; GatedLLM(max_tokens=2)",
+        ),
     ],
 )
 def test_it_works_without_what_it_does_not_need(blocked: str, code: str) -> None:

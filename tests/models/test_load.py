@@ -285,7 +285,10 @@ def test_a_converted_gguf_has_the_weights_of_the_file_bit_for_bit():
 @needs_embedded
 @pytest.mark.slow
 def test_two_processes_that_convert_at_once_agree(tmp_path):
-    code = "from mara_integrations.models import *; print(load_model(ModelSpec('smollm2', device='cpu')).hidden_size)"
+    code = (
+        "from mara_integrations.models.load import ModelSpec, load_model\n"
+        "print(load_model(ModelSpec('smollm2', device='cpu')).hidden_size)"
+    )
     environment = {**os.environ, "MARA_CACHE_DIR": str(tmp_path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

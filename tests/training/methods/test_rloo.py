@@ -231,7 +231,7 @@ import sys, json, torch
 torch.set_num_threads(1)
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.run import train
-from mara_integrations.training import keeping
+from mara_integrations.training.records import store as keeping
 from pathlib import Path
 keeping.cache_dir = lambda: Path(sys.argv[2])
 print(train(TrainConfig.of(**json.loads(sys.argv[1]))).head.fingerprint)

@@ -24,6 +24,10 @@ class ConfigError(MaraError, ValueError):
     """A setting has a value that is not allowed."""
 
 
+class ContextLengthError(ConfigError):
+    """A prompt is longer than the model's context window."""
+
+
 class ModelError(MaraError, ValueError):
     """A base model can't be found, loaded, or driven by this engine."""
 

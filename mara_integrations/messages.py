@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import index
 from typing import Any, Literal, TypeAlias
 
-from mara_integrations.errors import ConfigError, ModelError
+from mara_integrations.errors import ConfigError, ContextLengthError, ModelError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -95,6 +96,8 @@ class PromptEncoder:
         tokenizer: A tokenizer of transformers.
         name: The model, for error messages.
         vocab_size: Rows of the model's embedding; token ids past it are refused. None: the tokenizer's own size.
+        max_tokens: Tokens of the context window. A text too long for it by its characters alone is refused before it is
+            tokenised, which would take seconds a megabyte. None: no bound.
         template_kwargs: Further variables of the template, as `{"enable_thinking": False}`.
     """
 
@@ -104,11 +107,13 @@ class PromptEncoder:
         *,
         name: str = "model",
         vocab_size: int | None = None,
+        max_tokens: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.name = name
         self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
         self.template_kwargs = dict(template_kwargs or {})
 
     @property
@@ -168,6 +173,7 @@ class PromptEncoder:
 
         Raises:
             ConfigError: If the conversation is empty, the prompt is of another type, or an id is not in the vocabulary.
+            ContextLengthError: If the text has more characters than `max_tokens` of the longest tokens.
             ModelError: If the chat template fails.
         """
         if isinstance(prompt, str):
@@ -212,13 +218,30 @@ class PromptEncoder:
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and text.startswith(bos):
             return self._ids(text, special=False)
-        token_ids, plain = self._ids(text, special=True), self._ids(text, special=False)
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        if len(token_ids) > len(plain) and token_ids[-1] == eos and plain[-1:] != [eos]:
-            token_ids.pop()  # some tokenizers end every text; a prompt goes on
+        token_ids = self._ids(text, special=True)
+        if self._ends_every_text and not text.endswith(self.tokenizer.eos_token):
+            token_ids.pop()  # a prompt goes on
         return token_ids
 
+    @cached_property
+    def _ends_every_text(self) -> bool:
+        """Whether the tokenizer puts an EOS behind every text."""
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        with_special, plain = self._ids("a", special=True), self._ids("a", special=False)
+        return len(with_special) > len(plain) and with_special[-1] == eos and plain[-1:] != [eos]
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; in a byte-level vocabulary its bytes, which are no fewer."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
+        if self.max_tokens is not None and len(text) > self.max_tokens * self._longest_token:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters; this model's maximum context length is {self.max_tokens} "
+                f"tokens of at most {self._longest_token} characters",
+                hint="shorten the prompt",
+            )
         # not encode(): tokenizers differ in what it returns for long texts; verbose would warn of the maximal length
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 

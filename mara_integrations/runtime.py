@@ -21,7 +21,7 @@ from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.oracle.verify import Verification, verify
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, ContextLengthError
 from mara_integrations.heads.compose import Head, candidate_settings
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.source import HeadSource, head_weights, heads, place_heads
@@ -233,11 +233,13 @@ class MARAEngine:
                 sampling_values = candidate_settings(head, sampling_values)
         sampling = SamplingParams.of(**sampling_values)
         room = self.model.context_window - len(prompt_ids)
-        if not prompt_ids or room < 1:
-            raise ConfigError(
-                f"the prompt has {len(prompt_ids)} tokens; model {self.model.name!r} takes 1 to "
-                f"{self.model.context_window - 1}",
-                hint="shorten the prompt" if prompt_ids else "give it some text",
+        if not prompt_ids:
+            raise ConfigError("the prompt has no tokens", hint="give it some text")
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt_ids)} tokens; this model's maximum context length is "
+                f"{self.model.context_window} tokens, the reply included",
+                hint="shorten the prompt",
             )
         stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
         shown = (OPEN, CLOSE, *(self._syntax.tags if form.tools else ()))

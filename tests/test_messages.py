@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mara_integrations.errors import ConfigError, ModelError
+from mara_integrations.errors import ConfigError, ContextLengthError, ModelError
 from mara_integrations.messages import Conversation, Message, PromptEncoder, Tool, ToolCall
 from mara_integrations.testing import tiny_tokenizer
 
@@ -122,6 +122,41 @@ def test_without_a_template_turns_are_named_and_their_names_stop_the_reply():
 def test_raw_text_gets_one_bos_and_no_eos():
     enc = encoder(bos=True, eos=True)
     assert enc.encode("hi") == [5, *enc.tokenizer("hi", add_special_tokens=False)["input_ids"]]
+
+
+def test_a_text_too_long_for_the_context_window_is_refused_before_it_is_tokenised():
+    enc = encoder(max_tokens=10)
+    longest = len("<eos>")
+    assert len(enc.encode("x" * 10 * longest)) == 10 * longest  # its tokens are counted by who has the model
+    enc.tokenizer = Untouched(enc.tokenizer)
+    with pytest.raises(ContextLengthError, match="51 characters; this model's maximum context length is 10 tokens"):
+        enc.encode("x" * (10 * longest + 1))
+    with pytest.raises(ContextLengthError, match="maximum context length"):
+        enc.encode([Message("user", "x" * 100)])
+
+
+class Untouched:
+    """A tokenizer that must not tokenise."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("it was tokenised")
+
+
+def test_a_raw_text_is_tokenised_once():
+    enc = encoder(bos=True, eos=True)
+    enc.encode("a")
+    calls = []
+    plain = enc.tokenizer
+    enc.tokenizer = lambda text, **settings: calls.append(text) or plain(text, **settings)
+    enc.tokenizer.bos_token, enc.tokenizer.eos_token = plain.bos_token, plain.eos_token
+    enc.encode("hello")
+    assert calls == ["hello"]
 
 
 def test_raw_text_that_begins_with_bos_gets_no_second_one():

@@ -356,6 +356,7 @@ def _is_spread(settings: Mapping[str, Any]) -> bool:
 def _described(model: Any, tokenizer: Any, name: str, quantization: Quantization | None = None) -> LoadedModel:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
+    window = _context_window(config, tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -365,9 +366,9 @@ def _described(model: Any, tokenizer: Any, name: str, quantization: Quantization
         dtype=model.dtype,
         quantization=quantization,
         hidden_size=config.hidden_size,
-        context_window=_context_window(config, tokenizer),
+        context_window=window,
         eos_token_ids=_eos_token_ids(model, config, tokenizer),
-        encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0]),
+        encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0], max_tokens=window),
     )
 
 

@@ -216,7 +216,7 @@ async def test_a_completion_streams(client):
         ({"messages": None}, 400, "'messages' is missing"),
         ({"messages": []}, 400, "'messages' is an empty list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "has the role 'robot'"),
-        ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "the prompt has"),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "maximum context length"),
         ({"tools": [{"name": 3}]}, 400, "{'name': 3} is no function"),
         ({"response_format": {"type": "json_schema"}}, 400, "another form than OpenAI's"),
         ({"tools": [TOOL], "tool_choice": "calendar"}, 400, "tool_choice='calendar'"),

@@ -22,7 +22,7 @@ from decode import PROMPTS, typical_states
 
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head_stacks import HeadStacks, Shown
+from mara_integrations.engine.head_stacks import HeadInput, HeadStacks
 from mara_integrations.engine.request import Request
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
@@ -47,7 +47,7 @@ def run(
 def evaluation_ms(heads: list[MARAHead]) -> float:
     """Milliseconds to score one candidate for each of a full batch, under these heads in turn; median of 30."""
     stacks, states = HeadStacks(), torch.randn(BATCH, 1, heads[0].config.hidden_size, device=heads[0].ln.weight.device)
-    shown = [Shown(heads[i % len(heads)], state, state[0]) for i, state in enumerate(states)]
+    shown = [HeadInput(heads[i % len(heads)], state, state[0]) for i, state in enumerate(states)]
     times = []
     for _ in range(30):
         start = time.perf_counter()

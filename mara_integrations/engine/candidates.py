@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Where a float sum lands this close to the top-p boundary, the row is decided again on transformers' own sum.
+# A row whose sum lands this close to the top-p boundary is decided again by transformers' own sum.
 _BOUNDARY_GUARD = 1e-5
 # A hazard of 1 - 1e-13: further out the accept logit would drown any head, and the last candidate's is infinite.
 MAX_HAZARD_LOGIT = 30.0
@@ -72,41 +72,66 @@ def rank_candidates(
 
     Source: TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper of transformers, in that order.
     """
-    vocab_size = logits.shape[-1]
     raw = logits.float()
     scores = raw / torch.tensor(temperature, dtype=torch.float32, device=raw.device)[:, None]  # (B, V)
-    num_kept = [min(max(k, m), vocab_size) for k, m in zip(top_k, min_candidates, strict=True)]
-    width = min(max(num_kept) + 8, vocab_size)  # a few more than asked, to see ties across the top-k boundary
+    floor = torch.tensor(min_candidates)[:, None]
+    num_kept = [max(k, least) for k, least in zip(top_k, min_candidates, strict=True)]
+    values, token_ids, log_probs = _filter_top_k(scores, raw, num_kept)
+    live = _filter_top_p(values, scores, top_p)
+    live |= (torch.arange(values.shape[1]) < floor) & values.isfinite()
+    counts = live.sum(-1)
+    widest = int(counts.max())
+    hazards = _hazard_logits(values[:, :widest], live[:, :widest])
+    return Candidates(token_ids[:, :widest], log_probs[:, :widest], hazards, counts)
+
+
+def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the `num_kept` highest scores of each row and those tied with the last of them.
+
+    Returns:
+        Scores, -inf where not kept; token ids; log-probabilities. Shape (B, K) each, highest first, on the CPU.
+    """
+    vocab_size = scores.shape[-1]
+    num_kept = [min(count, vocab_size) for count in num_kept]
+    width = min(max(num_kept) + 8, vocab_size)  # a few more than asked, to see ties across the boundary
     while True:
         values, token_ids, log_probs = _highest(scores, raw, width)
-        kth = values.gather(1, torch.tensor(num_kept)[:, None] - 1)
-        if width == vocab_size or bool(((values[:, -1:] < kth) | kth.isneginf()).all()):  # -inf: fewer are allowed
-            break
+        last_kept = values.gather(1, torch.tensor(num_kept)[:, None] - 1)
+        sees_all_ties = (values[:, -1:] < last_kept) | last_kept.isneginf()  # -inf: fewer tokens are allowed
+        if width == vocab_size or bool(sees_all_ties.all()):
+            return values.masked_fill(values < last_kept, -torch.inf), token_ids, log_probs
         width = min(2 * width, vocab_size)
 
-    values = values.masked_fill(values < kth, -torch.inf)
+
+def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float]) -> Tensor:
+    """Which of the kept candidates top-p keeps too, (B, K) bool.
+
+    Args:
+        values: Scores after top-k, highest first, -inf where not kept, (B, K).
+        scores: Scores of the whole vocabulary, (B, V), for rows that are too close to call.
+        top_p: Length B.
+    """
     tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # (B, K): probability of this candidate and all after it
     shares = torch.tensor(top_p, dtype=torch.float64)[:, None]  # in float32 a share just below 1 would be 1
     removed_mass = (1.0 - shares).float()
     live = (tail > removed_mass) & values.isfinite()
-    close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)
-    for row in close.any(-1).nonzero()[:, 0].tolist():
-        live[row] = torch.arange(width) < _top_p_count(scores[row], float(kth[row]), top_p[row])
-    floor = torch.arange(width) < torch.tensor(min_candidates)[:, None]
-    live = live | (floor & values.isfinite())
+    too_close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)
+    for row in too_close.any(-1).nonzero()[:, 0].tolist():
+        last_kept = float(values[row][values[row].isfinite()][-1])
+        live[row] = torch.arange(values.shape[1]) < _top_p_count(scores[row], last_kept, top_p[row])
+    return live
 
-    counts = live.sum(-1)
-    widest = int(counts.max())
-    token_ids, log_probs, live = token_ids[:, :widest], log_probs[:, :widest], live[:, :widest]
-    weights = values[:, :widest].masked_fill(~live, -torch.inf).softmax(-1)
+
+def _hazard_logits(values: Tensor, live: Tensor) -> Tensor:
+    """Hazard logits of the live candidates, see `Candidates`; scores and live (B, K), highest first."""
+    weights = values.masked_fill(~live, -torch.inf).softmax(-1)
     after = weights.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # (B, K-1): probability left once this candidate is passed over
     after = torch.cat([after, torch.zeros_like(weights[:, :1])], dim=-1)
-    hazard_logits = (weights.log() - after.log()).nan_to_num(0.0).clamp(-MAX_HAZARD_LOGIT, MAX_HAZARD_LOGIT)
-    return Candidates(token_ids, log_probs, hazard_logits, counts)
+    return (weights.log() - after.log()).nan_to_num(0.0).clamp(-MAX_HAZARD_LOGIT, MAX_HAZARD_LOGIT)
 
 
 def _highest(scores: Tensor, raw: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the highest scores, their token ids and log-probabilities, (B, width) each, brought to the CPU."""
+    """Return the highest scores of each row, their token ids and log-probabilities, (B, width) each, on the CPU."""
     values, token_ids = scores.topk(width)
     log_probs = raw.gather(1, token_ids) - raw.logsumexp(-1, keepdim=True)
     packed = torch.stack([values, token_ids.float(), log_probs]).cpu()  # ids are exact in float32 up to 2^24
@@ -116,9 +141,9 @@ def _highest(scores: Tensor, raw: Tensor, width: int) -> tuple[Tensor, Tensor, T
     return values, ids.long(), log_probs
 
 
-def _top_p_count(scores: Tensor, kth: float, top_p: float) -> int:
-    """How many survive top-p, summed over the whole vocabulary in transformers' order; `scores` has shape (V,)."""
-    ascending = scores.masked_fill(scores < kth, -torch.inf).sort().values
+def _top_p_count(scores: Tensor, last_kept: float, top_p: float) -> int:
+    """Count the survivors of top-p, summed over the whole vocabulary in transformers' order; `scores` is (V,)."""
+    ascending = scores.masked_fill(scores < last_kept, -torch.inf).sort().values
     removed = ascending.softmax(-1).cumsum(-1) <= 1.0 - top_p
     removed[-1] = False
     return int((~removed).sum())

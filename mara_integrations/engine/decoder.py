@@ -1,39 +1,48 @@
-"""Gated decoding of many sequences: propose, forward, judge, commit. The method of the paper is `Decoder.step`."""
+"""Gated decoding of many sequences. `Decoder.step` is the procedure of the paper."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from functools import partial
-from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from mara_integrations.engine.backends.prefix_cache import PrefixCache
-from mara_integrations.engine.backends.protocol import Backend, Segment
+from mara_integrations.engine.backends.protocol import Backend
+from mara_integrations.engine.batch import BatchEntry
 from mara_integrations.engine.candidates import Ranking, rank_candidates
 from mara_integrations.engine.head_stacks import HeadStacks
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.engine.speculation.cost import CostCurve, measure
+from mara_integrations.engine.speculation.drafts import NgramSpeculation, Speculation, num_draftable, verify
 
 
 class Decoder:
-    """Runs requests on one backend, each with a head and settings of its own. Not thread-safe: see `worker.Worker`."""
+    """Decodes requests on one backend, each with its own head and settings. Not thread-safe: see `worker.Worker`.
 
-    def __init__(self, backend: Backend, scheduler: Scheduler | None = None) -> None:
+    Args:
+        backend: Runs the base model.
+        scheduler: Decides what each forward feeds.
+        speculation: Drafts tokens, for backends that can take them back.
+    """
+
+    def __init__(
+        self, backend: Backend, scheduler: Scheduler | None = None, speculation: Speculation | None = None
+    ) -> None:
         self.backend = backend
         self.scheduler = scheduler or Scheduler(knee=_knee(backend))
+        self.speculation = speculation or NgramSpeculation()
         self.prefixes = PrefixCache()
         self._heads = HeadStacks()
 
     @classmethod
     def measured(cls, backend: Backend) -> Decoder:
-        """One whose widths follow what forwards cost here and now; takes about a second to make.
+        """Make a decoder whose widths follow the measured cost of a forward; takes about a second.
 
-        Not for training: with other widths last digits differ, and an interrupted run would not go on bit for bit.
+        Not for training: other widths change the last digits, so an interrupted run would not resume bit for bit.
         """
         return cls(backend, Scheduler(cost=measure(backend, CostCurve.flat_to(_knee(backend)))))
 
@@ -49,70 +58,122 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward for the live sequences that are due; returns those that are done.
+        """Run one forward for all sequences that are due; returns those that have finished.
 
-        Each feeds the tokens it has settled, or the next candidates of its position as siblings. The head looks at the
-        siblings' states; the one the gate takes is kept, and its forward has already computed what comes after it:
-        logits are made of accepted states only.
+        The procedure of the paper (Zhang et al. 2025, arXiv 2505.19743, section 3), for each sequence:
+
+            candidates = the tokens that top-k and top-p leave, most probable first
+            for each candidate: feed it to the base model; the head scores the hidden state after it
+            take the first candidate that the gate accepts; if it rejects all of them, take the fallback
+            the forward of the token taken has computed the logits that the next candidates come from
+
+        A forward carries several candidates of a position as siblings, and many sequences. The logits, the most
+        expensive part of a small model, are computed from the states of accepted tokens only.
         """
         self.scheduler.admit(self._start, self.prefixes)
-        plan = self.scheduler.plan()
-        if plan:
-            sequences = [sequence for sequence, _ in plan]
-            segments = [self._propose(sequence, chunk) for sequence, chunk in plan]  # propose
-            hidden = self.backend.feed(segments)  # forward: (T, d)
-            self._judge(sequences, hidden.split([len(segment.token_ids) for segment in segments]))  # judge, commit
-            self._open_positions([sequence for sequence in sequences if sequence.is_settled])  # the next candidates
-            self._take_back([sequence for sequence in sequences if sequence.num_wasted])
+        batch = self._next_batch()
+        if batch:
+            self._forward(batch)  # hidden states of the candidates
+            self._judge(batch)  # heads score them, gates decide, the branch taken is committed
+            self._open_positions(batch)  # the next candidates
+            self._verify_drafts(batch)  # of tokens fed ahead, keep those that are taken anyway
         return self._retire()
 
     def _start(self, request: Request) -> Sequence:
         kept, length = self.prefixes.longest(request.prompt_ids)
         return Sequence(request, self.backend.open(kept, length), num_known=length)
 
-    def _propose(self, sequence: Sequence, chunk: int) -> Segment:
-        num_drafted = partial(self.scheduler.num_drafted, sequence) if self.backend.can_retract else None
-        return sequence.propose(self.scheduler.width(sequence), chunk, num_drafted)
+    def _next_batch(self) -> list[BatchEntry]:
+        """Decide what each sequence feeds: pending tokens, or candidates of its position, and drafted tokens."""
+        batch = []
+        for sequence, chunk in self.scheduler.plan():
+            draft = self._draft(sequence)
+            if sequence.position is None:
+                due = sequence.pending[:chunk]
+            else:
+                width = 1 if draft else self.scheduler.width(sequence)
+                num_fed = len(sequence.position.states)
+                due = sequence.position.token_ids[num_fed : num_fed + width]
+            batch.append(BatchEntry(sequence, due, draft))
+        return batch
 
-    def _judge(self, sequences: list[Sequence], states: Seq[Tensor]) -> None:
-        """Show the states to the heads, let the gates decide, and keep the branches taken."""
-        shown = [sequence.receive(mine) for sequence, mine in zip(sequences, states, strict=True)]
-        scores = iter(self._heads.score([one for one in shown if one is not None]))
+    def _forward(self, batch: Seq[BatchEntry]) -> None:
+        """Feed the batch to the base model; pending tokens are committed by it."""
+        segments = [entry.segment for entry in batch]
+        hidden = self.backend.feed(segments)  # (T, d)
+        states = hidden.split([len(segment.token_ids) for segment in segments])
+        for entry, own_states in zip(batch, states, strict=True):
+            entry.take_states(own_states)
+
+    def _judge(self, batch: Seq[BatchEntry]) -> None:
+        """Score candidates with their heads, let the gates decide, and commit the branches taken."""
+        inputs = [(entry, head_input) for entry in batch if (head_input := entry.head_input()) is not None]
+        scores = self._heads.score([head_input for _, head_input in inputs])
+        for (entry, _), own_scores in zip(inputs, scores, strict=True):
+            entry.take_scores(own_scores)
         rows, branches = [], []
-        for sequence, asked in zip(sequences, shown, strict=True):
-            verdict = sequence.hear(next(scores)) if asked is not None else sequence.hear()
-            if verdict is None:
+        for entry in batch:
+            sequence = entry.sequence
+            if sequence.position is None:
                 continue
-            self.scheduler.observe(verdict)
-            if not sequence.has_drafted:  # a chain is committed by being fed
-                rows.append(sequence.row)
-                branches.append(verdict.taken)
+            verdict = sequence.judge(entry.scores, entry.states)
+            if verdict is not None:
+                self.scheduler.observe(verdict)
+                if not entry.draft:  # a chain is committed by being fed
+                    rows.append(sequence.row)
+                    branches.append(verdict.taken)
+            elif entry.draft:  # the first candidate was rejected: it becomes a branch, and its draft is worthless
+                self.backend.retract(sequence.row, 1 + len(entry.draft), held=True)
         if rows:
             self.backend.commit(rows, branches)
 
-    def _open_positions(self, settled: list[Sequence]) -> None:
-        """Rank the candidates of the next position of each, and of those behind it that were fed ahead."""
-        for sequence in settled:
-            if not sequence.token_ids:  # its prompt has just been read
-                self._keep_prefix(sequence, sequence.request.prompt_ids)
+    def _open_positions(self, batch: Seq[BatchEntry]) -> None:
+        """Rank the candidates of the next position of each settled sequence, and of the positions after its draft."""
+        settled = [entry for entry in batch if entry.sequence.is_settled]
         if not settled:
             return
-        tips = [sequence.tips() for sequence in settled]
-        logits = self.backend.logits(torch.stack(list(chain(*tips)))).float()  # (B, V)
-        rows = logits.split([len(mine) for mine in tips])
-        for sequence, mine in zip(settled, rows, strict=True):
-            if sequence.request.constraint is not None:
-                sequence.request.constraint.mask(mine[0])
-        owners = [sequence for sequence, mine in zip(settled, tips, strict=True) for _ in mine]
-        rankings = iter(_rank(owners, logits))
-        for sequence, mine in zip(settled, rows, strict=True):
-            sequence.follow(partial(_ranking, sequence, mine, list(islice(rankings, len(mine)))))
+        states, owners = [], []
+        for entry in settled:
+            if not entry.sequence.token_ids:  # its prompt has just been read
+                self._keep_prefix(entry.sequence, entry.sequence.request.prompt_ids)
+            assert entry.sequence.last_state is not None, "a settled sequence has fed something"
+            states += [entry.sequence.last_state, *entry.draft_states]
+            owners += [entry.sequence] * (1 + len(entry.draft))
+        logits = self.backend.logits(torch.stack(states)).float()  # (B, V)
+        start = 0
+        for entry in settled:
+            entry.logits = logits[start : start + 1 + len(entry.draft)]
+            start += len(entry.logits)
+            if entry.sequence.request.constraint is not None:
+                entry.sequence.request.constraint.mask(entry.logits[0])
+        rankings = _rank(owners, logits)
+        start = 0
+        for entry in settled:
+            entry.rankings = rankings[start : start + len(entry.logits)]
+            start += len(entry.rankings)
+            entry.sequence.open_position(entry.rankings[0])
 
-    def _take_back(self, sequences: list[Sequence]) -> None:
-        """Forget what was drafted in vain."""
-        for sequence in sequences:
-            self.backend.retract(sequence.row, sequence.num_wasted, held=sequence.holds_branch)
-            sequence.num_wasted = 0
+    # --- speculation
+
+    def _draft(self, sequence: Sequence) -> list[int]:
+        """Tokens to feed ahead of a sequence."""
+        most = num_draftable(sequence) if self.backend.can_retract else 0
+        if not most:
+            return []
+        return self.speculation.draft(sequence, lambda right: min(most, self.scheduler.num_drafted(sequence, right)))
+
+    def _verify_drafts(self, batch: Seq[BatchEntry]) -> None:
+        """Commit drafted tokens that are taken anyway, and take the others back out of the row."""
+        for entry in batch:
+            if entry.draft and entry.rankings:
+                sequence, num_drafted = entry.sequence, len(entry.draft)
+                num_kept = verify(entry, _ranking_after)
+                self.speculation.observe(sequence, num_kept, num_drafted)
+                if num_kept < num_drafted:
+                    holds_branch = sequence.position is not None and bool(sequence.position.states)
+                    self.backend.retract(sequence.row, num_drafted - num_kept, held=holds_branch)
+
+    # --- ends
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
@@ -156,17 +217,18 @@ def _knee(backend: Backend) -> int:
     return CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
 
 
-def _ranking(sequence: Sequence, logits: Tensor, rankings: list[Ranking], place: int) -> Ranking:
-    """Candidates after one of a sequence's tips, all tokens before them taken; logits are (len(tips), V)."""
-    constraint = sequence.request.constraint
-    if constraint is None or place == 0:
-        return rankings[place]
-    constraint.mask(logits[place])  # what may stand here depends on the tokens before: it was not known until now
-    return _rank([sequence], logits[place, None])[0]
+def _ranking_after(entry: BatchEntry, num_drafted: int) -> Ranking:
+    """Candidates of the position after this many drafted tokens, once these are committed."""
+    constraint = entry.sequence.request.constraint
+    if constraint is None or num_drafted == 0:
+        return entry.rankings[num_drafted]
+    logits = entry.logits[num_drafted]
+    constraint.mask(logits)  # what may follow depends on the tokens before, which are known only now
+    return _rank([entry.sequence], logits[None])[0]
 
 
 def _rank(sequences: Seq[Sequence], logits: Tensor) -> list[Ranking]:
-    """Candidates of a position of each, (B, V) logits, by the settings of its request."""
+    """Rank the candidates of one position of each sequence, given logits (B, V)."""
     sampling = [sequence.request.sampling for sequence in sequences]
     return rank_candidates(
         logits,

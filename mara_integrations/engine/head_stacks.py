@@ -21,12 +21,13 @@ _MAX_PADDING = 2
 _MAX_SPARE = 4
 
 
-class Shown(NamedTuple):
-    """What one sequence shows its head.
+class HeadInput(NamedTuple):
+    """Hidden states that one sequence has its head score.
 
     Attributes:
-        states: Of W candidates, (W, d).
-        previous: Of the token before each, (W, d), or (d,) where it is the same one.
+        head: The head.
+        states: Hidden states after each of W candidates, (W, d).
+        previous: Hidden state before each candidate, (W, d), or (d,) where they share it.
     """
 
     head: Head
@@ -41,19 +42,19 @@ class HeadStacks:
         self._stacks: dict[tuple[Any, ...], _Stack] = {}
 
     @torch.inference_mode()
-    def score(self, shown: Sequence[Shown]) -> list[list[float]]:
+    def score(self, inputs: Sequence[HeadInput]) -> list[list[float]]:
         """The head's score of each candidate, for a composed head the sum over its parts; see `MARAHead.score`."""
-        if not shown:
+        if not inputs:
             return []
         asked: dict[tuple[Any, ...], dict[MARAHead, list[int]]] = {}
-        for index, (head, _, _) in enumerate(shown):
+        for index, (head, _, _) in enumerate(inputs):
             for part in head.parts:
                 asked.setdefault(_shape(part), {}).setdefault(part, []).append(index)
         scores = []
         for shape, askers in asked.items():
-            states = [torch.cat([shown[i].states for i in indices]) for indices in askers.values()]
+            states = [torch.cat([inputs[i].states for i in indices]) for indices in askers.values()]
             previous = [
-                torch.cat([shown[i].previous.expand_as(shown[i].states) for i in indices])
+                torch.cat([inputs[i].previous.expand_as(inputs[i].states) for i in indices])
                 for indices in askers.values()
             ]
             num_rows, widest = sum(map(len, states)), max(map(len, states))
@@ -62,11 +63,11 @@ class HeadStacks:
             else:
                 scores.append(self._stacks.setdefault(shape, _Stack()).score(list(askers), states, previous))
         values = iter(torch.cat(scores).tolist())
-        sums = [[0.0] * len(states) for _, states, _ in shown]
+        sums = [[0.0] * len(states) for _, states, _ in inputs]
         for askers in asked.values():
             for part, indices in askers.items():
                 for i in indices:
-                    factor = shown[i].head.parts[part]
+                    factor = inputs[i].head.parts[part]
                     sums[i] = [total + factor * next(values) for total in sums[i]]
         return sums
 

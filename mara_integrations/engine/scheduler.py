@@ -65,8 +65,8 @@ class Scheduler:
 
     def retire(self) -> list[Sequence]:
         """Take out the sequences that need no more forwards."""
-        done = [sequence for sequence in self.live if not sequence.is_waiting]
-        self.live = [sequence for sequence in self.live if sequence.is_waiting]
+        done = [sequence for sequence in self.live if not sequence.needs_forward]
+        self.live = [sequence for sequence in self.live if sequence.needs_forward]
         return done
 
     def plan(self) -> list[tuple[Sequence, int]]:
@@ -90,15 +90,15 @@ class Scheduler:
     def width(self, sequence: Sequence) -> int:
         """Candidates to feed at once, see `best_width`."""
         if self.feeds_all:
-            return sequence.num_left
-        return best_width(self.cost, len(self.live), sequence.num_left, *self._accept_rates(sequence))
+            return sequence.num_candidates_left
+        return best_width(self.cost, len(self.live), sequence.num_candidates_left, *self._accept_rates(sequence))
 
     def num_drafted(self, sequence: Sequence, right: float) -> int:
         """Tokens to feed behind its next one, given the probability that such a token is right; see `best_draft`."""
         if self.feeds_all:
             return 0
         rates = self._accept_rates(sequence)
-        return best_draft(self.cost, len(self.live), sequence.num_left, *rates, round(min(right, 0.95), 2))
+        return best_draft(self.cost, len(self.live), sequence.num_candidates_left, *rates, round(min(right, 0.95), 2))
 
     def _accept_rates(self, sequence: Sequence) -> tuple[float, float]:
         """Of the next candidate, and of those after it."""

@@ -277,7 +277,7 @@ class Worker:
     def _drop_cancelled(self) -> None:
         scheduler = self._decoder.scheduler
         for sequence in scheduler.live:
-            sequence.cancelled |= self._deliveries[id(sequence.request)].ticket.is_cancelled
+            sequence.is_cancelled |= self._deliveries[id(sequence.request)].ticket.is_cancelled
         for request in [r for r in scheduler.waiting if self._deliveries[id(r)].ticket.is_cancelled]:
             scheduler.waiting.remove(request)
             del self._deliveries[id(request)]

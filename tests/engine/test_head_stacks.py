@@ -10,7 +10,7 @@ import torch
 from mara_integrations import MARALLM, ChatMARA, MARAEngine
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.head_stacks import HeadStacks, Shown
+from mara_integrations.engine.head_stacks import HeadInput, HeadStacks
 from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
@@ -29,7 +29,7 @@ def prompt(length, seed=0):
 
 def shown(head, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Shown(head, torch.randn(width, 32, generator=generator), torch.randn(32, generator=generator))
+    return HeadInput(head, torch.randn(width, 32, generator=generator), torch.randn(32, generator=generator))
 
 
 def approx(logits):

@@ -14,7 +14,7 @@ from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
-from mara_integrations.engine.speculation.ngrams import NgramDraft
+from mara_integrations.engine.speculation.ngrams import NgramTable
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
 
@@ -28,7 +28,7 @@ class Parrot(Scheduler):
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 2), st.integers(0, 6))
 def test_a_guess_is_what_followed_the_latest_earlier_place_that_reads_the_same(tokens, first, length):
-    guess = NgramDraft(tokens).propose([first], lambda right: length)
+    guess = NgramTable(tokens).propose([first], lambda right: length)
     text = [*tokens, first]
     want = []
     for size in (1, 2, 3):  # the longer match wins
@@ -38,7 +38,7 @@ def test_a_guess_is_what_followed_the_latest_earlier_place_that_reads_the_same(t
 
 
 def test_how_often_guesses_are_right_is_learnt_by_the_length_of_the_match():
-    drafts, asked = NgramDraft([1, 2, 3, 4, 5, 9, 1, 2, 3]), []
+    drafts, asked = NgramTable([1, 2, 3, 4, 5, 9, 1, 2, 3]), []
 
     def length(right):
         asked.append(right)
@@ -141,7 +141,7 @@ class Counting:
 def test_a_grammar_is_kept_to_in_drafts_too(form, monkeypatch):
     model, kept = tiny_model(vocab_size=8), []
     head = random_head(32, form, accept_rate=0.7, seed=3) if form else None
-    monkeypatch.setattr(NgramDraft, "observe", lambda self, num_kept, num_proposed: kept.append(num_kept))
+    monkeypatch.setattr(NgramTable, "observe", lambda self, num_kept, num_proposed: kept.append(num_kept))
     for seed in range(4):
         sampling = SamplingParams(max_new_tokens=30, temperature=0.7, seed=seed)
         drafted, plain = (

@@ -26,7 +26,8 @@ from rich.console import Console
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval, paired_bootstrap
 from mara_integrations.files import write_atomically
-from mara_integrations.heads.head import CONFIG_FILE, MARAHead
+from mara_integrations.heads.folder import CONFIG_FILE
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import ForbiddenWords, Reward, parse_reward

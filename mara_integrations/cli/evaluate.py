@@ -36,7 +36,7 @@ from mara_integrations.progress import ConsoleReporter
 
 if TYPE_CHECKING:
     from mara_integrations.data import Dataset
-    from mara_integrations.heads.head import HeadConfig
+    from mara_integrations.heads.config import HeadConfig
     from mara_integrations.rewards import Reward
     from mara_integrations.runtime import MARAEngine
 
@@ -181,7 +181,7 @@ def _described(reward: Reward) -> str:
 
 def _recorded_rewards(engine: MARAEngine, heads: Mapping[str, float] | None) -> Iterator[Reward]:
     """What the heads were trained for, as far as it can be built here."""
-    from mara_integrations.heads.head import head_folder
+    from mara_integrations.heads.hub import head_folder
     from mara_integrations.rewards import reward_from_spec
     from mara_integrations.training.scoring.reward_files import KIND, kept_reward
 

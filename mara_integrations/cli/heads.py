@@ -40,7 +40,7 @@ def inspect_head(
     shape = f"{config.hidden_size} -> {wide} -> {narrow} -> {loaded.output_linear.out_features}"
     say(console, "Head", f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters")
     say(console, "Model", config.base_model or "unknown")
-    say(console, "Dial", f"strength 1 multiplies its score by {config.strength:.3g}")
+    say(console, "Scale", f"strength 1 multiplies its score by {config.scale:.3g}")
     say(console, "Takes", f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates} candidates")
     say(console, "Method", config.method or "unknown")
     for reward in config.rewards:

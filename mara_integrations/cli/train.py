@@ -53,7 +53,7 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if result.evaluation is not None:
         print_summary(console, result.evaluation)
-    say(console, "Head", f"{result.output}: strength {result.head.config.strength:.3g}")
+    say(console, "Head", f"{result.output}: scale {result.head.config.scale:.3g}")
     _show_next_steps(config)
 
 

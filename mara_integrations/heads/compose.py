@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from mara_integrations.errors import ConfigError, HeadError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 
 
 class ComposedHead:
     """Several heads as one: their corrections of the base model's hazard add.
 
     Args:
-        weights: What each head's correction is multiplied by, above 0, beside the strength that its own calibration
+        weights: What each head's correction is multiplied by, above 0, beside the scale that its own calibration
             recorded; at least one head.
 
     Attributes:
@@ -41,7 +42,7 @@ class ComposedHead:
                     "heads of different widths can't be composed: "
                     f"they expect hidden sizes {first.hidden_size} and {head.config.hidden_size}"
                 )
-        self.parts = {head: weight * head.config.strength for head, weight in weights.items()}
+        self.parts = {head: weight * head.config.scale for head, weight in weights.items()}
         self.config = HeadConfig(
             form="residual",
             hidden_size=first.hidden_size,

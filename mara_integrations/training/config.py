@@ -53,7 +53,7 @@ class TrainConfig(Params):
         held_out: Share of the prompts that the head is not fitted on, for early stopping and the final evaluation.
         eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
         kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
-            strength is calibrated to it, and no bound for `rule`, which holds or does not.
+            scale is calibrated to it, and no bound for `rule`, which holds or does not.
         rounds: Of `rloo` and `reward-model`: times that they learn from what the gated model writes, after the base
             model's own replies, while that helps on held-out prompts. Left out, none where the reward takes partial
             text, which no round improved on, else 2.

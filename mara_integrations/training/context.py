@@ -16,7 +16,8 @@ from rich.markup import escape
 
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.evaluation.metrics import Interval
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_spec
@@ -38,7 +39,7 @@ class Learned:
         held_out_accuracy: Share of held-out pairs of better and worse replies that it orders rightly; None where there
             are none.
         rewards: Rewards that came of it, by name, for the final evaluation to judge by.
-        kl_per_token: KL(gate || base) on held-out replies of the gate, where the method has set the strength itself.
+        kl_per_token: KL(gate || base) on held-out replies of the gate, where the method has set the scale itself.
     """
 
     held_out_accuracy: Interval | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
-from mara_integrations.heads.head import check_can_push
+from mara_integrations.heads.hub import check_can_push
 from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards, parse_reward, reward_name
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records.trackers import check_installed

@@ -33,8 +33,8 @@ class Method:
         min_candidates: Of the head where the settings name none.
         keeps_candidates: It learns from every candidate that a gate looks at while replies are written.
         max_replies: That are written to learn from where the settings name no number.
-        kl_budget: Nats a token its strength is calibrated to where the settings name none; None leaves it as fitted.
-        max_strength: That calibration may choose; None where the scale of f means nothing by itself.
+        kl_budget: Nats a token the scale is calibrated to where the settings name none; None leaves it as fitted.
+        max_scale: That calibration may choose; None where the scale of f means nothing by itself.
         temperature: Of the replies of the final evaluation.
     """
 
@@ -46,7 +46,7 @@ class Method:
     keeps_candidates: bool = False
     max_replies: int = 384
     kl_budget: float | None = 0.15
-    max_strength: float | None = None
+    max_scale: float | None = None
     temperature: float = 1.0
 
 
@@ -63,8 +63,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("value", ("reward", "pairs", "labels"), "value"),
-        Method("dpo", ("pairs",), "residual", max_strength=1.0),  # a likelihood is fitted at strength 1
-        Method("kto", ("labels", "pairs"), "residual", max_strength=1.0),
+        Method("dpo", ("pairs",), "residual", max_scale=1.0),  # a likelihood is fitted at scale 1
+        Method("kto", ("labels", "pairs"), "residual", max_scale=1.0),
         Method("rloo", ("reward",), "residual", keeps_candidates=True, max_replies=640),
         Method("reward-model", ("pairs", "labels"), "residual", keeps_candidates=True, max_replies=640),
         Method("sac", ("reward",), "residual", ("paper",), keeps_candidates=True, max_replies=1152),

@@ -1,4 +1,4 @@
-"""One training run, top to bottom: plan, model, the method's loop, strength, head on disk, evaluation."""
+"""One training run, top to bottom: plan, model, the method's loop, scale, head on disk, evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from rich.markup import escape
 from mara_integrations.data import Row, preview, prompt_row
 from mara_integrations.evaluation.evaluate import Evaluation, evaluate
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.summary import card_results, figures
 from mara_integrations.files import write_atomically
-from mara_integrations.heads.head import MARAHead, push_folder
+from mara_integrations.heads.card import model_card
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.hub import push_folder
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_name
@@ -24,14 +27,13 @@ from mara_integrations.training.context import Learned, Run
 from mara_integrations.training.gather import conversation_of, try_reward
 from mara_integrations.training.methods import preference, reward_model, rloo, rule, sac, value
 from mara_integrations.training.plan import make_plan
-from mara_integrations.training.records.card import figures, model_card
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.records.store import model_fingerprint
 from mara_integrations.training.rollouts.ray_writers import RayWriters
 from mara_integrations.training.rollouts.writers import Writers, WritersHere
 from mara_integrations.training.scoring.ray_rewards import import_ray, on_ray
 from mara_integrations.training.scoring.reward_files import keep_rewards
-from mara_integrations.training.scoring.strength import calibrate
+from mara_integrations.training.scoring.scale import calibrate
 
 SETTINGS_FILE = "train.yaml"
 _SHOWN_CHARACTERS = 600  # of a sample
@@ -189,5 +191,6 @@ def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Lear
         metrics["evaluation"] = figures(evaluation)
     head.config = head.config.model_copy(update={"metrics": metrics})
     write_atomically(run.config.output / SETTINGS_FILE, run.config.to_yaml())
-    head.save_pretrained(run.config.output, card=model_card(head.config, run.plan.why, evaluation))
+    results = None if evaluation is None else card_results(evaluation)
+    head.save_pretrained(run.config.output, card=model_card(head.config, why=run.plan.why, results=results))
     run.log("done", **metrics)

@@ -505,7 +505,7 @@ def test_a_published_actor_becomes_a_folder_that_judges_alike(folder):
 
 
 def test_merged_heads_are_one_that_answers_like_their_composition(folder):
-    random_head(32, "residual", seed=1, strength=0.7).save_pretrained("other")
+    random_head(32, "residual", seed=1, scale=0.7).save_pretrained("other")
     run("merge", "head", "other=0.5", "--output", "merged")
     composed = {MARAHead.from_pretrained("head"): 1.0, MARAHead.from_pretrained("other"): 0.5}
     expected = MARAEngine("model", composed).generate([Message("user", "hi")], max_new_tokens=6).text

@@ -37,7 +37,7 @@ def event_loop() -> Iterator[None]:
 
 @pytest.fixture
 def head(tmp_path: Path) -> str:
-    random_head(576, "residual", strength=0.05).save_pretrained(tmp_path / "head")
+    random_head(576, "residual", scale=0.05).save_pretrained(tmp_path / "head")
     return str(tmp_path / "head")
 
 

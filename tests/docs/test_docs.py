@@ -26,7 +26,7 @@ COMMANDS = [
 def workplace(tmp_path, monkeypatch):
     """A folder as the README's reader has it."""
     monkeypatch.chdir(tmp_path)
-    random_head(576, "residual", strength=0.05).save_pretrained("runs/house-style")
+    random_head(576, "residual", scale=0.05).save_pretrained("runs/house-style")
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(24)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))

@@ -18,7 +18,8 @@ from mara_integrations.engine.published import generate_published
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ModelError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
 

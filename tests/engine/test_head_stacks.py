@@ -50,7 +50,7 @@ def assert_scores(items, scores):
 
 @pytest.mark.parametrize("widths", [[1] * 8, [3, 1, 2, 4, 1, 1, 3, 2], [30, 1, 1, 1, 1, 1, 1, 1]], ids=str)
 def test_stacked_heads_score_as_each_alone(widths):
-    heads = [random_head(32, FORMS[i % 3], seed=i, strength=0.5 + i) for i in range(6)]
+    heads = [random_head(32, FORMS[i % 3], seed=i, scale=0.5 + i) for i in range(6)]
     heads += [heads[1], ComposedHead({heads[1]: 0.5, heads[2]: 2.0})]
     items = [shown(head, width, seed) for seed, (head, width) in enumerate(zip(heads, widths, strict=True))]
 
@@ -199,7 +199,7 @@ def test_a_chat_model_composes_per_call_and_caches_by_weights(tmp_path):
 def test_a_recalibrated_head_shares_no_cached_answers(tmp_path):
     head = random_head(32, "residual")
     keys = [ChatMARA("smollm2", head=head.save_pretrained(tmp_path))._get_llm_string()]
-    head.config = head.config.model_copy(update={"strength": 2.0})
+    head.config = head.config.model_copy(update={"scale": 2.0})
     keys += [ChatMARA("smollm2", head=head.save_pretrained(tmp_path))._get_llm_string()]
     assert keys[0] != keys[1]
 

@@ -67,12 +67,12 @@ class TestIntegration(ChatModelIntegrationTests):
 
 class _Headed(TestIntegration):
     form: HeadForm
-    strength = 1.0
+    scale = 1.0
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
         hidden_size = ChatMARA(MODEL).engine.model.hidden_size
-        head = random_head(hidden_size, self.form, accept_rate=0.9, strength=self.strength)
+        head = random_head(hidden_size, self.form, accept_rate=0.9, scale=self.scale)
         return {**super().chat_model_params, "head": head}
 
     def test_its_head_takes_part(self, model: BaseChatModel) -> None:
@@ -87,9 +87,9 @@ class TestIntegrationPaper(_Headed):
 
 class TestIntegrationResidual(_Headed):
     form = "residual"
-    strength = 0.05
+    scale = 0.05
 
 
 class TestIntegrationValue(_Headed):
     form = "value"
-    strength = 0.05
+    scale = 0.05

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from mara_integrations.errors import HeadError, OutputError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.testing import random_head
 
 
 @pytest.fixture
 def saved(tmp_path):
-    head = random_head(16, "residual", base_model="tiny", strength=2.5, method="value")
+    head = random_head(16, "residual", base_model="tiny", scale=2.5, method="value")
     return head, head.save_pretrained(tmp_path / "head")
 
 
@@ -134,5 +135,16 @@ def test_the_folder_has_a_card_and_a_readable_config(saved):
     _, folder = saved
     assert "base_model: tiny" in (folder / "README.md").read_text()
     config = json.loads((folder / "head_config.json").read_text())
-    assert config["form"] == "residual" and config["strength"] == 2.5 and config["format_version"] == 1
+    assert config["form"] == "residual" and config["scale"] == 2.5 and config["format_version"] == 2
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "head.safetensors", "head_config.json"]
+
+
+def test_a_head_of_the_first_format_still_loads(saved):
+    head, folder = saved
+    config = json.loads((folder / "head_config.json").read_text())
+    config["strength"] = config.pop("scale")  # its name then
+    (folder / "head_config.json").write_text(json.dumps({**config, "format_version": 1}))
+
+    loaded = MARAHead.from_pretrained(folder)
+
+    assert loaded.config == head.config and loaded.config.scale == 2.5

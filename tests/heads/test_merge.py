@@ -32,14 +32,14 @@ def head(seed: int, form: str = "residual", **config) -> MARAHead:
 @settings(max_examples=30, deadline=None)
 def test_a_merged_head_scores_every_state_as_the_weighted_sum(weights, form, seed):
     sizes = [(16, 4), (32, 8), (8, 8), (5, 3)]
-    heads = [head(seed + i, form, inner_sizes=sizes[i], strength=0.5 + i) for i in range(len(weights))]
+    heads = [head(seed + i, form, inner_sizes=sizes[i], scale=0.5 + i) for i in range(len(weights))]
     states = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(seed)) * 5
     previous = states.roll(1, 0)
 
     merged = merge_heads(list(zip(heads, weights, strict=True)))
 
     parts = zip(heads, weights, strict=True)
-    expected = sum(w * h.config.strength * h.score(states, previous).double() for h, w in parts)
+    expected = sum(w * h.config.scale * h.score(states, previous).double() for h, w in parts)
     torch.testing.assert_close(merged.score(states, previous).double(), expected, rtol=1e-4, atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Training: labels, targets, fits and strengths follow their laws; a run leaves a head that works, or nothing."""
+"""Training: labels, targets, fits and scales follow their laws; a run leaves a head that works, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ConfigError, DataError, OutputError, RewardError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.rewards import ForbiddenWords
@@ -30,7 +31,7 @@ from mara_integrations.training.plan import make_plan
 from mara_integrations.training.registry import AUTO, MANY_PAIRS, METHODS
 from mara_integrations.training.rollouts.replies import Reply, read_replies, sample_replies, token_texts
 from mara_integrations.training.run import LOOPS, train
-from mara_integrations.training.scoring.strength import PositionScores, score_positions, strength_for_budget
+from mara_integrations.training.scoring.scale import PositionScores, scale_for_budget, score_positions
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_rule_tables_hold_visited_candidates_of_gated_replies(model):
     assert len(table) == sum(len(reply.token_ids) for reply in replies) + visited and visited > 0
 
 
-# --- fitting and strength ---
+# --- fitting and scale ---
 
 
 def planted_replies(n, seed):
@@ -164,15 +165,15 @@ def test_the_best_epoch_is_kept():
 
 
 @given(st.integers(0, 100), st.floats(0.01, 0.5))
-def test_the_strength_spends_the_budget_and_no_more(seed, budget):
+def test_the_scale_spends_the_budget_and_no_more(seed, budget):
     generator = torch.Generator().manual_seed(seed)
     scores, hazards = torch.randn(2, 9, 5, generator=generator)
     live = torch.arange(5) < torch.randint(2, 6, (9, 1), generator=generator)
     positions = PositionScores("residual", scores, hazards, live)
-    strength = strength_for_budget(positions, budget, num_tokens=12)
-    kl = float(positions.kl(strength).sum()) / 12
+    scale = scale_for_budget(positions, budget, num_tokens=12)
+    kl = float(positions.kl(scale).sum()) / 12
     assert kl <= budget + 1e-4
-    if strength < 99:
+    if scale < 99:
         assert kl == pytest.approx(budget, rel=0.02)
 
 
@@ -217,7 +218,7 @@ def test_a_reward_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path
     reward = {"method": "value", "reward": "tests/reward_for_tests.py:vowels"}
     settings = {**reward, "replies_each": 4, "epochs": 30, "learning_rate": 1e-3}
     result = train(config(folder_model, prompts_file, tmp_path / "h", **settings))
-    assert result.head.config.form == "value" and result.head.config.strength > 0
+    assert result.head.config.form == "value" and result.head.config.scale > 0
     assert result.kl_per_token <= 0.16 and result.held_out_accuracy is not None
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mara_integrations.data import Dataset
 from mara_integrations.engine.gate import accept_logit
 from mara_integrations.errors import DataError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.training import gather
@@ -38,7 +39,7 @@ from mara_integrations.training.rollouts.decisions import Decisions, decisions_t
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.held_out import judge, report
 from mara_integrations.training.scoring.partial_rewards import asks_partial_text, candidate_gains, prefix_worths
-from mara_integrations.training.scoring.strength import decisions_kl, report_strength, strength_on_decisions
+from mara_integrations.training.scoring.scale import decisions_kl, report_scale, scale_on_decisions
 
 _ROUNDS, _REPLIES_EACH = 2, 4  # where whole replies are compared and the settings name no number
 _HELD_OUT, _ROUND = 500_000, 1_000_000  # apart by more than there are replies: what seeds are counted from
@@ -116,7 +117,7 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
             fit_look_ahead(run, f"fit {number + 1}", head, fitting, checking)
         else:
             fit_whole(run, f"fit {number + 1}", head, fitting[-1], checking[-1])
-        _set_strength(head, _strength(head, base, budget))
+        _set_scale(head, _scale(head, base, budget))
         gated = _write(run, f"held-out gated replies {number + 1}", held_out, head, by_parts)
         judgement = judge(run, rewards, held_out.data, held_out.prompts, base.written, gated.written, head)
         report(run, f"round {number + 1}", judgement)
@@ -125,14 +126,14 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
             run.say("  this round did not help: the head stays as it was before it")
             break
         weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-        best = Candidate(gain, weights, head.config.strength, gated)
+        best = Candidate(gain, weights, head.config.scale, gated)
     assert best is not None
     head.load_state_dict(best.weights)
-    strength = min(best.strength, _strength(head, best.gated, budget, best.strength))  # its own replies lie further out
-    _set_strength(head, strength)
+    scale = min(best.scale, _scale(head, best.gated, budget, best.scale))  # its own replies lie further out
+    _set_scale(head, scale)
     scores, decisions = _scores(head, best.gated.decisions), best.gated.decisions
-    kl = decisions_kl(decisions, scores, strength, best.strength) / _num_tokens(best.gated)
-    report_strength(run, strength, kl, budget)
+    kl = decisions_kl(decisions, scores, scale, best.scale) / _num_tokens(best.gated)
+    report_scale(run, scale, kl, budget)
     return Learned(rewards=rewards, kl_per_token=kl)
 
 
@@ -160,13 +161,13 @@ class Candidate:
     Attributes:
         gain: In the reward, over the base model.
         weights: Of the head.
-        strength: At which it wrote.
+        scale: At which it wrote.
         gated: Its replies to held-out prompts.
     """
 
     gain: float
     weights: dict[str, Tensor]
-    strength: float
+    scale: float
     gated: Batch
 
 
@@ -203,14 +204,14 @@ def fit_whole(run: Run, name: str, head: MARAHead, train: Batch, held_out: Batch
     """The clipped policy gradient on what whole replies were worth, with the KL to the base model as a penalty."""
     settings = run.fit_settings(5e-4)
     num_replies = max(1, settings.batch_size // run.config.max_reply_tokens)  # a step takes whole ones
-    strength = head.config.strength
+    scale = head.config.scale
     fitting, checking = (
         Episodes(batch.decisions, torch.tensor(advantages(batch.replies, batch.worths)), _scores(head, batch.decisions))
         for batch in (train, held_out)
     )
 
     def loss(head: MARAHead, part: Episodes) -> Tensor:
-        return part.loss(outputs(head, part.decisions.states), strength)
+        return part.loss(outputs(head, part.decisions.states), scale)
 
     with run.fitting(name) as on_epoch:
         fit(head, fitting, checking, loss, replace(settings, batch_size=num_replies), on_epoch)
@@ -237,10 +238,10 @@ class Episodes:
         """The named replies."""
         return Episodes(self.decisions.take(rows), self.advantages[rows], self.written[self.decisions.rows(rows)])
 
-    def loss(self, scores: Tensor, strength: float) -> Tensor:
+    def loss(self, scores: Tensor, scale: float) -> Tensor:
         """Of scores f of the decisions, (N,); a scalar."""
         d = self.decisions
-        z, z_written = (accept_logit("residual", f, d.hazard_logits, strength) for f in (scores, self.written))
+        z, z_written = (accept_logit("residual", f, d.hazard_logits, scale) for f in (scores, self.written))
         gaps = decision_log_probs(z, d.accepted) - decision_log_probs(z_written, d.accepted)
         width = int(d.tokens.max()) + 1 if len(d.tokens) else 1
         places, place = (d.replies * width + d.tokens).unique(return_inverse=True)  # tokens that were decided
@@ -317,15 +318,15 @@ def _scores(head: MARAHead, decisions: Decisions) -> Tensor:
     return outputs(head, decisions.states)
 
 
-def _strength(head: MARAHead, batch: Batch, budget: float, written_at: float = 0.0) -> float:
-    """Within the KL budget, on replies that a gate of the strength `written_at` wrote."""
+def _scale(head: MARAHead, batch: Batch, budget: float, written_at: float = 0.0) -> float:
+    """Within the KL budget, on replies that a gate of the scale `written_at` wrote."""
     scores = _scores(head, batch.decisions)
-    return strength_on_decisions(batch.decisions, scores, budget, _num_tokens(batch), written_at)
+    return scale_on_decisions(batch.decisions, scores, budget, _num_tokens(batch), written_at)
 
 
 def _num_tokens(batch: Batch) -> int:
     return sum(len(reply.token_ids) for reply in batch.replies)
 
 
-def _set_strength(head: MARAHead, strength: float) -> None:
-    head.config = head.config.model_copy(update={"strength": strength})
+def _set_scale(head: MARAHead, scale: float) -> None:
+    head.config = head.config.model_copy(update={"scale": scale})

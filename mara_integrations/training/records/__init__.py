@@ -1,1 +1,1 @@
-"""What a run writes: cached data, metrics, trackers, the model card."""
+"""What a run writes: cached data, metrics, trackers."""

@@ -1,1 +1,1 @@
-"""Figures on replies and heads: rewards of partial text, held-out comparisons, strength, fitted reward models."""
+"""Figures on replies and heads: rewards of partial text, held-out comparisons, scale, fitted reward models."""

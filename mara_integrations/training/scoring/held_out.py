@@ -29,7 +29,7 @@ from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import outputs
 from mara_integrations.training.rollouts.decisions import decisions_taken
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.strength import decisions_kl
+from mara_integrations.training.scoring.scale import decisions_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ def judge(
         for name, reward in rewards.items()
     }
     decisions, num_tokens = decisions_taken(gated), sum(len(reply.token_ids) for reply in gated)
-    strength = head.config.strength
+    scale = head.config.scale
     with torch.inference_mode():
-        kl = decisions_kl(decisions, outputs(head, decisions.states), strength, strength)
+        kl = decisions_kl(decisions, outputs(head, decisions.states), scale, scale)
     visited = sum(len(position.states) for reply in gated for position in reply.positions)
     lone = num_tokens - sum(len(reply.positions) for reply in gated)
     accepted = int(decisions.accepted.sum())

@@ -16,7 +16,9 @@ from safetensors.torch import save
 
 from mara_integrations.errors import RewardError
 from mara_integrations.files import write_atomically
-from mara_integrations.heads.head import REWARDS_FOLDER, MARAHead, head_folder
+from mara_integrations.heads.folder import REWARDS_FOLDER
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.hub import head_folder
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.rewards import Reward
 from mara_integrations.training.scoring.fitted_reward import EmbeddingReward, NGramReward, RewardModel

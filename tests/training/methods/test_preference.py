@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mara_integrations.errors import ConfigError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.learning.fit import FitSettings, fit
@@ -91,7 +92,7 @@ def settings(files, data, output="head", **values):
 def test_a_head_is_trained_from_end_to_end(files, method, data, competitors):
     result = train(settings(files, data, method=method, competitors=competitors))
     assert result.head.config.form == "residual" and result.head.config.method == method
-    assert 0 < result.head.config.strength <= 1.0, "no stronger than it was fitted"
+    assert 0 < result.head.config.scale <= 1.0, "no stronger than it was fitted"
     assert result.kl_per_token <= 0.16 and result.held_out_accuracy.mean > 0.9, "vowels are easy to tell"
 
 

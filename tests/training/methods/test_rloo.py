@@ -40,7 +40,7 @@ from mara_integrations.training.rollouts import writers as writing
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken, taken_rank
 from mara_integrations.training.rollouts.replies import Reply, sample_replies
 from mara_integrations.training.run import train
-from mara_integrations.training.scoring.strength import decisions_kl, strength_on_decisions
+from mara_integrations.training.scoring.scale import decisions_kl, scale_on_decisions
 
 
 def settings(folder_model, prompts_file, output, **values):
@@ -111,8 +111,8 @@ def test_kl_from_visited_candidates_is_the_gate_s_kl(seed):
     """Summed over all ways a position can go, each as often as the base model goes it."""
     generator = torch.Generator().manual_seed(seed)
     hazards, f = torch.randn(2, 4, generator=generator)
-    live, strength = torch.ones(1, 4, dtype=torch.bool), 0.7
-    expected = float(kl_to_base((hazards + strength * f)[None], hazards[None], live))
+    live, scale = torch.ones(1, 4, dtype=torch.bool), 0.7
+    expected = float(kl_to_base((hazards + scale * f)[None], hazards[None], live))
     found = 0.0
     for taken, log_prob in enumerate(gated_log_probs(hazards[None], live)[0].tolist()):
         asked = min(taken + 1, 3)  # the last one is taken unasked
@@ -124,13 +124,13 @@ def test_kl_from_visited_candidates_is_the_gate_s_kl(seed):
             torch.zeros(asked, dtype=torch.long),
             torch.tensor([asked]),
         )
-        found += math.exp(log_prob) * decisions_kl(one, f[:asked], strength)
+        found += math.exp(log_prob) * decisions_kl(one, f[:asked], scale)
     assert found == pytest.approx(expected, abs=1e-5)
-    again = decisions_kl(one, f[:asked], strength, written_at=strength)
+    again = decisions_kl(one, f[:asked], scale, written_at=scale)
     assert again >= 0 and decisions_kl(one, f[:asked], 0.0) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_strength_found_on_decisions_spends_the_budget():
+def test_the_scale_found_on_decisions_spends_the_budget():
     model = load_model(ModelSpec((tiny_model(), tiny_tokenizer())))
     untrained = MARAHead(random_head(32, "residual").config).eval()
     replies = sample_replies(
@@ -139,8 +139,8 @@ def test_the_strength_found_on_decisions_spends_the_budget():
     )  # fmt: skip
     decisions, num_tokens = decisions_taken(replies), sum(len(reply.token_ids) for reply in replies)
     scores = torch.randn(len(decisions.states), generator=torch.Generator().manual_seed(0))
-    strength = strength_on_decisions(decisions, scores, 0.05, num_tokens)
-    assert decisions_kl(decisions, scores, strength) / num_tokens == pytest.approx(0.05, rel=0.01)
+    scale = scale_on_decisions(decisions, scores, 0.05, num_tokens)
+    assert decisions_kl(decisions, scores, scale) / num_tokens == pytest.approx(0.05, rel=0.01)
     assert all(taken_rank(reply, p) < len(p.token_ids) for reply in replies for p in reply.positions)
 
 

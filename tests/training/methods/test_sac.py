@@ -17,7 +17,8 @@ from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ConfigError, OutputError
-from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
@@ -353,5 +354,5 @@ def test_the_published_preset_runs(files, monkeypatch):
     small = replace(PUBLISHED, batch_size=32, warmup=500, updates=1)
     monkeypatch.setattr("mara_integrations.training.methods.sac.PUBLISHED", small)
     result = run(files, method="sac-published")
-    assert result.head.config.form == "paper" and result.head.config.strength == 1.0
+    assert result.head.config.form == "paper" and result.head.config.scale == 1.0
     assert rounds(files / "head")[-1]["alpha"] < 0.02

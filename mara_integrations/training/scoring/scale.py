@@ -1,4 +1,4 @@
-"""How strong a head may be: the largest strength that keeps the gated model within a KL budget of the base model."""
+"""The scale of a head: the largest factor of its score that keeps the gate within a KL budget of the base model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mara_integrations.training.learning.objectives import decision_kl
 from mara_integrations.training.rollouts.decisions import Decisions
 from mara_integrations.training.rollouts.replies import sample_replies
 
-MAX_STRENGTH = 100.0
+MAX_SCALE = 100.0
 _REPLIES, _TOKENS = 12, 16
 
 
 def calibrate(run: Run, head: MARAHead) -> float:
-    """Set the head's strength within the KL budget, and return the KL it comes to, in nats a token.
+    """Set the head's scale within the KL budget, and return the KL it comes to, in nats a token.
 
     Found on the base model's own replies, then checked once on the gated model's, which lie further out.
     """
@@ -38,9 +38,9 @@ def calibrate(run: Run, head: MARAHead) -> float:
     sampling = run.sampling(
         max_new_tokens=min(_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
     )
-    most = run.plan.method.max_strength or MAX_STRENGTH
-    strength, kl = 1.0, 0.0
-    with run.stage("strength", 2 * len(prompts)) as advance:
+    most = run.plan.method.max_scale or MAX_SCALE
+    scale, kl = 1.0, 0.0
+    with run.stage("scale", 2 * len(prompts)) as advance:
         for gate_head in (untrained, head):
             replies = sample_replies(
                 run.model,
@@ -58,41 +58,41 @@ def calibrate(run: Run, head: MARAHead) -> float:
                 break
             scored = score_positions(head, positions)
             if budget is not None:
-                found = min(strength_for_budget(scored, budget, num_tokens), most)
-                strength = found if gate_head is untrained else min(strength, found)
-            kl = float(scored.kl(strength).sum()) / num_tokens
-            head.config = head.config.model_copy(update={"strength": strength})
-    report_strength(run, strength, kl, budget)
+                found = min(scale_for_budget(scored, budget, num_tokens), most)
+                scale = found if gate_head is untrained else min(scale, found)
+            kl = float(scored.kl(scale).sum()) / num_tokens
+            head.config = head.config.model_copy(update={"scale": scale})
+    report_scale(run, scale, kl, budget)
     return kl
 
 
-def report_strength(run: Run, strength: float, kl: float, budget: float | None) -> None:
-    """Log the strength that was found and the KL it comes to, and say both."""
-    if strength >= MAX_STRENGTH:
-        run.say("  [yellow]the head hardly moves any token: its strength met the upper bound[/]")
-    run.log("strength", strength=strength, kl_per_token=kl, budget=budget)
+def report_scale(run: Run, scale: float, kl: float, budget: float | None) -> None:
+    """Log the scale that was found and the KL it comes to, and say both."""
+    if scale >= MAX_SCALE:
+        run.say("  [yellow]the head hardly moves any token: its scale met the upper bound[/]")
+    run.log("scale", scale=scale, kl_per_token=kl, budget=budget)
     bound = f"budget {budget}" if budget is not None else "no budget"
-    run.say(f"  strength {strength:.2f}, KL {kl:.3f} nats a token ({bound})")
+    run.say(f"  scale {scale:.2f}, KL {kl:.3f} nats a token ({bound})")
 
 
-def decisions_kl(decisions: Decisions, scores: Tensor, strength: float, written_at: float = 0.0) -> float:
+def decisions_kl(decisions: Decisions, scores: Tensor, scale: float, written_at: float = 0.0) -> float:
     """KL(gate || base) of residual heads, in nats, summed over all tokens of replies that a gate has drawn.
 
     Needs only the candidates that were visited: the KL of each decision, weighted by how much more often the gate at
-    this strength would come to it than the one that wrote the replies.
+    this scale would come to it than the one that wrote the replies.
 
     Args:
         decisions: By which the replies were written.
         scores: f of each, (N,).
-        strength: Of the gate whose KL is asked for.
-        written_at: Strength of the gate that wrote them; 0 is the base model.
+        scale: Scale of the gate whose KL is computed.
+        written_at: Scale of the gate that wrote them; 0 is the base model.
 
     Source: chain rule of the KL divergence over the decisions, see `objectives.decision_kl`; importance sampling.
     """
     if len(decisions.tokens) == 0:
         return 0.0
     hazards = decisions.hazard_logits.double()
-    z, z_written = (accept_logit("residual", scores.double(), hazards, s) for s in (strength, written_at))
+    z, z_written = (accept_logit("residual", scores.double(), hazards, s) for s in (scale, written_at))
     ratios = torch.where(decisions.accepted, 0.0, logsigmoid(-z) - logsigmoid(-z_written))
     places = decisions.replies * (int(decisions.tokens.max()) + 1) + decisions.tokens
     is_first = torch.ones(len(places), dtype=torch.bool)
@@ -102,11 +102,11 @@ def decisions_kl(decisions: Decisions, scores: Tensor, strength: float, written_
     return float((before.exp() * decision_kl(z, hazards)).sum())
 
 
-def strength_on_decisions(
+def scale_on_decisions(
     decisions: Decisions, scores: Tensor, budget: float, num_tokens: int, written_at: float = 0.0
 ) -> float:
-    """Largest strength whose KL a token stays within the budget; arguments as in `decisions_kl`."""
-    return _largest(lambda strength: decisions_kl(decisions, scores, strength, written_at) / num_tokens, budget)
+    """Largest scale whose KL a token stays within the budget; arguments as in `decisions_kl`."""
+    return _largest(lambda scale: decisions_kl(decisions, scores, scale, written_at) / num_tokens, budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,9 @@ class PositionScores:
     hazard_logits: Tensor
     live: Tensor
 
-    def kl(self, strength: float) -> Tensor:
-        """KL(gate || base) of each position at a strength, (P,), in nats."""
-        z = accept_logit(self.form, self.scores, self.hazard_logits, strength)
+    def kl(self, scale: float) -> Tensor:
+        """KL(gate || base) of each position at a scale, (P,), in nats."""
+        z = accept_logit(self.form, self.scores, self.hazard_logits, scale)
         return kl_to_base(z, self.hazard_logits, self.live)
 
 
@@ -140,20 +140,20 @@ def score_positions(head: MARAHead, positions: Sequence[JudgedPosition]) -> Posi
     return PositionScores(head.config.form, scores, hazard_logits, live)
 
 
-def strength_for_budget(positions: PositionScores, budget: float, num_tokens: int) -> float:
-    """Largest strength whose KL a token stays within the budget; `MAX_STRENGTH` if none leaves it.
+def scale_for_budget(positions: PositionScores, budget: float, num_tokens: int) -> float:
+    """Largest scale whose KL a token stays within the budget; `MAX_SCALE` if none leaves it.
 
     Args:
         positions: Where the gate is asked.
         budget: Nats a token.
         num_tokens: Tokens the positions were taken from; those with a lone candidate cost nothing and count too.
     """
-    return _largest(lambda strength: float(positions.kl(strength).sum()) / num_tokens, budget)
+    return _largest(lambda scale: float(positions.kl(scale).sum()) / num_tokens, budget)
 
 
 def _largest(kl_at: Callable[[float], float], budget: float) -> float:
-    """By bisection: KL grows with the strength."""
-    low, high = 0.0, MAX_STRENGTH
+    """By bisection: KL grows with the scale."""
+    low, high = 0.0, MAX_SCALE
     if kl_at(high) <= budget:
         return high
     for _ in range(30):

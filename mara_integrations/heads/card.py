@@ -1,0 +1,84 @@
+"""The model card of a head: what it was made from, what it does, how to use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mara_integrations.heads.config import HeadConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The table of a card.
+
+    Attributes:
+        num_prompts: Held-out prompts that were measured on.
+        rows: Name of a measure, its value for the base model, its value with the head.
+    """
+
+    num_prompts: int
+    rows: tuple[tuple[str, str, str], ...]
+
+
+def model_card(config: HeadConfig, *, why: str | None = None, results: Results | None = None) -> str:
+    """Return the README.md of a head's folder.
+
+    Args:
+        config: The head's config.
+        why: Why the training method was chosen, as a clause after "because"; None when unknown.
+        results: Measures on held-out prompts; None when there are none.
+    """
+    base = config.base_model or "unknown"
+    lines = [
+        "---",
+        "library_name: mara_integrations",
+        f"base_model: {base}",
+        "tags: [mara, alignment]",
+        "---",
+        "",
+        f"# MARA head for {base}",
+        "",
+        f"Form `{config.form}` for hidden states of width {config.hidden_size}, scale {config.scale:.3g}, candidates "
+        f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}.",
+    ]
+    if config.method is not None:
+        lines.append(f"Trained by `{config.method}`{f' because {why}' if why else ''}.")
+    if config.data_fingerprint is not None:
+        lines.append(f"Hash of the training data: `{config.data_fingerprint}`.")
+    lines += [
+        "",
+        "```python",
+        "from mara_integrations import MARALLM",
+        "",
+        f'llm = MARALLM(model="{base}", head="this-folder")',
+        "```",
+        "",
+    ]
+    if results is not None:
+        lines += [
+            f"## On {results.num_prompts} held-out prompts",
+            "",
+            "| | base model | with this head |",
+            "| --- | --- | --- |",
+            *(f"| {name} | {base_value} | {gated} |" for name, base_value, gated in results.rows),
+            "",
+            "Brackets are 95 % intervals. `mara-tools eval` measures the same on prompts of your own.",
+            "",
+        ]
+    if files := [f"`{spec['file']}` ({spec['name']})" for spec in config.rewards if "file" in spec]:
+        lines += [
+            "## Reward models",
+            "",
+            f"The head was trained and judged by {' and '.join(files)}. `mara-tools eval` uses the same.",
+            "",
+        ]
+    if config.method is not None:
+        lines += [
+            "## Limits",
+            "",
+            "The head was judged on prompts like those it was trained on. On others it may do nothing, or harm. It "
+            "changes which of the base model's own candidates is taken; it can't make the model say what the model "
+            "would never say.",
+            "",
+        ]
+    return "\n".join(lines)

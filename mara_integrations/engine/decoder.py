@@ -13,6 +13,7 @@ from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.batch import BatchEntry
 from mara_integrations.engine.candidates import Ranking, rank_candidates
 from mara_integrations.engine.head_stacks import HeadStacks
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
 from mara_integrations.engine.sequence import Sequence
@@ -25,26 +26,37 @@ class Decoder:
 
     Args:
         backend: Runs the base model.
-        scheduler: Decides what each forward feeds.
+        scheduler: Decides what each forward feeds; None makes one within the limits.
         speculation: Drafts tokens, for backends that can take them back.
+        limits: How much memory and work the decoder takes on.
     """
 
     def __init__(
-        self, backend: Backend, scheduler: Scheduler | None = None, speculation: Speculation | None = None
+        self,
+        backend: Backend,
+        scheduler: Scheduler | None = None,
+        speculation: Speculation | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
         self.backend = backend
-        self.scheduler = scheduler or Scheduler(knee=_knee(backend))
+        self.limits = limits or EngineLimits()
+        self.scheduler = scheduler or Scheduler(
+            max_live=self.limits.max_live, prefill_chunk=self.limits.prefill_chunk, knee=_knee(backend)
+        )
         self.speculation = speculation or NgramSpeculation()
         self.prefixes = PrefixCache()
         self._heads = HeadStacks()
 
     @classmethod
-    def measured(cls, backend: Backend) -> Decoder:
+    def measured(cls, backend: Backend, limits: EngineLimits | None = None) -> Decoder:
         """Make a decoder whose widths follow the measured cost of a forward; takes about a second.
 
         Not for training: other widths change the last digits, so an interrupted run would not resume bit for bit.
         """
-        return cls(backend, Scheduler(cost=measure(backend, CostCurve.flat_to(_knee(backend)))))
+        limits = limits or EngineLimits()
+        cost = measure(backend, CostCurve.flat_to(_knee(backend)))
+        scheduler = Scheduler(max_live=limits.max_live, prefill_chunk=limits.prefill_chunk, cost=cost)
+        return cls(backend, scheduler, limits=limits)
 
     def submit(self, request: Request) -> None:
         """Queue a request."""

@@ -20,8 +20,6 @@ from mara_integrations.errors import EngineClosedError
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
 _IDLE_S = 5.0
-# Requests that are read and not begun; whoever has more waits to submit them. A batch of 64 finds its next ones here.
-MAX_WAITING = 1024
 # At the end of the process, a thread gets this long to finish its step.
 _EXIT_S = 10.0
 
@@ -191,12 +189,13 @@ class Worker:
 
     Args:
         decoder: Used by no one else.
-        max_waiting: Requests that wait to be begun; `submit` blocks while there are as many.
+        max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is what the
+            decoder's limits say.
     """
 
-    def __init__(self, decoder: Decoder, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, decoder: Decoder, max_waiting: int | None = None) -> None:
         self._decoder = decoder
-        self._max_waiting = max_waiting
+        self._max_waiting = max_waiting or decoder.limits.max_waiting
         self._inbox: queue.SimpleQueue[tuple[Request, Ticket] | None] = queue.SimpleQueue()  # None wakes the thread
         self._deliveries: dict[int, _Delivery] = {}  # by id of the request
         self._lock = threading.Lock()

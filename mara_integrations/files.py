@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
 from mara_integrations.errors import OutputError
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write a file under a temporary name and move it into place; folders above it are made.
+def write_atomically(
+    path: str | Path, data: bytes | str | Callable[[BinaryIO], None], *, private: bool = False
+) -> None:
+    """Write a file under a temporary name and move it into place; make the folders above it.
+
+    Args:
+        path: The file; one that is there already is replaced.
+        data: The content, or a function that writes it to an open file.
+        private: Only the user may read the file (mode 0600). Otherwise the user's umask decides.
 
     Raises:
         OutputError: If it can't be written; names the path and the system's reason. Nothing half-written is left.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    mode = 0o600 if private else 0o666
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -96,8 +97,9 @@ def gather_columns(rows: Iterable[PromptRow]) -> dict[str, list[Any]]:
 def split(dataset: Dataset, held_out: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Split by prompt: rows whose prompts are the same but for case and spacing stay on one side.
 
-    Prompts are ranked by a hash of seed and content and the lowest are held out, so a prompt's rank does not depend
-    on the file's order or on its other rows, and a larger `held_out` holds out a superset.
+    Prompts are ranked by a hash of seed and content and the first ones are held out, so a prompt's rank does not depend
+    on the file's order or on its other rows, and a larger `held_out` holds out a superset. Of labelled replies, both
+    sides get good and bad ones where that is possible: other prompts then take the place of the first ones.
 
     Args:
         dataset: What to split.
@@ -121,13 +123,43 @@ def split(dataset: Dataset, held_out: float = 0.1, seed: int = 0) -> tuple[Datas
             hint="give at least two distinct prompts",
         )
     count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
-    lowest = set(ranked[:count])
+    chosen = _stratified(dataset, keys, ranked, count) if dataset.kind == "labelled" else set(ranked[:count])
     sides = (
-        tuple(row for row, key in zip(dataset.rows, keys, strict=True) if (key in lowest) is is_held_out)
+        tuple(row for row, key in zip(dataset.rows, keys, strict=True) if (key in chosen) is is_held_out)
         for is_held_out in (False, True)
     )
     train, test = (replace(dataset, rows=side) for side in sides)
     return train, test
+
+
+def _stratified(dataset: Dataset, keys: Sequence[str], ranked: Sequence[str], count: int) -> set[str]:
+    """Return the prompts to hold out: the first ones, or where these leave a side without a label, others.
+
+    They are the first ones again where no choice of prompts gives both sides both labels.
+    """
+    labels: dict[str, set[bool]] = {}
+    for key, row in zip(keys, dataset.rows, strict=True):
+        labels.setdefault(key, set()).update([row.label] if isinstance(row, Labelled) else [])
+    total = Counter(label for of_prompt in labels.values() for label in of_prompt)
+
+    def is_split(held_out: Sequence[str]) -> bool:
+        count = Counter(label for prompt in held_out for label in labels[prompt])
+        return all(0 < count[label] < total[label] for label in (True, False))
+
+    first = list(ranked[:count])
+    if is_split(first) or min(total[True], total[False]) < 2:
+        return set(first)
+    # One prompt with both labels, or one prompt of each; as each label has two prompts, one of these leaves both
+    # labels on the other side too.
+    both = [prompt for prompt in ranked if len(labels[prompt]) == 2]
+    one_each = [next((p for p in ranked if labels[p] == {label}), ranked[0]) for label in (True, False)]
+    held_out = next(choice for choice in (*([prompt] for prompt in both), one_each) if is_split(choice))
+    left = total - Counter(label for prompt in held_out for label in labels[prompt])
+    for prompt in ranked:
+        if len(held_out) < count and prompt not in held_out and all(left[label] > 1 for label in labels[prompt]):
+            held_out.append(prompt)
+            left.subtract(labels[prompt])
+    return set(held_out)
 
 
 def prompt_key(row: Row) -> str:

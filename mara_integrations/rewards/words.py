@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mara_integrations.errors import ConfigError
@@ -13,9 +15,10 @@ from mara_integrations.rewards.protocol import reply_text
 class ForbiddenWords:
     """The rule that words or phrases must not appear; as a reward 1.0 for a reply that complies, else 0.0.
 
-    Only whole words count, in any case: a word ends where letters and digits do, so forbidding "you" also finds
-    "you're" and Markdown's "_you_", but not "young". White space in a phrase matches any run of white space, a straight
-    apostrophe the curly one too.
+    Only whole words count: a word ends where letters and digits do, so forbidding "you" also finds "you're" and
+    Markdown's "_you_", but not "young". Case does not count, nor do spellings that Unicode holds equal: "STRASSE" is
+    found where "Straße" is forbidden. White space in a phrase matches any run of white space, a straight apostrophe
+    also matches a curly one.
 
     Args:
         words: The words or phrases, at least one.
@@ -28,38 +31,64 @@ class ForbiddenWords:
 
     def __init__(self, words: str | Iterable[str]) -> None:
         given = [words] if isinstance(words, str) else list(words)
-        self.words = tuple(dict.fromkeys(" ".join(word.split()).casefold() for word in given))
+        folded: dict[str, str] = {}
+        for word in given:
+            plain = " ".join(word.lower().split())
+            folded.setdefault(_folded(plain)[0], plain)
+        self.words = tuple(folded.values())
         if not self.words or "" in self.words:
             raise ConfigError(
                 f"forbidden words {given!r} are not allowed", hint="give at least one, none of them blank"
             )
         shown = [*self.words[:3], *(["…"] if len(self.words) > 3 else [])]
         self.__name__ = f"without {', '.join(shown)}"
-        self._patterns = [re.compile(_whole_word(word), re.IGNORECASE) for word in self.words]
+        self._patterns = [re.compile(_whole_word(word)) for word in folded]
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
         """1.0 for each completion that complies, 0.0 for each other; see `Reward`."""
         return [0.0 if self.violations(reply_text(item)) else 1.0 for item in completions]
 
     def violations(self, text: str) -> list[tuple[int, int]]:
-        """The spans of all forbidden words, sorted; those of a phrase and of a word within it overlap."""
-        return sorted({match.span() for pattern in self._patterns for match in pattern.finditer(text)})
-
-    def first_violation_end(self, text: str) -> int | None:
-        """Where the first violation is complete, in characters; None for a text that complies."""
-        return min((end for _, end in self.violations(text)), default=None)
+        """Return the spans of all forbidden words, sorted; those of a phrase and of a word within it overlap."""
+        folded, origins = _folded(text)
+        matches = (match for pattern in self._patterns for match in pattern.finditer(folded))
+        return sorted({(origins[match.start()], origins[match.end() - 1] + 1) for match in matches})
 
     def spec(self) -> dict[str, Any]:
-        """What `reward_from_spec` builds an equal rule from, as JSON can hold it."""
+        """Return the JSON description that `reward_from_spec` builds an equal rule from."""
         return {"kind": "forbidden_words", "words": list(self.words)}
 
     def __repr__(self) -> str:
         return f"ForbiddenWords({list(self.words)!r})"
 
 
+def _folded(text: str) -> tuple[str, Sequence[int]]:
+    """Return a text without differences of case, and for each of its characters the index of the one it came from.
+
+    Source: canonical caseless matching, Unicode Standard, section 3.13, definition D145, character by character.
+    """
+    if text.isascii():
+        return text.lower(), range(len(text))
+    folded: list[str] = []
+    origins: list[int] = []
+    for index, character in enumerate(text):
+        plain = _folded_character(character)
+        folded.append(plain)
+        origins += [index] * len(plain)
+    return "".join(folded), origins
+
+
+@lru_cache(maxsize=4096)
+def _folded_character(character: str) -> str:
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", character).casefold())
+
+
+_IN_WORD = r"[^\W_]|[\u0300-\u036f]"  # letters, digits, and the accents that decomposed letters carry
+
+
 def _whole_word(word: str) -> str:
     # Not \b: it takes "_" for a letter, and finds no edge beside a word such as "c++".
-    before = r"(?<![^\W_])" if word[0].isalnum() else ""
-    after = r"(?![^\W_])" if word[-1].isalnum() else ""
+    before = f"(?<!{_IN_WORD})" if word[0].isalnum() else ""
+    after = "" if unicodedata.category(word[-1])[0] in "PSC" else f"(?!{_IN_WORD})"
     inner = r"\s+".join(re.escape(part) for part in word.split())
     return before + inner.replace("'", "['\u2019]") + after

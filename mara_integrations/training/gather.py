@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TypeAlias
 
@@ -24,7 +23,13 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import CombinedReward, Reward, Scores, score
 from mara_integrations.training.context import Run
-from mara_integrations.training.records.store import cache_file, cached, kept, kept_data
+from mara_integrations.training.records.store import (
+    as_dict,
+    cache_file,
+    load_or_compute,
+    load_or_generate,
+    load_or_generate_cached,
+)
 from mara_integrations.training.rollouts.decisions import Decisions, read_decisions
 from mara_integrations.training.rollouts.replies import Reply, read_replies
 from mara_integrations.training.rollouts.writers import Ahead, Part
@@ -97,8 +102,8 @@ def sample(
         ahead = Ahead(run.writers, parts, advance)
         for i, file in enumerate(files):
             ahead.begin(k for k in range(i, min(i + run.writers.width, len(parts))) if not files[k].exists())
-            keep = cached if head is None or is_base else kept
-            written, was_kept = keep(file, partial(ahead.collect, i))
+            load_or = load_or_generate_cached if head is None or is_base else load_or_generate
+            written, was_kept = load_or(file, partial(ahead.collect, i))
             if was_kept:
                 advance(len(written))
             for reply in written:
@@ -129,7 +134,7 @@ def read(run: Run, name: str, texts: Sequence[Written]) -> list[Reply]:
     with run.stage(name, len(texts)) as advance:
         for start in range(0, len(texts), _READ_PART):
             gather = partial(read_part, texts[start : start + _READ_PART], on_reply=advance)
-            part, was_kept = kept(run.folder / f"{name.replace(' ', '-')}-{start}.pt", gather)
+            part, was_kept = load_or_generate(run.folder / f"{name.replace(' ', '-')}-{start}.pt", gather)
             if was_kept:
                 advance(len(part))
             replies += part
@@ -151,7 +156,7 @@ def read_as_decisions(run: Run, name: str, texts: Sequence[Written], max_competi
                 on_reply=advance,
             )
             path = run.folder / f"{name.replace(' ', '-')}-{start}.pt"
-            part, was_kept = kept_data(path, partial(_plain, read_part))
+            part, was_kept = load_or_compute(path, partial(_plain, read_part))
             parts.append(Decisions(**part))
             if was_kept:
                 advance(len(parts[-1]))
@@ -159,7 +164,7 @@ def read_as_decisions(run: Run, name: str, texts: Sequence[Written], max_competi
 
 
 def _plain(read_part: Callable[[], Decisions]) -> dict[str, Tensor]:
-    return asdict(read_part())
+    return as_dict(read_part())
 
 
 def written_replies(run: Run, data: Dataset) -> tuple[list[Written], list[float]]:

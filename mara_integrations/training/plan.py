@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
@@ -71,7 +72,7 @@ def make_plan(config: TrainConfig) -> Plan:
     )
     rule = ForbiddenWords(config.forbid) if config.forbid else None
     reward = load_rewards(config.reward, normalise=config.normalise_rewards) if config.reward else None
-    judges = {reward_name(judge): judge for judge, _ in map(parse_reward, config.judge)}
+    judges = _named_judges(config, [reward_name(each) for each in (rule, reward) if each is not None])
     given: dict[Source, bool] = {
         "rule": rule is not None,
         "reward": reward is not None,
@@ -97,10 +98,22 @@ def make_plan(config: TrainConfig) -> Plan:
                 hint="--method reward-model can write to others than those of the preferences",
             )
         prompts = split(read_prompts(config.prompts), config.held_out, config.seed)
-    train, held_out = _split_labels(data, config) if source == "labels" else split(data, config.held_out, config.seed)
+    train, held_out = split(data, config.held_out, config.seed)
+    if source == "labels":
+        _check_labels(data, train, held_out)
     return Plan(
         method, source, _why(method.name, source, data, config, rule), train, held_out, rule, reward, judges, prompts
     )
+
+
+def _named_judges(config: TrainConfig, taken: Sequence[str]) -> dict[str, Reward]:
+    """Return the judges by name; one that shares a name with a reward or another judge is numbered."""
+    judges: dict[str, Reward] = {}
+    for judge, _ in map(parse_reward, config.judge):
+        own = f"{reward_name(judge)} (judge)" if reward_name(judge) in taken else reward_name(judge)
+        numbered = (f"{own} {n}" if n > 1 else own for n in itertools.count(1))
+        judges[next(name for name in numbered if name not in judges)] = judge
+    return judges
 
 
 def _why(method: str, source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:
@@ -119,19 +132,19 @@ def _why(method: str, source: Source, data: Dataset, config: TrainConfig, rule: 
             return f"{len(data.rows)} replies are labelled good or bad"
 
 
-def _split_labels(data: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """The first split with both labels on both sides, from the run's seed on."""
-    if len(labels := _labels(data)) < 2:
-        raise DataError(
-            f"{str(config.data)!r} has no reply labelled {'good' if labels == {False} else 'bad'}",
-            hint="label some replies each way, so that there is something to tell apart",
-        )
-    for seed in range(config.seed, config.seed + 50):
-        train, held_out = split(data, config.held_out, seed)
-        if len(_labels(train)) == len(_labels(held_out)) == 2:
-            break
-    return train, held_out
-
-
-def _labels(data: Dataset) -> set[bool]:
-    return {row.label for row in data.rows if isinstance(row, Labelled)}
+def _check_labels(data: Dataset, train: Dataset, held_out: Dataset) -> None:
+    """Refuse labels that can't be on both sides of the split."""
+    for label, name in ((True, "good"), (False, "bad")):
+        on_sides = [
+            any(isinstance(row, Labelled) and row.label is label for row in side.rows) for side in (train, held_out)
+        ]
+        if not any(on_sides):
+            raise DataError(
+                f"{str(data.path)!r} has no reply labelled {name}",
+                hint="label some replies each way, so that there is something to tell apart",
+            )
+        if not all(on_sides):
+            raise DataError(
+                f"{str(data.path)!r}: all replies labelled {name} answer the same prompt, so none can be held out",
+                hint=f"label a reply to another prompt {name}",
+            )

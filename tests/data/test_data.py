@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,28 @@ class TestSplit:
     def test_one_prompt_can_not_be_split(self) -> None:
         with pytest.raises(DataError, match="all 2 rows have the same prompt"):
             split(prompts_of(["Hi", "hi"]))
+
+    @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2), st.floats(0.05, 0.95), st.integers(0, 9))
+    def test_labels_are_on_both_sides_where_any_split_by_prompt_has_them_there(
+        self, thumbs: list[tuple[int, bool]], share: float, seed: int
+    ) -> None:
+        rows = [
+            Labelled((Message("user", str(prompt)),), "reply", label, f"rows.jsonl:{i}")
+            for i, (prompt, label) in enumerate(thumbs)
+        ]
+        dataset = Dataset("labelled", tuple(rows), Path("rows.jsonl"))
+        if len({prompt for prompt, _ in thumbs}) < 2:
+            return
+        good, bad = ({prompt for prompt, label in thumbs if label is wanted} for wanted in (True, False))
+
+        sides = split(dataset, share, seed)
+
+        if len(good) >= 2 and len(bad) >= 2:
+            assert [{row.label for row in side.rows if isinstance(row, Labelled)} for side in sides] == [
+                {True, False}, {True, False},
+            ]  # fmt: skip
+        assert sides == split(replace(dataset, rows=tuple(rows)), share, seed), "the same each time"
+        assert not {row_key(row) for row in sides[0].rows} & {row_key(row) for row in sides[1].rows}
 
     @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 7])
     def test_a_share_outside_0_and_1_is_refused(self, share: float) -> None:

@@ -227,16 +227,24 @@ class TestForbiddenWords:
             ("c++", "C++ and c+", ["C++"]),
             ("!", "Oh! No", ["!"]),
             ("a.b", "axb a.b", ["a.b"]),
+            ("größe", "Die Größe, GRÖSSE", ["Größe", "GRÖSSE"]),  # casefolding makes two letters of one
+            ("Straße", "Die Straße ist lang.", ["Straße"]),
+            ("İstanbul", "in İstanbul", ["İstanbul"]),
+            ("\ufb01ne", "a \ufb01ne day, fine", ["\ufb01ne", "fine"]),
+            ("fine", "a \ufb01ne day", ["\ufb01ne"]),
+            ("i", "İstanbul", []),  # folded, its dot is a character of its own
+            ("über", "u\u0308ber", ["u\u0308ber"]),  # accents may be characters of their own
+            ("u", "u\u0308ber u", ["u"]),
         ],
     )
     def test_whole_words_are_found_in_any_case(self, word: str, text: str, found: list[str]) -> None:
         assert [text[start:end] for start, end in ForbiddenWords(word).violations(text)] == found
 
-    def test_a_word_within_a_phrase_ends_the_first_violation(self) -> None:
-        rule = ForbiddenWords(["you know", "you"])
-        assert rule.violations("As you know") == [(3, 6), (3, 11)]
-        assert rule.first_violation_end("As you know") == 6
-        assert rule.first_violation_end("As we know") is None
+    def test_a_word_within_a_phrase_is_a_violation_of_its_own(self) -> None:
+        assert ForbiddenWords(["you know", "you"]).violations("As you know") == [(3, 6), (3, 11)]
+
+    def test_spellings_of_one_word_are_one_word(self) -> None:
+        assert ForbiddenWords(["Straße", "STRASSE"]).words == ("straße",)
 
     def test_as_a_reward_it_gives_1_to_a_reply_that_complies(self) -> None:
         reward: Reward = ForbiddenWords(["you"])

@@ -301,8 +301,12 @@ def test_what_can_not_work_is_refused_before_anything_is_loaded(prompts_file, tm
     good = tmp_path / "good.jsonl"
     rows = [{"prompt": f"{i}", "completion": "a", "label": True} for i in range(9)]
     good.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one_good_prompt = tmp_path / "one.jsonl"
+    rows = [{"prompt": "A?" if i < 5 else f"B{i}?", "completion": f"{i}", "label": i < 5} for i in range(30)]
+    one_good_prompt.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "file").write_text("")
     cases = [
+        (DataError, "all replies labelled good answer the same prompt", {"data": one_good_prompt, "method": "kto"}),
         (ConfigError, "prompts alone", {"data": prompts_file}),
         (DataError, "labelled bad", {"data": good}),
         (ConfigError, "either a reward or forbidden words", {"data": good, "reward": "a:b", "forbid": ["x"]}),

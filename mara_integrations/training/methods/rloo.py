@@ -8,6 +8,7 @@ replies (leave one out). Rounds end where the last one did not help, judged on h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ from mara_integrations.training.learning.objectives import (
 )
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.records.memory_mapped import joined
-from mara_integrations.training.records.store import kept_data
+from mara_integrations.training.records.store import load_or_compute
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.held_out import judge, report
@@ -97,6 +98,7 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
     Raises:
         DataError: If the reward has no opinion, or the same of all replies.
     """
+    trained_on = next(iter(rewards))
     rewards, by_parts = {**rewards, **run.plan.judges}, asks_partial_text(run)
     budget = run.config.kl_budget or run.plan.method.kl_budget
     assert budget is not None, "methods that teach by rewards have one"
@@ -121,7 +123,9 @@ def teach(run: Run, head: MARAHead, rewards: Mapping[str, Reward]) -> Learned:
         gated = _write(run, f"held-out gated replies {number + 1}", held_out, head, by_parts)
         judgement = judge(run, rewards, held_out.data, held_out.prompts, base.written, gated.written, head)
         report(run, f"round {number + 1}", judgement)
-        gain = next(iter(judgement.opinions.values())).difference.mean
+        # by name: a judge, which training is not to see, must not choose among rounds
+        opinion = judgement.opinions.get(trained_on)
+        gain = opinion.difference.mean if opinion is not None else -math.inf
         if best is not None and gain <= best.gain:
             run.say("  this round did not help: the head stays as it was before it")
             break
@@ -267,7 +271,7 @@ def _write(run: Run, name: str, side: Side, head: MARAHead, by_parts: bool, *, i
         gains = candidate_gains(run, side.data, side.prompts, judged, prefixes)
         return {"known": known, "worths": worths, "prefixes": prefixes, "gains": gains}
 
-    data, _ = kept_data(run.folder / f"worth-of-{name.replace(' ', '-')}.pt", worth)
+    data, _ = load_or_compute(run.folder / f"worth-of-{name.replace(' ', '-')}.pt", worth)
     judged = [replies[i] for i in data["known"]]
     mean = sum(data["worths"]) / len(judged)
     run.log("rewards", stage=name, replies=len(replies), judged=len(judged), mean_reward=mean)

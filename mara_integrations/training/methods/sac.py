@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from mara_integrations.training.learning.actor_critic import (
 )
 from mara_integrations.training.learning.credit import postback_credit, prefix_credit, published_kl, terminal_credit
 from mara_integrations.training.learning.replay_buffer import ReplayBuffer, Transitions
-from mara_integrations.training.records.store import kept_data, read_data
+from mara_integrations.training.records.store import as_dict, load, load_or_compute
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.rollouts.writers import Part, Promise
@@ -74,7 +74,7 @@ def learn(run: Run, head: MARAHead) -> Learned:
             if number >= num_done:
                 rounds.begin(range(number, min(number + run.config.staleness + 1, num_rounds)), head)
             gather_round = partial(_gather, run, settings, rounds, number, head, scale)
-            episodes, was_kept = kept_data(rounds.file(number), gather_round)
+            episodes, was_kept = load_or_compute(rounds.file(number), gather_round)
             if was_kept:
                 advance(_ROUND)
             scale, transitions = episodes["scale"], Transitions(**episodes["transitions"])
@@ -176,7 +176,7 @@ def _gather(
         "kl_per_token": vitals.kl * len(rewards) / num_tokens,
         "visits_per_token": len(rewards) / max(1, sum(len(reply.positions) for reply in replies)),
     }
-    return {"transitions": asdict(transitions), "figures": figures, "scale": scale}
+    return {"transitions": as_dict(transitions), "figures": figures, "scale": scale}
 
 
 def _rewards(
@@ -209,7 +209,7 @@ def _keep(run: Run, learner: Learner, rounds: _Rounds, num_done: int) -> None:
     """Write all but the episodes, which have their own files; of older states, one stays."""
     writing = {number: head.state_dict() for number, head in rounds.heads.items()}
     state = {"learner": learner.state_dict(), "writing": writing}
-    kept_data(run.folder / f"learner-{num_done}.pt", lambda: state)
+    load_or_compute(run.folder / f"learner-{num_done}.pt", lambda: state)
     (run.folder / f"learner-{num_done - 2}.pt").unlink(missing_ok=True)
 
 
@@ -217,7 +217,7 @@ def _resume(run: Run, learner: Learner, rounds: _Rounds) -> int:
     """Take up the newest state that is whole; returns the number of rounds it has behind it."""
     files = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
     for num_done in sorted(files, reverse=True):
-        state = read_data(files[num_done])
+        state = load(files[num_done])
         if state is None:
             run.say(f"  [yellow]{escape(files[num_done].name)} is damaged: going on from the round before[/]")
             continue

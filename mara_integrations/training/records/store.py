@@ -1,17 +1,18 @@
-"""What was gathered is kept in files: for a run that is interrupted, and base replies for every later run too.
+"""Work that is kept in files: what an interrupted run had finished, and base replies that every later run can use.
 
-A file is plain data and its digest, written whole or not at all; one that is damaged counts as absent.
+A file is plain data with a format version and a digest, written whole or not at all. A file that is damaged, or of
+another format version, counts as absent.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,58 +23,69 @@ from mara_integrations.models import ranks
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.training.rollouts.replies import Reply
 
-# The cache's least recently used files make room for new ones. 128 replies of 48 tokens take 40 MB for a model of
+FORMAT_VERSION = 2  # raised when the content of a file, or the way that replies are sampled, changes
+# The least recently used files of the cache make room for new ones. 128 replies of 48 tokens take 40 MB for a model of
 # width 576.
 MAX_CACHE_BYTES = 4 << 30
-_BLOCK = 1 << 20
+_BLOCK_BYTES = 1 << 20
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def kept(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """Replies from a file, or gathered now and written there; and whether they were kept.
+def load_or_compute(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
+    """Return the data of a file, or compute it and write the file; and whether the file was there.
+
+    Tensors of a file are memory-mapped: read when they are used, dropped by the system when memory is short.
+
+    Args:
+        path: The file.
+        compute: Returns tensors, numbers and strings in lists, tuples and dicts.
 
     Raises:
-        OutputError: If they can't be written.
+        OutputError: If the file can't be written.
     """
-    stored, was_kept = kept_data(path, lambda: [_packed(reply) for reply in gather()])
-    return [_unpacked(item) for item in stored], was_kept
-
-
-def kept_data(path: Path, gather: Callable[[], Any]) -> tuple[Any, bool]:
-    """As `kept`, for anything made of tensors, numbers, strings, lists, tuples and dicts.
-
-    Tensors are those of the file, read when they are looked at and forgotten when memory is short.
-    """
-    data = read_data(path)
+    data = load(path)
     if data is not None:
         return data, True
-    buffer = io.BytesIO()
-    torch.save(gather(), buffer)
-    buffer.seek(0)
-    payload = buffer.getvalue()
-    write_atomically(path, payload + hashlib.sha256(payload).digest())
-    data = read_data(path)
-    return (torch.load(buffer, weights_only=True) if data is None else data), False  # another run may have pruned it
+    computed = compute()
+    _save(path, computed)
+    data = load(path)  # None if another run has removed the file meanwhile
+    return computed if data is None else data, False
+
+
+def load_or_generate(path: Path, generate: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
+    """Return the replies of a file, or generate them and write the file; and whether the file was there.
+
+    Raises:
+        OutputError: If the file can't be written.
+    """
+    replies = _load_replies(path)
+    if replies is not None:
+        return replies, True
+    packed = [_packed(reply) for reply in generate()]
+    _save(path, packed)
+    replies = _load_replies(path)
+    return [_unpacked(item) for item in packed] if replies is None else replies, False
 
 
 def cache_file(key: str) -> Path:
-    """Where `cached` keeps replies: under the platform's cache folder (`MARA_CACHE_DIR`), where all runs look."""
+    """Return the path of cached base replies, in the platform's cache folder (`MARA_CACHE_DIR`)."""
     return cache_dir() / "replies" / f"{key}.pt"
 
 
-def cached(path: Path, gather: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """As `kept`, in a folder of bounded size."""
-    replies, was_kept = kept(path, gather)
+def load_or_generate_cached(path: Path, generate: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
+    """Do what `load_or_generate` does, in a folder of bounded size."""
+    replies, was_stored = load_or_generate(path, generate)
     try:
-        with suppress(FileNotFoundError):  # another run has pruned it
+        with suppress(FileNotFoundError):  # another run has removed it
             os.utime(path)  # used just now
-        _make_room(path.parent)
+        _evict(path.parent)
     except OSError as error:
         raise OutputError(f"can't keep {str(path)!r}: {error.strerror}", hint="MARA_CACHE_DIR names another") from error
-    return replies, was_kept
+    return replies, was_stored
 
 
 def model_fingerprint(model: LoadedModel) -> str:
-    """Of a model's name, type and weights, by a sample of every tensor: a fine-tuned copy differs."""
+    """Hash a model's name, type and weights, by a sample of every tensor: a fine-tuned copy differs."""
     digest = hashlib.sha256(f"{model.name} {model.revision} {model.dtype}".encode())
     for name, tensor in model.model.state_dict().items():
         flat = ranks.own_part(tensor).detach().flatten()
@@ -83,10 +95,61 @@ def model_fingerprint(model: LoadedModel) -> str:
     return digest.hexdigest()[:32]
 
 
-def _make_room(folder: Path) -> None:
+def as_dict(instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name. Unlike `dataclasses.asdict`, it copies no tensor."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
+
+
+def load(path: Path) -> Any | None:
+    """Return the data of a file that `load_or_compute` wrote; None if it is absent, damaged or of another version."""
+    try:
+        content = torch.load(path, weights_only=True, mmap=True) if _is_whole(path) else None
+    except Exception:  # a folder, a loop of links, a whole file that torch did not write: all as good as absent
+        return None
+    if isinstance(content, dict) and content.get("format_version") == FORMAT_VERSION:
+        return content.get("data")
+    return None
+
+
+def _save(path: Path, data: Any) -> None:
+    def write(file: BinaryIO) -> None:
+        hashing = _HashingWriter(file)
+        torch.save({"format_version": FORMAT_VERSION, "data": data}, hashing)  # type: ignore[arg-type]  # all it needs
+        file.write(hashing.digest.digest())
+
+    write_atomically(path, write, private=True)  # replies quote the user's prompts
+
+
+class _HashingWriter:
+    """A file that is being written, and the digest of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the digest of what stands before."""
+    left, digest = path.stat().st_size - _DIGEST_BYTES, hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0:
+            block = file.read(min(left, _BLOCK_BYTES))
+            digest.update(block)
+            left -= len(block)
+        return file.read() == digest.digest()
+
+
+def _evict(folder: Path) -> None:
+    """Remove the least recently used files beyond `MAX_CACHE_BYTES`."""
     found = []
     for file in folder.glob("*.pt"):
-        with suppress(FileNotFoundError):  # another run prunes too
+        with suppress(OSError):  # another run evicts too; a loop of links has no size
             found.append((file.stat(), file))
     total = 0
     for status, file in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
@@ -95,41 +158,23 @@ def _make_room(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def read_data(path: Path) -> Any | None:
-    """What a file of `kept_data` holds; None where there is none, or not the whole of one."""
+def _load_replies(path: Path) -> list[Reply] | None:
+    data = load(path)
     try:
-        return torch.load(path, weights_only=True, mmap=True) if _is_whole(path) else None
-    except FileNotFoundError:
+        return None if data is None else [_unpacked(item) for item in data]
+    except (KeyError, TypeError, ValueError):  # the data of something else
         return None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file ends with the digest of what stands before."""
-    left, digest = path.stat().st_size - hashlib.sha256().digest_size, hashlib.sha256()
-    with path.open("rb") as file:
-        while left > 0:
-            block = file.read(min(left, _BLOCK))
-            digest.update(block)
-            left -= len(block)
-        return file.read() == digest.digest()
 
 
 _POSITION = ("index", "token_ids", "hazard_logits", "states", "previous")
 
 
 def _packed(reply: Reply) -> dict[str, Any]:
-    """As plain data, in half precision, so that a resumed run and an uninterrupted one see the same numbers."""
+    """Return plain data in half precision, so that a resumed run and an uninterrupted one see the same numbers."""
     positions = [
         (p.index, p.token_ids, p.hazard_logits, p.states.half().cpu(), p.previous.half().cpu()) for p in reply.positions
     ]
-    return {
-        "prompt": reply.prompt,
-        "text": reply.text,
-        "token_ids": reply.token_ids,
-        "states": reply.states,
-        "positions": positions,
-        "log_probs": reply.log_probs,
-    }
+    return {**as_dict(reply), "positions": positions}
 
 
 def _unpacked(item: dict[str, Any]) -> Reply:

@@ -19,7 +19,7 @@ from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.records.memory_mapped import joined
-from mara_integrations.training.rollouts.replies import Reply
+from mara_integrations.training.rollouts.replies import Reply, encode_given
 
 _MAX_ROWS = 64  # replies read side by side
 
@@ -146,10 +146,7 @@ def read_decisions(
     parts: list[Decisions] = []
     for start in range(0, len(texts), _MAX_ROWS):
         batch = texts[start : start + _MAX_ROWS]
-        encoded = []
-        for _, prompt, text in batch:
-            reply_ids = model.tokenizer(text, add_special_tokens=False).input_ids[: sampling.max_new_tokens]
-            encoded.append((model.encoder.encode(prompt)[-(model.context_window - len(reply_ids)) :], reply_ids))
+        encoded = [encode_given(model, prompt, text, sampling.max_new_tokens) for _, prompt, text in batch]
         parts += _read(backend, encoded, sampling, max_competitors)
         if on_reply is not None:
             on_reply(len(batch))

@@ -127,14 +127,10 @@ def read_replies(
         model: The base model.
         backend: On that model.
         texts: Prompt index, prompt and reply of each.
-        max_tokens: Reply tokens read; a longer reply is cut there. Prompts keep their last tokens if they must.
+        max_tokens: Reply tokens read; a longer reply is cut, see `encode_given`.
         on_reply: Called with the count of each batch.
     """
-    encoded: list[tuple[list[int], list[int]]] = []
-    for _, prompt, text in texts:
-        prompt_ids = model.encoder.encode(prompt)
-        reply_ids = model.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]
-        encoded.append((prompt_ids[-(model.context_window - len(reply_ids)) :], reply_ids))
+    encoded = [encode_given(model, prompt, text, max_tokens) for _, prompt, text in texts]
     states: dict[int, Tensor] = {}
     for batch in _batches([len(p) + len(r) for p, r in encoded]):
         states.update(zip(batch, _read(backend, [encoded[i] for i in batch]), strict=True))
@@ -145,6 +141,16 @@ def read_replies(
         text = model.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         replies.append(Reply(texts[i][0], text, tuple(reply_ids), states[i]))
     return replies
+
+
+def encode_given(model: LoadedModel, prompt: Prompt, reply: str, max_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt and of a given reply, cut to the model's window.
+
+    The reply is cut first, to `max_tokens` and so that a token of the prompt fits before it. The prompt then keeps its
+    last tokens.
+    """
+    reply_ids = model.tokenizer(reply, add_special_tokens=False).input_ids[: min(max_tokens, model.context_window - 1)]
+    return model.encoder.encode(prompt)[-(model.context_window - len(reply_ids)) :], reply_ids
 
 
 def _read(backend: Backend, encoded: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:

@@ -67,7 +67,8 @@ class NGramReward:
     @classmethod
     def fit(cls, pairs: Sequence[Preference], seed: int) -> NGramReward:
         """Bradley-Terry on pairs of texts."""
-        counts = Counter(gram for pair in pairs for text in pair for gram in set(_grams(text)))
+        # dict.fromkeys, not set(): the order of a set changes from process to process, and with it the order of sums
+        counts = Counter(gram for pair in pairs for text in pair for gram in dict.fromkeys(_grams(text)))
         known = [gram for gram, count in counts.most_common(_MAX_FEATURES) if count >= _MIN_TEXTS]
         idf = {gram: float(np.log(2 * len(pairs) / counts[gram])) for gram in known}
         index = {gram: i for i, gram in enumerate(known)}

@@ -34,11 +34,10 @@ from mara_integrations.training.learning.objectives import (
 )
 from mara_integrations.training.methods import rloo
 from mara_integrations.training.methods.rloo import Episodes, fit_look_ahead
-from mara_integrations.training.records import store as keeping
-from mara_integrations.training.records.store import kept_data
+from mara_integrations.training.records import store
 from mara_integrations.training.rollouts import writers as writing
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken, taken_rank
-from mara_integrations.training.rollouts.replies import Reply, sample_replies
+from mara_integrations.training.rollouts.replies import sample_replies
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring.scale import decisions_kl, scale_on_decisions
 
@@ -170,6 +169,34 @@ def test_a_judge_is_asked_about_held_out_replies_and_teaches_nothing(folder_mode
     assert list(judged.evaluation.rewards) == ["vowels", "brevity"]
 
 
+def test_a_judge_does_not_choose_among_rounds_even_where_the_reward_has_no_opinion(
+    folder_model, prompts_file, tmp_path, monkeypatch
+):
+    first = train(settings(folder_model, prompts_file, tmp_path / "first", rounds=0, eval_prompts=0))
+    compare = rloo.judge
+
+    def of_judges_alone(*arguments):
+        judgement = compare(*arguments)
+        del judgement.opinions["vowels"]
+        return judgement
+
+    monkeypatch.setattr(rloo, "judge", of_judges_alone)
+    judge = "tests/reward_for_tests.py:brevity"
+    judged = train(settings(folder_model, prompts_file, tmp_path / "judged", rounds=2, eval_prompts=0, judge=judge))
+    assert judged.head.fingerprint == first.head.fingerprint, "no round can be told to have helped"
+
+
+def test_a_judge_of_the_rewards_name_takes_nothing_from_it(folder_model, prompts_file, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "rewards.py").write_text(
+        "def vowels(completions, **_):\n    return [0.5] * len(completions)\n"
+    )
+    judge = f"{tmp_path / 'other' / 'rewards.py'}:vowels"
+    result = train(settings(folder_model, prompts_file, tmp_path / "h", rounds=0, judge=(judge, judge)))
+    assert list(result.evaluation.rewards) == ["vowels", "vowels (judge)", "vowels (judge) 2"]
+    assert result.evaluation.rewards["vowels"].base_mean != 0.5
+
+
 def test_rounds_end_where_one_did_not_help_and_the_head_is_as_before(folder_model, prompts_file, tmp_path, monkeypatch):
     fits = []
 
@@ -231,9 +258,9 @@ import sys, json, torch
 torch.set_num_threads(1)
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.run import train
-from mara_integrations.training.records import store as keeping
+from mara_integrations.training.records import store
 from pathlib import Path
-keeping.cache_dir = lambda: Path(sys.argv[2])
+store.cache_dir = lambda: Path(sys.argv[2])
 print(train(TrainConfig.of(**json.loads(sys.argv[1]))).head.fingerprint)
 """
 
@@ -256,64 +283,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_head(folder_model, prompts_f
     assert resumed == whole != ""
 
 
-def test_a_damaged_file_is_gathered_again(tmp_path):
-    path = tmp_path / "part.pt"
-    assert kept_data(path, lambda: [torch.ones(3)])[1] is False
-    assert kept_data(path, lambda: pytest.fail("it is there"))[1] is True
-    for damage in (lambda data: data[:100], lambda data: data[:-40] + b"x" + data[-39:], lambda data: b""):
-        path.write_bytes(damage(path.read_bytes()))
-        assert kept_data(path, lambda: [torch.ones(3)])[1] is False, "damaged, so gathered again"
-        assert kept_data(path, lambda: pytest.fail("it is there"))[1] is True
-
-
-def test_the_cache_drops_what_was_used_longest_ago(monkeypatch):
-    sample = [Reply(0, "text", (1, 2), torch.zeros(3, 64).half())]
-    keeping.cached(keeping.cache_file("first"), lambda: sample)
-    size = next(keeping.cache_dir().rglob("*.pt")).stat().st_size
-    monkeypatch.setattr(keeping, "MAX_CACHE_BYTES", 2 * size + 10)
-    keeping.cached(keeping.cache_file("second"), lambda: sample)
-    for age, name in enumerate(("second", "first")):  # written within one tick of the clock
-        os.utime(keeping.cache_dir() / "replies" / f"{name}.pt", ns=(age, age))
-    keeping.cached(keeping.cache_file("first"), lambda: pytest.fail("it is there"))  # which makes it younger
-    keeping.cached(keeping.cache_file("third"), lambda: sample)
-    assert sorted(path.stem for path in keeping.cache_dir().rglob("*.pt")) == ["first", "third"]
-    assert keeping.cached(keeping.cache_file("first"), lambda: pytest.fail("it is there"))[1] is True
-
-
-def test_what_another_run_prunes_at_once_is_not_lost(monkeypatch):
-    write = keeping.write_atomically
-
-    def write_and_lose(path, data):
-        write(path, data)
-        path.unlink()
-
-    monkeypatch.setattr(keeping, "write_atomically", write_and_lose)
-    replies, was_kept = keeping.cached(
-        keeping.cache_file("first"), lambda: [Reply(0, "text", (1, 2), torch.ones(3, 4))]
-    )
-    assert replies[0].states.sum() == 12 and not was_kept
-
-
-def test_a_fine_tuned_model_has_another_bank():
-    model, same, other = (load_model(ModelSpec((tiny_model(), tiny_tokenizer()))) for _ in range(3))
-    with torch.no_grad():
-        other.model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
-    assert keeping.model_fingerprint(model) == keeping.model_fingerprint(same) != keeping.model_fingerprint(other)
-
-
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left on device"):
-        kept_data(tmp_path / "part.pt", lambda: [1])
-    assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
-
-
 def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, prompts_file, tmp_path, monkeypatch):
     whole = train(settings(folder_model, prompts_file, tmp_path / "whole", eval_prompts=0))
-    shutil.rmtree(keeping.cache_dir())
+    shutil.rmtree(store.cache_dir())
     replace = os.replace
 
     for file in ("replies", "worth-of-base-replies.pt", "head.safetensors"):

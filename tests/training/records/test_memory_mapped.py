@@ -10,7 +10,7 @@ import torch
 from mara_integrations.errors import OutputError
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records import memory_mapped as states
-from mara_integrations.training.records import store as keeping
+from mara_integrations.training.records import store
 from mara_integrations.training.run import train
 
 
@@ -23,7 +23,7 @@ def test_what_does_not_fit_is_joined_in_a_file_that_is_gone_with_it(nothing_fits
     parts = [torch.randn(n, 5).half() for n in (3, 0, 4)]
     whole = states.joined(parts)
     assert torch.equal(whole, torch.cat(parts)) and whole.untyped_storage().is_shared()
-    assert not list(keeping.cache_dir().glob("states-*"))
+    assert not list(store.cache_dir().glob("states-*"))
 
 
 def test_a_disk_without_room_for_it_is_named(nothing_fits, monkeypatch):
@@ -52,8 +52,8 @@ def test_a_head_is_the_same_wherever_its_bank_was(folder_model, prompts_file, tm
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux says what is mapped")
 def test_tensors_of_a_file_are_mapped_not_read(tmp_path):
     path, given = tmp_path / "part.pt", {"states": torch.randn(1000, 8).half(), "texts": ["a", "b"]}
-    keeping.kept_data(path, lambda: given)
-    kept = keeping.read_data(path)
+    store.load_or_compute(path, lambda: given)
+    kept = store.load(path)
     assert torch.equal(kept["states"], given["states"]) and kept["texts"] == given["texts"]
     with open("/proc/self/maps") as maps:
         assert str(path) in maps.read()

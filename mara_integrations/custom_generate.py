@@ -52,8 +52,9 @@ _FOR_ONE_ROW = {
     "PrefixConstrainedLogitsProcessor",
 }
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# What `generate` adds on its own; it follows from the tokens and the mask.
-_DERIVED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep"}
+_CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and the one before
+# `generate` adds these itself; all of them follow from the tokens and the mask.
+_DERIVED = {*_CACHES, "attention_mask", "position_ids", "use_cache", "cache_position", "logits_to_keep"}
 
 
 class Streamer(Protocol):
@@ -219,9 +220,11 @@ def _check_call(
                 f"{name}=True is not to be had: candidates are fed together, so there is none for each step",
                 hint="`MARAEngine.generate(trace=True)` reports candidates and accept logits",
             )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ConfigError("past_key_values can't be continued here", hint="give the whole prompt as input_ids")
+    for name in _CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ConfigError(f"{name} is a filled cache; gated decoding can't continue it",
+                              hint="pass the whole prompt as input_ids, without a cache")  # fmt: skip
     for name, value in model_kwargs.items():
         if value is not None and name not in _DERIVED:
             raise ConfigError(f"{name}=... is not understood by gated decoding: it is fed token ids alone")

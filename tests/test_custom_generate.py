@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mara_integrations import MARAEngine
 from mara_integrations.custom_generate import gated_generate
+from mara_integrations.engine.backends.forward import cache_argument
 from mara_integrations.errors import ConfigError
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
@@ -178,7 +179,7 @@ def test_a_dict_is_returned_on_request(model, batch):
 
 def filled(model):
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([[1, 2]]), past_key_values=cache)
+    model(torch.tensor([[1, 2]]), **{cache_argument(model): cache})
     return cache
 
 
@@ -204,9 +205,18 @@ def test_what_gating_does_not_do_is_refused_by_name(model, batch, settings, said
 
 
 def test_a_filled_cache_is_refused(model, batch):
-    one = {"input_ids": batch["input_ids"][:1], "past_key_values": filled(model)}
-    with pytest.raises(ConfigError, match="past_key_values can't be continued"):
-        gated(model, one)
+    name = cache_argument(model)
+    with pytest.raises(ConfigError, match=f"{name} is a filled cache"):
+        gated(model, {"input_ids": batch["input_ids"][:1], name: filled(model)})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_an_empty_cache_is_taken_under_the_new_name_and_the_old(model, batch, name):
+    def generate(model, *args, **kwargs):
+        kwargs.pop("cache", kwargs.pop("past_key_values", None))
+        return gated_generate(model, *args, **{name: DynamicCache(config=model.config)}, **kwargs)
+
+    assert gated(model, batch, generate).tolist() == plain(model, batch).tolist()
 
 
 def test_a_model_that_was_gated_is_copied_as_before(batch):

@@ -10,6 +10,7 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
+from mara_integrations.engine.backends.forward import cache_argument
 from mara_integrations.engine.backends.hooks import hooks_undone
 from mara_integrations.heads.head import MARAHead
 
@@ -53,5 +54,5 @@ def generate_published(
 def _forward(model: PreTrainedModel, token_ids: Sequence[int], cache: Any) -> tuple[Tensor, Tensor]:
     """Logits (1, V) and hidden state (1, d) of the last token."""
     ids = torch.tensor([list(token_ids)], device=model.device)
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+    out = model(input_ids=ids, use_cache=True, output_hidden_states=True, **{cache_argument(model): cache})
     return out.logits[:, -1], out.hidden_states[-1][0, -1:]

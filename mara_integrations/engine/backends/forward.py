@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -45,6 +46,19 @@ def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return logits
 
     return to_logits
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of a module declares an argument of this name."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Return the name under which a forward takes its cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`; 5.40 drops the old name.
+    """
+    return "cache" if takes(module, "cache") else "past_key_values"
 
 
 class _Finished(nn.Module):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
-from mara_integrations.engine.backends.forward import decoder_of, input_embeddings, logits_function
+from mara_integrations.engine.backends.forward import cache_argument, decoder_of, input_embeddings, logits_function, takes
 from mara_integrations.engine.backends.prefix_cache import Prefix
 from mara_integrations.engine.backends.protocol import Backend, Segment
 
@@ -103,8 +103,8 @@ class SerialBackend(Backend):
     def _run(self, cache: Any, token_ids: Sequence[int], start: int) -> Tensor:
         ids = torch.tensor([token_ids], device=self.device)
         positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
-        arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        if _takes_position_ids(self._decoder):
+        arguments: dict[str, Any] = {"input_ids": ids, cache_argument(self._decoder): cache, "use_cache": True}
+        if takes(self._decoder, "position_ids"):
             arguments["position_ids"] = positions
         hidden: Tensor = self._decoder(**arguments).last_hidden_state[0]
         return hidden.to(self.device)  # of a model spread over devices, the last one's
@@ -117,10 +117,3 @@ def _snapshot(cache: Any) -> Any:
         branch.layers = [copy.copy(layer) for layer in cache.layers]
         return branch
     return copy.deepcopy(cache)
-
-
-def _takes_position_ids(decoder: nn.Module) -> bool:
-    import inspect
-
-    parameters = inspect.signature(decoder.forward).parameters
-    return "position_ids" in parameters

@@ -38,6 +38,7 @@ PACKED = {
     "deepseek_v2": {**MIXED_HEAD_SIZES, "q_lora_rank": None},
     "deepseek_v3": MIXED_HEAD_SIZES, "ernie4_5": {}, "exaone4": EVERY_FOURTH_SEES_ALL, "gemma2": SOFT_CAPS,
     "gemma3_text": {**SOFT_CAPS, "num_hidden_layers": 7}, "glm4": {}, "gpt_bigcode": {}, "gpt_neox": {},
+    "gptj": {"rotary_dim": 4},
     "gpt_oss": {**WINDOW, **EXPERTS, **PLAIN_ROPE},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3}, "granitemoe": EXPERTS, "hunyuan_v1_dense": {},
     "minicpm3": MIXED_HEAD_SIZES, "ministral": WINDOW, "mistral": WINDOW, "mixtral": EXPERTS, "olmo2": {},
@@ -51,7 +52,6 @@ SERIAL = {
     "falcon": ({"alibi": True}, "its attention can't be replaced"),
     "gpt_neo": ({"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
                 "its attention can't be replaced"),
-    "gptj": ({"rotary_dim": 4}, "its attention can't be replaced"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "hidden states differ from a plain forward"),
     "llama4_text": ({"attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 64},
                     "its windows are not those of packed attention"),
@@ -69,9 +69,9 @@ REFUSED = {
     "rwkv": ({"attention_hidden_size": 32}, "can't be decoded exactly: hidden states differ"),
 }
 SINCE = {  # this version of transformers; older ones refuse the family, know nothing of it, or run it serially
-    "gpt_bigcode": "5.23", "lfm2": "5.16", "minicpm3": "5.16", "nemotron": "5.16", "qwen3_next": "5.9",
+    "gpt_bigcode": "5.23", "gptj": "5.24", "lfm2": "5.16", "minicpm3": "5.16", "nemotron": "5.16", "qwen3_next": "5.9",
 }  # fmt: skip
-DECODED = ("deepseek_v3", "minicpm3", "olmo3", "phi3", "qwen2", "starcoder2", "vaultgemma")
+DECODED = ("deepseek_v3", "gptj", "minicpm3", "olmo3", "phi3", "qwen2", "starcoder2", "vaultgemma")
 
 
 def settled(families):

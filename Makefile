@@ -1,12 +1,13 @@
 # Everything from a bare clone; needs Python 3.10 or newer. Set-up runs first, and does nothing when nothing has changed.
 PYTHON_BIN := .venv/bin
 
-.PHONY: help setup demo lint format test test-lowest clean
+.PHONY: help setup demo lint format test test-lowest test-newest clean
 
 help:
 	@echo "make demo         train a head on the shipped preferences and see what it does (a few minutes)"
 	@echo "make test         lint, types, layers and tests"
-	@echo "make test-lowest  the tests with the lowest versions of what we depend on, in .venv-lowest"
+	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
+	@echo "make test-newest  the tests with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lint         lint, types and layers alone"
 	@echo "make format       put the code in order"
 	@echo "make setup        the virtual environment alone"
@@ -32,7 +33,10 @@ test: lint
 	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 test-lowest:
-	@sh .ci/lowest.sh
+	@sh .ci/other_versions.sh lowest
+
+test-newest:
+	@sh .ci/other_versions.sh newest
 
 clean:
-	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

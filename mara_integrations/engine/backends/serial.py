@@ -13,7 +13,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
-from mara_integrations.engine.backends.forward import cache_argument, decoder_of, input_embeddings, logits_function, takes
+from mara_integrations.engine.backends.forward import (
+    cache_argument,
+    decoder_of,
+    input_embeddings,
+    logits_function,
+    takes,
+)
 from mara_integrations.engine.backends.prefix_cache import Prefix
 from mara_integrations.engine.backends.protocol import Backend, Segment
 

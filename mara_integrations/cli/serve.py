@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+import os
+from contextlib import ExitStack
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from mara_integrations.cli.app import say
+from mara_integrations.cli.app import print_err, say
 from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt
-from mara_integrations.errors import MissingExtraError
+from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import keyword_arguments
+
+_MODELS = "What is served"
+_ACCESS = "Who may send requests"
+_LIMITS = "How much at once"
+_KEY_VARIABLE = "MARA_API_KEY"
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def serve(
@@ -19,34 +29,89 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=HEAD",
-            help="A head that requests may name, by model:NAME or the field head; may be repeated.",
+            help="Head that requests may name, as model:NAME or in the field head. Without NAME=, it is called like "
+            "its folder. May be repeated.",
+            rich_help_panel=_MODELS,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MARA_API_KEY", help="What clients have to send.", show_default="none needed")
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model in requests.", rich_help_panel=_MODELS, show_default="as in --model, without path"
+        ),
     ] = None,
-    max_running: Annotated[
-        int, typer.Option(min=1, help="Requests answered or waiting at once; more are refused with status 503.")
-    ] = 256,
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.", rich_help_panel=_ACCESS)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.", rich_help_panel=_ACCESS)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_KEY_VARIABLE,
+            help="Key that requests need, as Authorization: Bearer KEY; /health needs none.",
+            show_default="none needed",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web page that may send requests, as https://chat.example (CORS); * allows all. May be repeated.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host name that requests may carry beside localhost, as behind a proxy; * allows all. May be "
+            "repeated.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    max_running: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Replies running or waiting at once; more requests are refused with status 503.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 256,
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(min=1, help="Largest body of a request, in bytes (status 413).", rich_help_panel=_LIMITS),
+    ] = 4 << 20,
+    body_timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds in which a body has to arrive (status 408).", rich_help_panel=_LIMITS),
+    ] = 30.0,
+    log_level: Annotated[LogLevel, typer.Option(help="info logs each request, warning only what goes wrong.")] = "info",
 ) -> None:
-    """Serve the model and its heads over HTTP, with OpenAI's interface."""
+    """Serve the model and its heads over HTTP, as OpenAI's API does.
+
+    Ctrl-C takes no more requests and waits for the replies that are running; a second Ctrl-C stops them.
+    """
     from mara_integrations.heads.source import heads
     from mara_integrations.runtime import MARAEngine
     from mara_integrations.server import create_app
+    from mara_integrations.server.listening import bind, is_loopback, port_of, serve
+    from mara_integrations.server.names import named_head
 
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise MissingExtraError("serving needs uvicorn", hint="pip install 'mara-integrations[serve]'") from error
-
-    named = {name: source for name, source in map(_named, head or ())}
+    if api_key is None and _KEY_VARIABLE in os.environ:
+        raise ConfigError(f"the API key in {_KEY_VARIABLE} is empty", hint="unset the variable to serve without a key")
+    named: dict[str, str] = {}
+    for short_name, source in map(named_head, head or ()):
+        if short_name in named:
+            raise ConfigError(f"two heads are called {short_name!r}", hint="give each a name, as --head NAME=HEAD")
+        named[short_name] = source
     engine = MARAEngine(
         model,
         device=device,
@@ -54,17 +119,39 @@ def serve(
         quantization=quantization,
         system_prompt=system_prompt,
         model_kwargs=keyword_arguments(model_kwargs or ()),
-    ).load()
-    for source in named.values():
-        heads.get(source).check_fits(engine.model.hidden_size, engine.model.name, source)
-    console = Console()
-    say(console, "Models", ", ".join([model, *(f"{model}:{name}" for name in named)]))
-    say(console, "Serves", f"http://{host}:{port}/v1")
-    app = create_app(engine, named, name=model, api_key=api_key, max_running=max_running)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    )
+    app = create_app(
+        engine,
+        named,
+        name=name,
+        api_key=api_key,
+        max_running=max_running,
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout,
+        allow_origins=allow_origin or (),
+        allow_hosts=allow_host or (),
+    )
+    with ExitStack() as opened:
+        sockets = bind(host, port)  # before the model is loaded: a port in use is said at once
+        for one in sockets:
+            opened.enter_context(one)
+        if not is_loopback(host) and api_key is None:
+            print_err(f"warning: without --api-key, whoever reaches {host} may use this server", "yellow")
+        engine.load()
+        for source in named.values():
+            heads.get(source).check_fits(engine.model.hidden_size, engine.model.name, source)
+        console = Console()
+        say(console, "Models", ", ".join(app.state.names.all))
+        say(console, "Serves", f"http://{f'[{host}]' if ':' in host else host}:{port_of(sockets)}/v1")
+        _log_to_stderr(log_level)
+        serve(app, sockets)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """A head under its own name where none is given."""
-    name, has_name, source = text.partition("=")
-    return (name, source) if has_name else (text, text)
+def _log_to_stderr(level: LogLevel) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name, least in (("mara_integrations", level), ("uvicorn", "debug" if level == "debug" else "error")):
+        logger = logging.getLogger(name)
+        logger.setLevel(least.upper())
+        logger.addHandler(handler)
+        logger.propagate = False

@@ -1,4 +1,4 @@
-"""What is answered: the engine's replies in the objects of OpenAI's API, whole or in chunks."""
+"""The engine's replies as the objects of OpenAI's API, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
@@ -15,52 +16,44 @@ from mara_integrations.frameworks.answers import call_parser, log_prob_report, t
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.reasoning import ThoughtSplitter
 from mara_integrations.replies.tool_calls import CallParser, Piece
-from mara_integrations.server.requests import Asked
+from mara_integrations.server.objects import (
+    CallOfReply,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChoice,
+    FinishReason,
+    ReplyMessage,
+    Usage,
+)
+from mara_integrations.server.requests import EngineCall
 
 
-class _Answer:
-    """What both kinds of answers share."""
+class ChatAnswer:
+    """The answer to a chat; belongs to one request.
 
-    prefix, whole_object, part_object = "", "", ""
+    Args:
+        call: The request.
+        model: The model that replies.
+    """
 
-    def __init__(self, asked: Asked, model: LoadedModel) -> None:
-        self.asked, self.model = asked, model
-        self._id, self._created = f"{self.prefix}-{uuid4().hex}", int(time.time())
-
-    def _about(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self.asked.model}
-
-    def _whole(self, choices: list[dict[str, Any]], generations: Sequence[Generation]) -> dict[str, Any]:
-        gate = [asdict(generation.stats) for generation in generations]
-        about = self._about(self.whole_object)
-        return {**about, "choices": choices, "usage": usage(generations), "gate": gate[0] if len(gate) == 1 else gate}
-
-    def _part(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self._about(self.part_object), "choices": choices, **more}
-
-    def _counts(self, generation: Generation) -> Iterator[dict[str, Any]]:
-        if self.asked.has_usage:
-            yield self._part([], usage=usage([generation]))
-
-
-class ChatAnswer(_Answer):
-    """The answer to a chat."""
-
-    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    def __init__(self, call: EngineCall, model: LoadedModel) -> None:
+        self._call, self._model = call, model
+        self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
 
     @cached_property
     def _parser(self) -> CallParser | None:
-        return call_parser(self.asked.settings, self.model)
+        return call_parser(self._call.settings, self._model)
 
     @cached_property
     def _splitter(self) -> ThoughtSplitter:
-        return thought_splitter(self.model)
+        return thought_splitter(self._model)
 
-    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, generations: Sequence[Generation]) -> ChatCompletion:
+        """Return the answer in one piece."""
         (generation,) = generations
         thoughts, text = self._splitter.push(generation.text, final=True)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+        message: ReplyMessage = {"role": "assistant", "content": text}
         if thoughts:
             message["reasoning_content"] = thoughts
         if self._parser is not None:
@@ -70,85 +63,121 @@ class ChatAnswer(_Answer):
                     {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                     for call in self._parser.calls
                 ]
-        return self._whole([{"index": 0, "message": message, **self._end(generation)}], generations)
+        reason = self._finish_reason(generation)
+        return {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._call.model,
+            "choices": [
+                {"index": 0, "message": message, "finish_reason": reason, "logprobs": self._log_probs(generation)}
+            ],
+            "usage": usage(generations),
+            "gate": asdict(generation.stats),
+        }
 
-    def parts(self, update: Update, is_first: bool) -> Iterator[dict[str, Any]]:
-        """The chunks of one update; reason, log-probabilities and usage come with the last."""
+    def chunks(self, update: Update, is_first: bool) -> Iterator[ChatCompletionChunk]:
+        """Return the chunks of one update; finish reason, log-probabilities and usage come with the last."""
         if is_first:
-            yield self._delta({"role": "assistant", "content": ""})
+            yield self._chunk({"role": "assistant", "content": ""})
         is_last = update.generation is not None
         thoughts, text = self._splitter.push(update.text, final=is_last)
         if thoughts:
-            yield self._delta({"reasoning_content": thoughts})
+            yield self._chunk({"reasoning_content": thoughts})
         for piece in self._parser.push(text, final=is_last) if self._parser else [Piece(text)]:
             if piece.call is not None:
-                yield self._delta({"tool_calls": [_called(piece)]})
+                yield self._chunk({"tool_calls": [_part_of_call(piece)]})
             elif piece.text:
-                yield self._delta({"content": piece.text})
+                yield self._chunk({"content": piece.text})
         if update.generation is not None:
-            yield self._part([{"index": 0, "delta": {}, **self._end(update.generation)}])
-            yield from self._counts(update.generation)
+            last = self._chunk({}, self._finish_reason(update.generation))
+            last["choices"][0]["logprobs"] = self._log_probs(update.generation)
+            yield last
+            if self._call.has_usage:
+                counts = self._chunk({})
+                yield {**counts, "choices": [], "usage": usage([update.generation])}
 
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return self._part([{"index": 0, "delta": delta, "finish_reason": None}])
+    def _chunk(self, delta: ReplyMessage, reason: FinishReason | None = None) -> ChatCompletionChunk:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._call.model,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+        }
 
-    def _end(self, generation: Generation) -> dict[str, Any]:
+    def _finish_reason(self, generation: Generation) -> FinishReason:
         calls = self._parser.calls if self._parser else []
         is_called = bool(calls) and all(call.error is None for call in calls)
-        reason = "tool_calls" if is_called else generation.finish_reason
-        if self.asked.top_logprobs is None:
-            return {"finish_reason": reason, "logprobs": None}
-        return {"finish_reason": reason, "logprobs": log_prob_report(generation, self.model, self.asked.top_logprobs)}
+        return "tool_calls" if is_called else generation.finish_reason
+
+    def _log_probs(self, generation: Generation) -> dict[str, Any] | None:
+        if self._call.top_logprobs is None:
+            return None
+        return log_prob_report(generation, self._model, self._call.top_logprobs)
 
 
-class CompletionAnswer(_Answer):
-    """The answer to a completion."""
+class CompletionAnswer:
+    """The answer to a completion; see `ChatAnswer`."""
 
-    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+    def __init__(self, call: EngineCall, model: LoadedModel) -> None:
+        self._call, self._model = call, model
+        self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
 
-    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The answer in one piece, a choice for each prompt."""
-        choices = [
-            {"index": index, "text": generation.text, **self._end(generation)}
-            for index, generation in enumerate(generations)
-        ]
-        return self._whole(choices, generations)
+    def whole(self, generations: Sequence[Generation]) -> Completion:
+        """Return the answer in one piece, with a choice for each prompt."""
+        choices = [self._last(index, generation.text, generation) for index, generation in enumerate(generations)]
+        gate = [asdict(generation.stats) for generation in generations]
+        counts = {"usage": usage(generations), "gate": gate[0] if len(gate) == 1 else gate}
+        return {**self._object(choices), **counts}  # type: ignore[typeddict-item]  # mypy can't join the two
 
-    def parts(self, update: Update, is_first: bool) -> Iterator[dict[str, Any]]:
-        """The chunks of one update."""
-        if update.text and update.generation is None:
-            yield self._part([{"index": 0, "text": update.text, "finish_reason": None, "logprobs": None}])
-        elif update.generation is not None:
-            yield self._part([{"index": 0, "text": update.text, **self._end(update.generation)}])
-            yield from self._counts(update.generation)
+    def chunks(self, update: Update, is_first: bool) -> Iterator[Completion]:
+        """Return the chunks of one update; finish reason, log-probabilities and usage come with the last."""
+        if update.generation is not None:
+            yield self._object([self._last(0, update.text, update.generation)])
+            if self._call.has_usage:
+                yield {**self._object([]), "usage": usage([update.generation])}
+        elif update.text:
+            yield self._object([{"index": 0, "text": update.text, "finish_reason": None, "logprobs": None}])
 
-    def _end(self, generation: Generation) -> dict[str, Any]:
-        if self.asked.top_logprobs is None:
-            return {"finish_reason": generation.finish_reason, "logprobs": None}
-        report = log_prob_report(generation, self.model, self.asked.top_logprobs)["content"]
+    def _object(self, choices: list[CompletionChoice]) -> Completion:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._call.model,
+            "choices": choices,
+        }
+
+    def _last(self, index: int, text: str, generation: Generation) -> CompletionChoice:
+        logprobs = self._log_probs(generation)
+        return {"index": index, "text": text, "finish_reason": generation.finish_reason, "logprobs": logprobs}
+
+    def _log_probs(self, generation: Generation) -> dict[str, Any] | None:
+        if self._call.top_logprobs is None:
+            return None
+        report = log_prob_report(generation, self._model, self._call.top_logprobs)["content"]
         texts = [token["token"] for token in report]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-        logprobs = {
+        return {
             "tokens": texts,
             "token_logprobs": [token["logprob"] for token in report],
             "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in report],
-            "text_offset": offsets,
+            "text_offset": list(accumulate(map(len, texts), initial=0))[: len(texts)],
         }
-        return {"finish_reason": generation.finish_reason, "logprobs": logprobs}
 
 
-def usage(generations: Sequence[Generation]) -> dict[str, int]:
-    """The counts of tokens."""
+def usage(generations: Sequence[Generation]) -> Usage:
+    """Return the counts of tokens."""
     prompt = sum(generation.prompt_tokens for generation in generations)
     completion = sum(len(generation.token_ids) for generation in generations)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _called(piece: Piece) -> dict[str, Any]:
-    """The next part of a call; its id and name come with the first."""
+def _part_of_call(piece: Piece) -> CallOfReply:
+    """Return the next part of a call; its id and name come with the first."""
     assert piece.call is not None
     call = piece.call
     if not call.arguments:
         function = {"name": call.name, "arguments": ""}
-        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+        return {"index": call.index, "id": call.id, "type": "function", "function": function}  # type: ignore[typeddict-item]
     return {"index": call.index, "function": {"arguments": call.arguments}}

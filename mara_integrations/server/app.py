@@ -1,223 +1,154 @@
-"""The server: routes, errors in OpenAI's shape, streams that stop when nobody listens, counts."""
+"""The server as an ASGI application: its routes, and the order in which a request passes the checks."""
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import json
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-from mara_integrations.errors import MaraError, MissingExtraError
+from mara_integrations.errors import MissingExtraError
+from mara_integrations.heads.source import OneHead
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.server.answers import ChatAnswer, CompletionAnswer, usage
-from mara_integrations.server.requests import Asked, UnknownModelError, read_request
 
 try:
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-    from starlette.exceptions import HTTPException  # fastapi's own is not raised for unknown routes
+    import prometheus_client  # noqa: F401  # so that all that is missing is named in one place
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
 except ImportError as error:
-    raise MissingExtraError("the server needs fastapi", hint="pip install 'mara-integrations[serve]'") from error
+    raise MissingExtraError(f"the server needs {error.name}", hint="pip install 'mara-integrations[serve]'") from error
 
-_Result = TypeVar("_Result")
-_GONE = 499  # as nginx has it: the client closed the connection
-_MAX_RUNNING = 256  # four full batches: a client that has to wait longer had better ask elsewhere
-
-
-class _GoneError(Exception):
-    """Nobody waits for the answer any more."""
+from mara_integrations.server.answers import ChatAnswer, CompletionAnswer
+from mara_integrations.server.errors import RefusalError, shown
+from mara_integrations.server.generation import GenerationEndpoint
+from mara_integrations.server.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_RUNNING, Admission
+from mara_integrations.server.metrics import Metrics
+from mara_integrations.server.names import ServedNames, model_name
+from mara_integrations.server.objects import Health, ModelObject
+from mara_integrations.server.observing import ErrorAnswers, Observer
+from mara_integrations.server.openapi import openapi
+from mara_integrations.server.requests import read_chat, read_completion, unknown_model
+from mara_integrations.server.security import BrowserGuard, KeyGuard, check_api_key
 
 
 def create_app(
     engine: MARAEngine,
-    heads: Mapping[str, str] | None = None,
+    heads: Mapping[str, OneHead] | None = None,
     *,
     name: str | None = None,
     api_key: str | None = None,
-    max_running: int = _MAX_RUNNING,
-) -> FastAPI:
-    """The application, for uvicorn or any other ASGI server.
+    max_running: int = MAX_RUNNING,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+    allow_origins: Sequence[str] = (),
+    allow_hosts: Sequence[str] = (),
+) -> Starlette:
+    """Return the application, for uvicorn or any other ASGI server.
 
     Args:
         engine: Loaded on the first request, if it is not yet. Its own head is not used: a request names one of `heads`,
             or none.
         heads: Heads by the names that requests use.
-        name: Of the base model, as requests use it; None takes what the engine was given.
-        api_key: Without it in the `Authorization` header, requests are refused; None asks for none.
-        max_running: Requests answered or waiting at once; more are refused with status 503.
+        name: Name of the base model, as requests use it; None takes the name that the engine was given, of a file or
+            folder its last part.
+        api_key: Requests need the header `Authorization: Bearer KEY`, except those to `/health` and `/openapi.json`;
+            None serves everybody.
+        max_running: Sequences answered or waiting at once; each prompt of a request is one. More are refused with
+            status 503.
+        max_body_bytes: Largest body of a request; a larger one is refused with status 413.
+        body_timeout_s: Seconds in which a body has to arrive; a slower one is refused with status 408.
+        allow_origins: Origins of web pages that may send requests, as `https://chat.example`; `*` allows all.
+        allow_hosts: Host names that requests to a loopback address may name beside the loopback ones, as behind a
+            proxy; `*` allows all. With an API key all are allowed.
 
     Raises:
-        MissingExtraError: On import, if fastapi is not installed.
+        ConfigError: If an argument has a value that is not allowed.
+        MissingExtraError: On import, if the extra `serve` is not installed.
     """
-    if name is None:
-        name = engine.spec.model if isinstance(engine.spec.model, str) else "model"
-    served = _Served(engine, dict(heads or {}), name, api_key, max_running)
-    app = FastAPI(title="mara_integrations", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(HTTPException, _no_such_route)
-    app.add_api_route("/v1/chat/completions", served.chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/completions", served.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", served.models, methods=["GET"], response_model=None)
-    app.add_api_route("/health", served.health, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics", served.metrics, methods=["GET"], response_model=None)
+    check_api_key(api_key)
+    names = ServedNames(model_name(engine.spec.model) if name is None else name, dict(heads or {}))
+    admission = Admission(max_running)
+    metrics = Metrics(lambda: admission.num_running)
+    routes = _Routes(engine, names, metrics, has_key=api_key is not None)
+    endpoint = partial(
+        GenerationEndpoint,
+        engine,
+        admission,
+        metrics,
+        names,
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout_s,
+    )
+    origins, cors = list(allow_origins), []
+    if origins:
+        cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])]
+    # From the outside in. Errors are answered inside the CORS headers too, so that an allowed page can read them.
+    middleware = [
+        Middleware(Observer, metrics=metrics),
+        Middleware(ErrorAnswers),
+        Middleware(BrowserGuard, allow_origins=origins, allow_hosts=["*"] if api_key else list(allow_hosts)),
+        *cors,
+        Middleware(ErrorAnswers),
+        Middleware(KeyGuard, api_key=api_key),
+    ]
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", endpoint(read_chat, ChatAnswer), methods=["POST"]),
+            Route("/v1/completions", endpoint(read_completion, CompletionAnswer), methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{model:path}", routes.model),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Route("/openapi.json", routes.openapi),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: _no_such_route},
+    )
+    app.state.admission, app.state.names = admission, names
     return app
 
 
-class _Served:
-    """What the routes share."""
+class _Routes:
+    """The routes that only tell something."""
 
-    def __init__(
-        self, engine: MARAEngine, heads: dict[str, str], name: str, api_key: str | None, max_running: int
-    ) -> None:
-        self.engine, self.heads, self.name = engine, heads, name
-        self._api_key = api_key
-        self._max_running = max_running
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._tokens: Counter[str] = Counter()
-        self._running = 0
-
-    # --- routes ---
-
-    async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
-        return await self._answered(request, "chat", ChatAnswer)
-
-    async def complete(self, request: Request) -> Response:
-        """`POST /v1/completions`."""
-        return await self._answered(request, "completions", CompletionAnswer)
+    def __init__(self, engine: MARAEngine, names: ServedNames, metrics: Metrics, *, has_key: bool) -> None:
+        self._engine, self._names, self._metrics = engine, names, metrics
+        self._openapi = openapi(has_key=has_key)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base model, and it with each head."""
-        if not self._may(request):
-            return _refusal(401, "the API key is missing or wrong", code="invalid_api_key")
-        names = [self.name, *(f"{self.name}:{head}" for head in self.heads)]
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "mara_integrations"} for name in names]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_model_object(name) for name in self._names.all]})
 
-    async def health(self) -> Response:
-        """`GET /health`, also while the model is loading."""
-        return JSONResponse({"status": "ok", "is_loaded": self.engine.is_loaded})
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{model}`."""
+        name = request.path_params["model"]
+        if name not in self._names.all:
+            raise unknown_model(name, self._names)
+        return JSONResponse(_model_object(name))
 
-    async def metrics(self) -> Response:
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: whether requests can be answered; also while the model is loading."""
+        health: Health = {"status": "ok", "is_loaded": self._engine.is_loaded}
+        return JSONResponse(health)
+
+    async def metrics(self, request: Request) -> Response:
         """`GET /metrics`, as Prometheus reads it."""
-        lines = ["# TYPE mara_requests_total counter"]
-        lines += [
-            f'mara_requests_total{{endpoint="{endpoint}",status="{status}"}} {count}'
-            for (endpoint, status), count in sorted(self._requests.items())
-        ]
-        lines.append("# TYPE mara_tokens_total counter")
-        lines += [f'mara_tokens_total{{kind="{kind}"}} {self._tokens[kind]}' for kind in ("prompt", "completion")]
-        lines += ["# TYPE mara_requests_running gauge", f"mara_requests_running {self._running}"]
-        return PlainTextResponse("\n".join(lines) + "\n")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    # --- one request ---
-
-    async def _answered(
-        self, request: Request, endpoint: str, kind: type[ChatAnswer] | type[CompletionAnswer]
-    ) -> Response:
-        try:
-            response = await self._answer(request, endpoint, kind)
-        except _GoneError:
-            response = _refusal(_GONE, "the client is gone")
-        except UnknownModelError as error:
-            response = _refusal(404, str(error), code="model_not_found", param="model")
-        except MaraError as error:
-            response = _refusal(400, str(error))
-        if not isinstance(response, StreamingResponse):  # a stream counts itself when it ends
-            self._requests[endpoint, response.status_code] += 1
-        return response
-
-    async def _answer(
-        self, request: Request, endpoint: str, kind: type[ChatAnswer] | type[CompletionAnswer]
-    ) -> Response:
-        if not self._may(request):
-            return _refusal(401, "the API key is missing or wrong", code="invalid_api_key")
-        if self._running >= self._max_running:
-            return _refusal(503, f"{self._running} requests are running already: try again later", code="overloaded")
-        try:
-            body = await request.json()
-        except ValueError as error:
-            return _refusal(400, f"the body is no JSON: {error}")
-        asked = read_request(body, self.name, self.heads, is_chat=kind is ChatAnswer)
-        if asked.is_stream:
-            await asyncio.to_thread(self.engine.request, asked.prompts[0], **asked.settings)  # refuse with a status
-            answer = kind(asked, self.engine.model)
-            return StreamingResponse(self._events(asked, answer, endpoint), media_type="text/event-stream")
-        generating = [self.engine.agenerate(prompt, **asked.settings) for prompt in asked.prompts]
-        self._running += 1
-        try:
-            generations = await _while_listening(request, asyncio.gather(*generating))
-        finally:
-            self._running -= 1
-        self._count(usage(generations))
-        return JSONResponse(kind(asked, self.engine.model).whole(generations))
-
-    async def _events(self, asked: Asked, answer: ChatAnswer | CompletionAnswer, endpoint: str) -> AsyncIterator[str]:
-        """Server-sent events. The web server closes this when the client is gone, which stops the generation."""
-        updates = self.engine.astream(asked.prompts[0], **asked.settings)
-        self._running += 1
-        status, is_first = _GONE, True
-        try:
-            async for update in updates:
-                for part in answer.parts(update, is_first):
-                    yield _event(part)
-                is_first = False
-                if update.generation is not None:
-                    self._count(usage([update.generation]))
-            yield "data: [DONE]\n\n"
-            status = 200
-        except Exception as error:  # the status is sent already, so this is the only way to say it
-            status = 500
-            yield _event(_error(str(error), "server_error"))
-        finally:
-            await updates.aclose()
-            self._running -= 1
-            self._requests[endpoint, status] += 1
-
-    def _may(self, request: Request) -> bool:
-        if self._api_key is None:
-            return True
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self._api_key.encode())
-
-    def _count(self, counts: Mapping[str, int]) -> None:
-        self._tokens["prompt"] += counts["prompt_tokens"]
-        self._tokens["completion"] += counts["completion_tokens"]
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        return JSONResponse(self._openapi)
 
 
-async def _while_listening(request: Request, work: asyncio.Future[_Result]) -> _Result:
-    """What the work gives, unless the client leaves first, which cancels it."""
-
-    async def leaves() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    left = asyncio.ensure_future(leaves())
-    either: set[asyncio.Future[Any]] = {work, left}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise _GoneError
-        return work.result()
-    finally:
-        left.cancel()
-        work.cancel()
+def _model_object(name: str) -> ModelObject:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mara_integrations"}
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-
-
-def _event(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Response:
-    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
-    return JSONResponse(_error(message, kind, param, code), status_code=status)
+    problem = f"{request.method} {shown(request.url.path)}: {error.detail}"
+    refusal = RefusalError(error.status_code, problem, headers=error.headers)
+    return JSONResponse(refusal.as_dict(), status_code=refusal.status, headers=refusal.headers)

@@ -1,4 +1,6 @@
-"""What a request's body says, checked: its prompt, and the settings that the engine gets.
+"""Request bodies: what clients may send, checked, and turned into a call of the engine.
+
+Each field is declared once, here or in `SamplingParams` and `GateParams`; `/openapi.json` shows the same declarations.
 
 Source: OpenAI's API, "Create chat completion" and "Create completion".
 """
@@ -7,51 +9,218 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from mara_integrations.data.conversations import messages_of
-from mara_integrations.data.records import BadRowError
-from mara_integrations.errors import ConfigError
-from mara_integrations.messages import Prompt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import from_json
+
+from mara_integrations.messages import Message, Prompt, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.sampling import GateParams, Params, SamplingParams
+from mara_integrations.server.errors import RefusalError, shown
+from mara_integrations.server.names import ServedNames
 
-# Said by clients, and without effect on a reply here.
-_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# Allowed with these values alone: what they ask for beyond is not offered.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "modalities": (None, ["text"]),
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128  # as OpenAI
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1000
+MAX_LOGPROBS = 20  # as OpenAI
+
+_Form = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
+_Name: TypeAlias = Annotated[str, Field(pattern=r"^[\w.:/-]{1,128}$")]
+_Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_Weight: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
+_TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
+
+
+class _Part(BaseModel):
+    """A part of a body; fields it does not know are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(_Part):
+    """A part of a content that is given in parts; images and audio are not supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Part):
+    """The function that a call names, and its arguments."""
+
+    name: _Name
+    arguments: str | dict[str, Any] = Field("", description="A JSON object, usually as text.")
+
+
+class CallInMessage(_Part):
+    """A call that the assistant made earlier."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class ChatMessage(_Part):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: Annotated[list[CallInMessage], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Function(_Part):
+    """A function that the model may call."""
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
+
+
+class ToolOfRequest(_Part):
+    """A tool; only functions are supported."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class ChosenFunction(_Part):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(_Part):
+    """The one tool that the model must call."""
+
+    type: Literal["function"] = "function"
+    function: ChosenFunction
+
+
+class JSONSchema(_Part):
+    """A schema that the reply must follow."""
+
+    name: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(_Part):
+    """The form of the reply."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = Field(None, description="Required by the type json_schema.")
+
+
+class StreamOptions(_Part):
+    """Options of a stream."""
+
+    include_usage: bool | None = Field(None, description="End the stream with a chunk that counts the tokens.")
+
+
+def _optional(params: type[Params], *names: str) -> dict[str, Any]:
+    """Return fields of engine settings for `create_model`, each None unless given."""
+    fields: dict[str, Any] = {}
+    for name in names:
+        declared = params.model_fields[name]
+        bounded: Any = Annotated[(declared.annotation, Field(), *declared.metadata)]
+        fields[name] = (bounded | None, Field(None, description=declared.description))
+    return fields
+
+
+_ENGINE_FIELDS = {
+    **_optional(SamplingParams, "temperature", "top_k", "top_p", "min_candidates", "seed"),
+    **_optional(GateParams, "strength", "selection", "fallback"),
 }
-_FORM = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-_SETTINGS = {*SamplingParams.model_fields, *GateParams.model_fields} - {"max_new_tokens", "trace"}
-_OTHERS = {"model", "head", "stream", "stream_options", "logprobs", "max_tokens"}
-_OF_CHATS = {"messages", "top_logprobs", "max_completion_tokens", *_FORM}
-_OF_COMPLETIONS = {"prompt"}
-_MOST_LOGPROBS = 20
 
 
-class UnknownModelError(ConfigError):
-    """A request names a model or a head that is not served."""
+class _GenerationBody(BaseModel):
+    """The fields that chats and completions share. Unknown fields are kept, so that the log can name them."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = Field(
+        None, description="The base model, or base:head; `GET /v1/models` lists them. Default: the base model."
+    )
+    head: str | Annotated[list[str], Field(min_length=1, max_length=64)] | dict[str, _Weight] | None = Field(
+        None, description="A head, several, or several with weights; goes before the one that `model` names."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Upper bound of the reply, in tokens.")
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = Field(
+        None, description="Strings that end the reply; they are not part of it."
+    )
+    stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    # Values that ask for nothing are accepted, because clients send them; others are refused.
+    n: Literal[1] | None = Field(None, description="Only 1 is supported.")
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = Field(None, description="Only 1 is supported.")
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
+        None, description="Only an empty object is supported."
+    )
+    # Fields without any effect on a reply here.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class _ChatBody(_GenerationBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of `max_tokens`; goes first.")
+    logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Alternatives to report at each token."
+    )
+    tools: Annotated[list[ToolOfRequest], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in one reply.")
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported; use `tools`.")
+    reasoning_effort: Any = Field(None, description="Without effect.")
+    verbosity: Any = Field(None, description="Without effect.")
+
+
+class _CompletionBody(_GenerationBody):
+    prompt: str | _TokenIds | Annotated[list[str | _TokenIds], Field(fail_fast=True, min_length=1)] = Field(
+        description="A text, or token ids; a list of either has a choice for each."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Report the log-probability of each token, and this many alternatives."
+    )
+    best_of: Literal[1] | None = Field(None, description="Only 1 is supported.")
+    echo: Literal[False] | None = Field(None, description="Only false is supported.")
+    suffix: Literal[""] | None = Field(None, description="Only an empty text is supported.")
+
+
+ChatBody = create_model(
+    "ChatRequest", __base__=_ChatBody, __doc__="Body of `POST /v1/chat/completions`.", **_ENGINE_FIELDS
+)
+CompletionBody = create_model(
+    "CompletionRequest", __base__=_CompletionBody, __doc__="Body of `POST /v1/completions`.", **_ENGINE_FIELDS
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request.
+class EngineCall:
+    """What a request asks of the engine.
 
     Attributes:
-        model: As the client named it.
-        prompts: At least one; of a chat, one.
-        settings: For `MARAEngine.generate`.
+        model: The model as the client named it.
+        prompts: At least one prompt; exactly one in a chat or a stream.
+        settings: Keyword arguments of `MARAEngine.generate`.
         is_stream: Whether to answer token by token.
         has_usage: Whether a stream ends with the counts of tokens.
         top_logprobs: Alternatives to report at each token; None reports no log-probabilities.
+        ignored: Names of fields that nobody here knows.
     """
 
     model: str
@@ -60,111 +229,196 @@ class Asked:
     is_stream: bool
     has_usage: bool
     top_logprobs: int | None
+    ignored: tuple[str, ...] = ()
 
 
-def read_request(body: Any, model: str, heads: Mapping[str, Any], *, is_chat: bool) -> Asked:
-    """Check a body.
+def read_json(body: bytes) -> dict[str, Any]:
+    """Parse a body. Its depth is bounded; lone surrogates and NaN are no JSON.
+
+    Raises:
+        RefusalError: If it is no JSON object.
+    """
+    try:
+        parsed = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RefusalError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise RefusalError(400, f"the body is no JSON object but {shown(parsed)}")
+    return parsed
+
+
+def read_chat(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
+    """Check the body of a chat.
 
     Args:
         body: The parsed JSON.
-        model: Name of the base model.
-        heads: Heads by name; of `model: "base:name"`, and of the field `head`: a name, or several with weights.
-        is_chat: Whether it is a chat, else a completion.
+        names: The model and the heads that requests may name.
 
     Raises:
-        ConfigError: If a field is missing, unknown, or has a value that is not allowed.
-        UnknownModelError: If the model or a head is not served.
+        RefusalError: Status 400 if a field is missing or has a value that is not allowed, 404 if the model or a head is
+            not served.
     """
-    if not isinstance(body, dict):
-        raise ConfigError("the body is no JSON object")
-    given = {name: value for name, value in body.items() if value is not None}
-    known = _SETTINGS | _OTHERS | _WITHOUT_EFFECT | _FIXED.keys() | (_OF_CHATS if is_chat else _OF_COMPLETIONS)
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"{name!r} is no field of this request", hint=f"fields are {', '.join(sorted(known))}")
-    for name, allowed in _FIXED.items():
-        if given.get(name) not in allowed:
-            raise ConfigError(f"{name}={given[name]!r} is not offered", hint="leave it out")
-    settings = {name: given[name] for name in _SETTINGS if name in given}
-    most = given.get("max_completion_tokens", given.get("max_tokens"))
-    if most is not None:
-        settings["max_new_tokens"] = most
-    settings["head"] = _head(given, model, heads)
-    top_logprobs = _top_logprobs(given, is_chat)
+    checked: Any = _checked(ChatBody, body)
+    settings = _settings(checked, names)
+    if checked.max_completion_tokens is not None:
+        settings["max_new_tokens"] = checked.max_completion_tokens
+    if checked.response_format is not None and checked.response_format.type == "json_schema":
+        _require("response_format.json_schema", checked.response_format.json_schema)
+    settings["form"] = ReplyForm.of_call({name: body[name] for name in _Form if body.get(name) is not None})
+    prompt = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(checked.messages))
+    return _call(checked, names, (prompt,), settings, (checked.top_logprobs or 0) if checked.logprobs else None)
+
+
+def read_completion(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
+    """Check the body of a completion; see `read_chat`."""
+    checked: Any = _checked(CompletionBody, body)
+    prompt = checked.prompt
+    if isinstance(prompt, str):
+        prompts: tuple[Prompt, ...] = (prompt,)
+    elif isinstance(prompt[0], int):
+        prompts = (tuple(prompt),)
+    else:
+        prompts = tuple(one if isinstance(one, str) else tuple(one) for one in prompt)
+    if checked.stream and len(prompts) > 1:
+        raise RefusalError(400, "a stream has one prompt (hint: send a request for each)", param="prompt")
+    return _call(checked, names, prompts, _settings(checked, names), checked.logprobs)
+
+
+def _call(
+    checked: Any, names: ServedNames, prompts: tuple[Prompt, ...], settings: dict[str, Any], top_logprobs: int | None
+) -> EngineCall:
     if top_logprobs is not None:
         settings["trace"] = True  # the log-probabilities are read from it
-    if is_chat:
-        settings["form"] = _form(given)
-    prompts = (_messages(given),) if is_chat else _texts(given)
-    is_stream, options = given.get("stream", False), given.get("stream_options") or {}
-    if not isinstance(is_stream, bool) or not isinstance(options, dict):
-        raise ConfigError("stream is true or false, and stream_options an object")
-    if is_stream and len(prompts) > 1:
-        raise ConfigError("a stream has one prompt", hint="send a request for each")
-    name = str(given.get("model") or model)
-    return Asked(name, prompts, settings, is_stream, bool(options.get("include_usage")), top_logprobs)
-
-
-def _head(given: Mapping[str, Any], model: str, heads: Mapping[str, Any]) -> Any:
-    """The head that a request names by its model, or by its own field, which goes first; None is the base model."""
-    name = str(given.get("model") or model)
-    of_model = name.removeprefix(f"{model}:")  # the model's own name may hold colons
-    if name != model and (of_model == name or not of_model):
-        served = [model, *(f"{model}:{head}" for head in heads)]
-        raise UnknownModelError(f"model {name!r} is not served", hint=f"models are {', '.join(served)}")
-    wanted = given.get("head", of_model if name != model else None)
-    if wanted is None:
-        return None
-    names = [wanted] if isinstance(wanted, str) else wanted
-    if not isinstance(names, list | dict) or not all(isinstance(one, str) for one in names):
-        raise ConfigError(f"head={wanted!r} is not allowed", hint="a name, a list of names, or names with weights")
-    weights = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
-    for one in weights:
-        if one not in heads:
-            raise UnknownModelError(f"head {one!r} is not served", hint=f"heads are {', '.join(heads) or 'none'}")
-    return {heads[one]: weight for one, weight in weights.items()}
-
-
-def _messages(given: Mapping[str, Any]) -> Prompt:
-    if "messages" not in given:
-        raise ConfigError("'messages' is missing", hint="a list of messages, each with a role and a content")
-    try:
-        return messages_of("messages", given["messages"])
-    except BadRowError as error:
-        raise ConfigError(str(error), hint=error.hint) from None
-
-
-def _texts(given: Mapping[str, Any]) -> tuple[Prompt, ...]:
-    """One prompt, or several: each a text or token ids."""
-    prompt = given.get("prompt")
-    if isinstance(prompt, str):
-        return (prompt,)
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-            return (tuple(prompt),)
-        if all(isinstance(item, str | list) for item in prompt):
-            return tuple(item if isinstance(item, str) else tuple(item) for item in prompt)
-    raise ConfigError(
-        "'prompt' is missing" if prompt is None else "'prompt' has another form",
-        hint="a string, a list of token ids, or a list of either",
+    has_usage = checked.stream_options is not None and bool(checked.stream_options.include_usage)
+    return EngineCall(
+        model=checked.model or names.model,
+        prompts=prompts,
+        settings=settings,
+        is_stream=bool(checked.stream),
+        has_usage=has_usage,
+        top_logprobs=top_logprobs,
+        ignored=tuple(checked.model_extra),
     )
 
 
-def _form(given: Mapping[str, Any]) -> ReplyForm:
-    try:
-        return ReplyForm.of_call({name: given[name] for name in _FORM if name in given})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"tools or response_format have another form than OpenAI's: {error}") from None
+def _settings(checked: Any, names: ServedNames) -> dict[str, Any]:
+    settings = {name: getattr(checked, name) for name in (*_ENGINE_FIELDS, "stop")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if checked.max_tokens is not None:
+        settings["max_new_tokens"] = checked.max_tokens
+    settings["head"] = _head(checked, names)
+    return settings
 
 
-def _top_logprobs(given: Mapping[str, Any], is_chat: bool) -> int | None:
-    wanted = given.get("logprobs")
-    if is_chat:
-        if wanted not in (None, True, False):
-            raise ConfigError(f"logprobs={wanted!r} is not allowed", hint="true or false; top_logprobs is the number")
-        wanted = given.get("top_logprobs", 0) if wanted else None
+def _head(checked: Any, names: ServedNames) -> dict[Any, float] | None:
+    """Return the heads that `head` names, else the one that `model` names; None is the base model."""
+    name = checked.model or names.model
+    of_model = name.removeprefix(f"{names.model}:")  # the model's own name may hold colons
+    if name != names.model and (of_model == name or not of_model):
+        raise unknown_model(name, names)
+    wanted = checked.head if checked.head is not None else (of_model if name != names.model else None)
     if wanted is None:
         return None
-    if not isinstance(wanted, int) or not 0 <= wanted <= _MOST_LOGPROBS:
-        raise ConfigError(f"{wanted!r} log-probabilities are not allowed", hint=f"0 to {_MOST_LOGPROBS}")
-    return int(wanted)
+    given = [wanted] if isinstance(wanted, str) else wanted
+    weights: dict[str, float] = given if isinstance(given, dict) else {one: float(given.count(one)) for one in given}
+    placed: dict[Any, float] = {}
+    for one, weight in weights.items():
+        if one not in names.heads:
+            message = f"head {shown(one)} is not served (hint: heads are {', '.join(names.heads) or 'none'})"
+            raise RefusalError(404, message, code="model_not_found", param="model" if checked.head is None else "head")
+        source = names.heads[one]
+        placed[source] = placed.get(source, 0.0) + weight
+    return placed
+
+
+def unknown_model(name: str, names: ServedNames) -> RefusalError:
+    """Return the answer to a request for a model that is not served."""
+    message = f"model {shown(name)} is not served (hint: models are {', '.join(names.all)})"
+    return RefusalError(404, message, code="model_not_found", param="model")
+
+
+def _message(name: str, message: ChatMessage) -> Message:
+    role: Any = "system" if message.role == "developer" else message.role  # OpenAI's newer name
+    if role in ("system", "user"):
+        _require(f"{name}.content", message.content)
+    if message.tool_calls and role != "assistant":
+        problem = f"{name} of the {role} has tool calls; only the assistant calls tools"
+        raise RefusalError(400, problem, param=f"{name}.tool_calls")
+    content = message.content or ""
+    return Message(
+        role,
+        content if isinstance(content, str) else "\n".join(part.text for part in content),
+        tuple(
+            ToolCall(
+                call.id or f"call_{index}",
+                call.function.name,
+                _arguments(f"{name}.tool_calls[{index}].function.arguments", call.function.arguments),
+            )
+            for index, call in enumerate(message.tool_calls or ())
+        ),
+        message.tool_call_id,
+        message.name if role == "tool" else None,
+    )
+
+
+def _arguments(name: str, value: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    try:
+        parsed = from_json(value or "{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise RefusalError(400, f"{name}={shown(value)} is no JSON: {error}", param=name) from None
+    if not isinstance(parsed, dict):
+        raise RefusalError(400, f"{name}={shown(value)} is no JSON object", param=name)
+    return parsed
+
+
+def _require(name: str, value: object) -> None:
+    if value is None:
+        raise RefusalError(400, f"{name!r} is missing", param=name)
+
+
+# --- pydantic's errors in words ---
+
+# Fields of OpenAI's API of which only the value that asks for nothing is supported.
+_UNSUPPORTED = {
+    *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
+    *("echo", "suffix", "modalities", "functions"),
+}
+_PLAIN = {"Input should": "it should", " after validation": ""}
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def _checked(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        found = [(_path(one["loc"], body, one["type"] == "missing"), one) for one in error.errors(include_url=False)]
+    deepest = max(len(path) for path, _ in found)  # of a union, the branch that the value was meant for
+    path, first = next((path, one) for path, one in found if len(path) == deepest)
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    if first["type"] == "missing":
+        raise RefusalError(400, f"{name!r} is missing", param=name)
+    if path[0] in _UNSUPPORTED:
+        raise RefusalError(400, f"{name}={shown(first['input'])} is not supported (hint: leave it out)", param=name)
+    reasons = dict.fromkeys(_in_words(one["msg"]) for other, one in found if other == path)
+    raise RefusalError(400, f"{name}={shown(first['input'])} is not allowed: {', or '.join(reasons)}", param=name)
+
+
+def _in_words(message: str) -> str:
+    for technical, plain in _PLAIN.items():
+        message = message.replace(technical, plain)
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _path(location: tuple[int | str, ...], body: Any, is_missing: bool) -> tuple[int | str, ...]:
+    """Return the steps of pydantic's location that lie in the body; the others name branches of a union."""
+    path: list[int | str] = []
+    value = body
+    for step in location:
+        is_key = isinstance(step, str) and isinstance(value, Mapping) and step in value
+        is_index = isinstance(step, int) and isinstance(value, list) and step < len(value)
+        if is_key or is_index:
+            value = value[step]
+            path.append(step)
+    return (*path, location[-1]) if is_missing else tuple(path)

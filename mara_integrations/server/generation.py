@@ -1,0 +1,202 @@
+"""One generation request over HTTP, from its body to the last byte of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mara_integrations.engine.generation import Generation
+from mara_integrations.engine.worker import LoopTicket, Update
+from mara_integrations.errors import ConfigError, ContextLengthError, ModelError
+from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.server.answers import ChatAnswer, CompletionAnswer
+from mara_integrations.server.errors import RefusalError, is_fault_of_server, refusal_of, shown
+from mara_integrations.server.limits import (
+    SEND_TIMEOUT_S,
+    Admission,
+    all_or_none,
+    in_thread,
+    read_body,
+    timed,
+    while_connected,
+)
+from mara_integrations.server.metrics import Metrics
+from mara_integrations.server.names import ServedNames
+from mara_integrations.server.observing import Observation
+from mara_integrations.server.requests import EngineCall, read_json
+
+_log = logging.getLogger(__name__)
+
+# Bodies of fewer bytes are parsed at once: going to a thread would take longer.
+_LONG_BODY_BYTES = 64 << 10
+# Unknown fields are logged once each, but not without end.
+_MAX_LOGGED_FIELDS = 100
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class GenerationEndpoint:
+    """An ASGI application that answers generation requests of one kind.
+
+    Args:
+        engine: Loaded on the first request, if it is not yet.
+        admission: Counts the sequences of all endpoints.
+        metrics: Counts replies.
+        names: The model and the heads that requests may name.
+        read: Checks a parsed body.
+        answer: Makes the answer's objects.
+        max_body_bytes: Largest body.
+        body_timeout_s: Seconds in which a body has to arrive.
+    """
+
+    def __init__(
+        self,
+        engine: MARAEngine,
+        admission: Admission,
+        metrics: Metrics,
+        names: ServedNames,
+        read: Callable[[Mapping[str, Any], ServedNames], EngineCall],
+        answer: type[ChatAnswer] | type[CompletionAnswer],
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
+        self._engine, self._admission, self._metrics = engine, admission, metrics
+        self._names, self._read, self._answer = names, read, answer
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._logged_fields: set[str] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request.
+
+        Raises:
+            RefusalError: If it is refused.
+            Exception: Whatever fails in the engine before the answer has begun.
+        """
+        observation = Observation.of(scope)
+        self._admission.require_room()
+        body = await read_body(receive, Headers(scope=scope), self._max_body_bytes, self._body_timeout_s)
+        call = self._parsed(body) if len(body) < _LONG_BODY_BYTES else await in_thread(self._parsed, body)
+        observation.model = call.model
+        self._log_ignored(call)
+        with self._admission.reserve(len(call.prompts)):
+            reply = self._stream if call.is_stream else self._whole
+            await while_connected(receive, reply(call, observation, scope, timed(send, SEND_TIMEOUT_S)))
+
+    def _parsed(self, body: bytes) -> EngineCall:
+        return self._read(read_json(body), self._names)
+
+    async def _whole(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
+        tickets = [LoopTicket() for _ in call.prompts]
+        try:
+            await self._submit(call, tickets)
+            generations = await all_or_none([self._finished(ticket, observation) for ticket in tickets])
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        content = await in_thread(lambda: to_json(self._answer(call, self._engine.model).whole(generations)))
+        await Response(content, media_type="application/json")(scope, _never, send)
+
+    async def _finished(self, ticket: LoopTicket, observation: Observation) -> Generation:
+        async with aclosing(aiter(ticket)) as updates:
+            async for update in updates:
+                self._observe(update, observation)
+                if update.generation is not None:
+                    return update.generation
+        raise AssertionError("a stream ends with its generation")
+
+    async def _stream(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
+        ticket = LoopTicket()
+        try:
+            await self._submit(call, [ticket])
+            answer = self._answer(call, self._engine.model)
+            async with aclosing(aiter(ticket)) as updates:
+                first = await anext(updates)  # what fails before the first token still has a status of its own
+                await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+                async for event in self._events(first, updates, answer, call, observation):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            end = b"data: [DONE]\n\n" if observation.status == 200 else b""
+            await send({"type": "http.response.body", "body": end})
+        finally:
+            ticket.cancel()
+
+    async def _events(
+        self,
+        update: Update,
+        updates: AsyncIterator[Update],
+        answer: ChatAnswer | CompletionAnswer,
+        call: EngineCall,
+        observation: Observation,
+    ) -> AsyncIterator[bytes]:
+        is_first = True
+        while True:
+            self._observe(update, observation)
+            is_long = update.generation is not None and call.top_logprobs is not None  # a report of all tokens
+
+            def encoded(update: Update = update, is_first: bool = is_first) -> bytes:
+                chunks: Iterator[Any] = answer.chunks(update, is_first)
+                return b"".join(map(_event, chunks))
+
+            events = await in_thread(encoded) if is_long else encoded()
+            if events:
+                yield events
+            if update.generation is not None:
+                return
+            try:
+                update, is_first = await anext(updates), False
+            except Exception as error:  # the status is sent, so the stream is the only place to tell it
+                refusal = refusal_of(error)
+                observation.status = refusal.status
+                if is_fault_of_server(error):
+                    _log.exception("a stream failed")
+                yield _event(refusal.as_dict())
+                return
+
+    async def _submit(self, call: EngineCall, tickets: list[LoopTicket]) -> None:
+        """Check all prompts, then give them to the engine; whichever is refused, none is decoded."""
+        for ticket in tickets:
+            ticket.bind()
+        await in_thread(self._submit_in_thread, call, tickets)
+
+    def _submit_in_thread(self, call: EngineCall, tickets: list[LoopTicket]) -> None:
+        worker = worker_for(self._engine.model)  # loads the model on first use
+        try:
+            requests = [self._engine.request(prompt, **call.settings) for prompt in call.prompts]
+        except (ConfigError, ModelError) as error:  # a ModelError now: the chat template refuses this conversation
+            code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+            message = self._names.public(str(error), self._engine.model.name)
+            raise RefusalError(400, message, code=code) from error
+        for request, ticket in zip(requests, tickets, strict=True):
+            worker.submit(request, ticket)
+
+    def _observe(self, update: Update, observation: Observation) -> None:
+        if observation.first_token_s is None:
+            observation.first_token_s = time.perf_counter() - observation.began_s
+            self._metrics.count_first_token(observation.first_token_s)
+        if update.generation is not None:
+            generation = update.generation
+            observation.prompt_tokens += generation.prompt_tokens
+            observation.completion_tokens += len(generation.token_ids)
+            self._metrics.count_reply(generation.prompt_tokens, len(generation.token_ids))
+
+    def _log_ignored(self, call: EngineCall) -> None:
+        for name in call.ignored:
+            if name not in self._logged_fields and len(self._logged_fields) < _MAX_LOGGED_FIELDS:
+                self._logged_fields.add(name)
+                _log.warning("requests carry the field %s, which this server does not know and ignores", shown(name))
+
+
+def _event(content: Any) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+async def _never() -> Any:
+    await asyncio.Event().wait()

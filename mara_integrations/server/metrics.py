@@ -1,0 +1,56 @@
+"""Counts and durations of what the server did, for `GET /metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+# Seconds, from a short reply of a small model to a long one of a large model.
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
+
+
+class Metrics:
+    """The metrics of one application; each has a registry of its own.
+
+    Args:
+        num_running: Returns the number of sequences that are being answered.
+    """
+
+    def __init__(self, num_running: Callable[[], int]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "mara_requests", "Requests by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
+        )
+        self._tokens = Counter("mara_tokens", "Tokens read and written.", ["kind"], registry=registry)
+        for kind in ("prompt", "completion"):
+            self._tokens.labels(kind)
+        self._seconds = Histogram(
+            "mara_request_seconds", "Seconds to answer.", ["endpoint"], registry=registry, buckets=_SECONDS
+        )
+        self._first_token = Histogram(
+            "mara_time_to_first_token_seconds", "Seconds to the first token.", registry=registry, buckets=_SECONDS
+        )
+        self._reply_tokens = Histogram("mara_reply_tokens", "Tokens of a reply.", registry=registry, buckets=_TOKENS)
+        running = Gauge("mara_sequences_running", "Sequences that are being answered.", registry=registry)
+        running.set_function(num_running)
+
+    def count_request(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def count_first_token(self, seconds: float) -> None:
+        """Count a reply that began this long after its request arrived."""
+        self._first_token.observe(seconds)
+
+    def count_reply(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a finished reply."""
+        self._tokens.labels("prompt").inc(prompt_tokens)
+        self._tokens.labels("completion").inc(completion_tokens)
+        self._reply_tokens.observe(completion_tokens)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import Fallback, GateParams, HeadForm, Selection
@@ -28,6 +28,50 @@ def selection_rule(selection: Selection, form: HeadForm | None, temperature: flo
     if form == "paper":
         return "first"
     return "sample" if temperature > 0 else "greedy"
+
+
+def weighted_log_probs(log_probs: Tensor, scores: Tensor, strength: Tensor | float, live: Tensor) -> Tensor:
+    """Log-probability of each candidate where all have a score: p(c) exp(strength * q(c)), renormalised.
+
+    Args:
+        log_probs: Of the candidates under the base model, filtered and renormalised, in nats, shape (B, K).
+        scores: q of each candidate, shape (B, K).
+        strength: Multiplies q; a number, or one a row, shape (B, 1). 0 is exactly the base model.
+        live: Which columns are candidates, a prefix of each row, shape (B, K).
+
+    Returns:
+        Shape (B, K), in nats; -inf where not live.
+
+    Source: optimum of E[q] - KL / strength over distributions on the candidates.
+    """
+    return (log_probs + strength * scores).masked_fill(~live, -torch.inf).log_softmax(-1)
+
+
+def tail_values(log_probs: Tensor, scores: Tensor, strength: Tensor | float, live: Tensor) -> Tensor:
+    """Value of passing a candidate over: V_k = log of the p-average of exp(strength * q) over the later candidates.
+
+    With it, Q-heads are a form of the sequential rule: the accept logit hazard_logit + strength * q - V is the logit of
+    the hazard of the weights p exp(strength * q), and `gated_log_probs` of it is `weighted_log_probs`.
+
+    Args:
+        log_probs: As in `weighted_log_probs`.
+        scores: As in `weighted_log_probs`.
+        strength: As in `weighted_log_probs`.
+        live: As in `weighted_log_probs`.
+
+    Returns:
+        Shape (B, K); 0 for the last candidate, which has none after it, and exactly 0 where all scores are 0.
+
+    Source: f* = (Q - V_later) / beta, the residual form's optimum, with V the soft value of the later candidates.
+    """
+    base = log_probs.masked_fill(~live, -torch.inf)
+    weights = base + strength * scores.masked_fill(~live, 0.0)
+
+    def log_tail(x: Tensor) -> Tensor:
+        return x.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]  # (B, K-1): over the candidates after each
+
+    values = (log_tail(weights) - log_tail(base)).nan_to_num(0.0)  # -inf - -inf: no candidate follows
+    return pad(values, (0, 1))
 
 
 def check_strength(form: HeadForm, gate: GateParams) -> None:

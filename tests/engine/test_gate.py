@@ -18,6 +18,8 @@ from mara_integrations.engine.gate import (
     gated_log_probs,
     kl_to_base,
     selection_rule,
+    tail_values,
+    weighted_log_probs,
 )
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import GateParams
@@ -105,3 +107,55 @@ def test_a_paper_head_has_no_dial():
     with pytest.raises(ConfigError, match=r"strength=0\.5 is not allowed"):
         check_strength("paper", GateParams(strength=0.5))
     check_strength("value", GateParams(strength=0.5))
+
+
+# --- scores of all candidates at once
+
+
+@st.composite
+def scored_candidates(draw):
+    """Two rows of candidates, the second one shorter: base accept logits, scores, live columns."""
+    rows = draw(st.lists(st.tuples(st.floats(-8, 8), st.floats(-5, 5)), min_size=1, max_size=6))
+    other = draw(st.lists(st.tuples(st.floats(-8, 8), st.floats(-5, 5)), min_size=len(rows), max_size=len(rows)))
+    count = draw(st.integers(1, len(rows)))
+    hazard_logits, scores = torch.tensor([rows, other], dtype=torch.float64).unbind(-1)
+    live = torch.arange(len(rows)) < torch.tensor([[len(rows)], [count]])
+    return hazard_logits, scores, live
+
+
+@given(scored_candidates(), st.floats(0, 3))
+def test_weights_and_sequential_decisions_are_one_law(candidates, strength):
+    hazard_logits, scores, live = candidates
+    log_probs = gated_log_probs(hazard_logits, live)
+
+    weighted = weighted_log_probs(log_probs, scores, strength, live)
+    z = hazard_logits + strength * scores - tail_values(log_probs, scores, strength, live)
+
+    torch.testing.assert_close(gated_log_probs(z, live).exp(), weighted.exp(), rtol=1e-6, atol=1e-9)
+
+
+@given(scored_candidates())
+def test_at_strength_0_or_with_equal_scores_the_gate_is_the_base_model(candidates):
+    hazard_logits, scores, live = candidates
+    log_probs = gated_log_probs(hazard_logits, live)
+
+    assert not tail_values(log_probs, scores, 0.0, live).any(), "exactly"
+    assert not tail_values(log_probs, torch.zeros_like(scores), 2.0, live).any(), "exactly"
+    same = weighted_log_probs(log_probs, torch.ones_like(scores), 2.0, live)
+    torch.testing.assert_close(same, log_probs)
+
+
+@given(scored_candidates(), st.floats(0, 3), st.floats(0, 1, exclude_max=True))
+def test_greedy_is_the_largest_weight_and_a_draw_runs_through_the_weights_in_order(candidates, strength, uniform):
+    hazard_logits, scores, live = candidates
+    log_probs = gated_log_probs(hazard_logits, live)
+    weights = weighted_log_probs(log_probs, scores, strength, live).exp()
+    z = hazard_logits + strength * scores - tail_values(log_probs, scores, strength, live)
+
+    for row, count in enumerate(live.sum(-1).tolist()):
+        known, total = z[row, :count].tolist(), weights[row].cumsum(-1).tolist()
+        greedy = decide(known, count, "greedy", "first", uniform)
+        assert float(weights[row, greedy.taken]) == pytest.approx(float(weights[row].max()), rel=1e-6)
+        taken = decide(known, count, "sample", "first", uniform).taken
+        assert taken == count - 1 or total[taken] > uniform - 1e-9
+        assert taken == 0 or total[taken - 1] <= uniform + 1e-9

@@ -52,6 +52,7 @@ class Int8Linear(nn.Module):
         # No buffers: nothing but these kernels can read the first, and the other says nothing.
         self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # (in, out), in the kernels' order
         self._no_zero_points = torch.zeros(self.out_features, dtype=torch.int32)
+        self._rows: Tensor | None = None  # the weight in the usual order, once somebody asked for rows of it
 
     @classmethod
     @torch.no_grad()
@@ -67,6 +68,12 @@ class Int8Linear(nn.Module):
         """A copy in the usual order, int8, shape (out, in)."""
         weight: Tensor = self._packed.to_dense().T
         return weight
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Return the weights of some outputs, (N,) to float32 (N, in); the first call makes a copy of all, in int8."""
+        if self._rows is None:
+            self._rows = self.weight.contiguous()
+        return self._rows[outputs].float() * self.scale[outputs, None]
 
     @property
     def num_bytes(self) -> int:

@@ -9,10 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mara_integrations.engine.backends.hooks import hooks_undone
+from mara_integrations.errors import ModelError
+from mara_integrations.models.int8 import Int8Linear
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -59,6 +62,27 @@ def cache_argument(module: nn.Module) -> str:
     transformers 5.24 renamed `past_key_values` to `cache`; 5.40 drops the old name.
     """
     return "cache" if takes(module, "cache") else "past_key_values"
+
+
+def output_embeddings(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Return the rows of the output embeddings of tokens, (N,) to float32 (N, d).
+
+    Raises:
+        ModelError: If they are quantised, and not the input embeddings too.
+    """
+    lm_head = model.get_output_embeddings()
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if isinstance(lm_head, Int8Linear) and not is_tied:
+        return lm_head.rows(token_ids)
+    uses_input = lm_head is None or isinstance(lm_head, Int8Linear)
+    table = input_embeddings(model) if uses_input else cast(Tensor, lm_head.weight)
+    if not table.is_floating_point() or table.dim() != 2:
+        raise ModelError(
+            f"the output embeddings of a {type(model).__name__} are quantised as {table.dtype}: "
+            "a head of the 'q' form can't read them",
+            hint="leave lm_head out of the quantisation, or use a head of another form",
+        )
+    return embedding(token_ids.to(table.device), table.detach()).float()
 
 
 class _Finished(nn.Module):

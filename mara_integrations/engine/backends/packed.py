@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from mara_integrations.engine.backends import attention
-from mara_integrations.engine.backends.forward import decoder_of, input_embeddings, logits_function
+from mara_integrations.engine.backends.forward import (
+    decoder_of,
+    input_embeddings,
+    logits_function,
+    output_embeddings,
+)
 from mara_integrations.engine.backends.kv_cache import KVCache
 from mara_integrations.engine.backends.prefix_cache import Prefix
 from mara_integrations.engine.backends.protocol import Backend, Segment
@@ -85,3 +90,7 @@ class PackedBackend(Backend):
     @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
+
+    @override
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        return output_embeddings(self._model, token_ids).to(self.device)

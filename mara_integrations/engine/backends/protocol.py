@@ -62,3 +62,10 @@ class Backend(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (N, d) to (N, V)."""
+
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        """Return the rows of the output embeddings of tokens, (N,) to float32 (N, d), for heads that judge by them.
+
+        Raises:
+            ModelError: If the model does not show them.
+        """

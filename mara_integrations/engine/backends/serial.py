@@ -18,6 +18,7 @@ from mara_integrations.engine.backends.forward import (
     decoder_of,
     input_embeddings,
     logits_function,
+    output_embeddings,
     takes,
 )
 from mara_integrations.engine.backends.prefix_cache import Prefix
@@ -105,6 +106,10 @@ class SerialBackend(Backend):
     @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
+
+    @override
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        return output_embeddings(self._model, token_ids).to(self.device)
 
     def _run(self, cache: Any, token_ids: Sequence[int], start: int) -> Tensor:
         ids = torch.tensor([token_ids], device=self.device)

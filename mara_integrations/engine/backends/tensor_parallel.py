@@ -44,6 +44,7 @@ class SpreadBackend(Backend):
     """
 
     def __init__(self, parts: ranks.Shared[PreTrainedModel], name: str) -> None:
+        self._model = parts
         self._parts = ranks.shared(_packed_part, parts, name)
 
     def _everywhere(self, method: str, *arguments: Any) -> Any:
@@ -94,6 +95,11 @@ class SpreadBackend(Backend):
     def logits(self, hidden: Tensor) -> Tensor:
         return ranks.everywhere(_logits, self._parts, hidden.cpu())
 
+    @override
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        rows: Tensor = ranks.everywhere(_output_embeddings, self._model, token_ids.tolist())
+        return rows.float().to(self.device)
+
 
 @torch.inference_mode()
 def _ask(method: str, backend: PackedBackend, *arguments: Any) -> Any:
@@ -128,9 +134,16 @@ def embeddings(model: PreTrainedModel | ranks.Shared[PreTrainedModel], token_ids
     return ranks.everywhere(_rows, model, token_ids) if isinstance(model, ranks.Shared) else _rows(model, token_ids)
 
 
-@torch.inference_mode()
 def _rows(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    table: Any = model.get_input_embeddings().weight
+    return _rows_of(model.get_input_embeddings().weight, token_ids)
+
+
+def _output_embeddings(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
+    return _rows_of((model.get_output_embeddings() or model.get_input_embeddings()).weight, token_ids)
+
+
+@torch.inference_mode()
+def _rows_of(table: Any, token_ids: Sequence[int]) -> Tensor:
     ids = torch.tensor(token_ids, dtype=torch.long, device=table.device)
     if not ranks.is_spread(table):
         return torch.nn.functional.embedding(ids, table)

@@ -14,7 +14,7 @@ from mara_integrations.errors import ConfigError
 
 Selection = Literal["auto", "first", "greedy", "sample"]
 Fallback = Literal["first", "last", "best"]
-HeadForm = Literal["paper", "residual", "value"]
+HeadForm = Literal["paper", "residual", "value", "q"]
 
 
 class Params(BaseModel):

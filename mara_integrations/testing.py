@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mara_integrations.engine.backends.protocol import Segment
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 from mara_integrations.sampling import HeadForm
 
 _SMALL = {
@@ -94,8 +96,11 @@ def random_head(
         seed: Of its weights.
         **config: More of its `HeadConfig`.
     """
+    settings = HeadConfig(form=form, hidden_size=hidden_size, **{"inner_sizes": (64, 16), **config})
+    if form == "q":
+        return _random_q_head(settings, seed)
     generator = torch.Generator().manual_seed(seed)
-    head = MARAHead(HeadConfig(form=form, hidden_size=hidden_size, **{"inner_sizes": (64, 16), **config}))
+    head = AfterstateHead(settings)
     if states is None:
         states = torch.randn(512, hidden_size, generator=generator)
     with torch.no_grad():
@@ -107,6 +112,17 @@ def random_head(
         if form == "paper":
             out = head(states.float())
             head.output_linear.bias[1] -= (out[:, 1] - out[:, 0]).quantile(1.0 - accept_rate)
+    return head.eval().requires_grad_(False)
+
+
+def _random_q_head(config: HeadConfig, seed: int) -> QHead:
+    generator, head = torch.Generator().manual_seed(seed), QHead(config)
+    with torch.no_grad():
+        for layer in (head.linear1, head.linear2, head.candidate_linear):
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+        head.linear2.weight.mul_(10.0)
     return head.eval().requires_grad_(False)
 
 
@@ -197,3 +213,7 @@ class ScriptedBackend:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the script says after each state's tokens."""
         return torch.tensor([list(self._script(self._contexts[int(state[-1])])) for state in hidden])
+
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        """One-hot vectors of the tokens, as wide as the states."""
+        return torch.nn.functional.one_hot(token_ids, self._vocab_size + 1).float()

@@ -6,6 +6,7 @@ import torch
 
 from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
+from mara_integrations.heads.compose import ComposedHead
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head
 
@@ -27,12 +28,14 @@ def prompt(length, seed=0, vocab_size=256):
     return torch.randint(1, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def mixed_requests(model, count=6, max_new_tokens=6):
+def mixed_requests(model, count=7, max_new_tokens=6):
     """Requests that differ in everything a request may say."""
-    forms = ["paper", "residual", "value", None, "paper", "residual"]
+    forms = ["paper", "q", "value", None, "q", "residual", "residual and q"]
     for i in range(count):
         form = forms[i % len(forms)]
-        head = random_head(32, form, accept_rate=[0.9, 0.4, 0.1][i % 3], seed=i) if form else None
+        head = random_head(32, form.split()[0], accept_rate=[0.9, 0.4, 0.1][i % 3], seed=i) if form else None
+        if form == "residual and q":
+            head = ComposedHead({head: 0.5, random_head(32, "q", seed=i): 1.0})
         sampling = SamplingParams(
             max_new_tokens=max_new_tokens + i % 3,
             temperature=0.9 * (i % 2),

@@ -48,7 +48,7 @@ def test_without_a_head_it_is_plain_generate(model, batch):
     assert gated(model, batch, head=random_head(32), strength=0.0).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("form", ["paper", "residual", "value"])
+@pytest.mark.parametrize("form", ["paper", "residual", "value", "q"])
 def test_under_a_head_it_gives_the_tokens_of_the_engine(model, batch, form):
     head = random_head(32, form, accept_rate=0.3)
     engine = MARAEngine((model, tiny_tokenizer()), head, max_new_tokens=10)

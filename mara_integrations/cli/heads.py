@@ -37,7 +37,8 @@ def inspect_head(
         return
     console = Console()
     wide, narrow = config.inner_sizes
-    shape = f"{config.hidden_size} -> {wide} -> {narrow} -> {loaded.output_linear.out_features}"
+    last = {"q": " features of state and candidate", "paper": " -> 2"}.get(config.form, " -> 1")
+    shape = f"{config.hidden_size} -> {wide} -> {narrow}{last}"
     say(console, "Head", f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters")
     say(console, "Model", config.base_model or "unknown")
     say(console, "Scale", f"strength 1 multiplies its score by {config.scale:.3g}")

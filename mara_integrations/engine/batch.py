@@ -25,7 +25,7 @@ class BatchEntry:
         states: Hidden states of the tokens that are due, (n, d).
         draft_states: Hidden states of the drafted tokens, (m, d).
         scores: The head's scores of the candidates that are due; empty where pending tokens are.
-        draft_scores: The head's scores of the drafted tokens, m of them; None without a gate.
+        draft_scores: The head's scores of the drafted tokens, m of them; None where it has no afterstate part.
         rankings: Candidates of the next position, then of the positions after the drafted tokens; 1 + m of them.
         logits: Logits that the rankings were made from, (1 + m, V).
     """
@@ -60,7 +60,7 @@ class BatchEntry:
         """What the head has to score: candidates that are due, and drafted tokens; None where there is nothing."""
         sequence = self.sequence
         states = self.draft_states if sequence.position is None else torch.cat([self.states, self.draft_states])
-        if not sequence.is_gated or not len(states):
+        if not sequence.feeds_candidates or not len(states):
             return None
         assert sequence.request.head is not None and sequence.last_state is not None, "the prompt was read"
         previous = sequence.last_state

@@ -19,11 +19,19 @@ MAX_HAZARD_LOGIT = 30.0
 
 
 class Ranking(NamedTuple):
-    """Candidates of one position, without padding; see `Candidates`."""
+    """Candidates of one position, without padding; see `Candidates`.
+
+    Attributes:
+        token_ids: Candidates, most probable first, K of them.
+        log_probs: Log-probabilities of the candidates.
+        hazard_logits: Hazard logits of the candidates under the base model.
+        accept_logits: Accept logits by the scores of Q-heads; without such heads the hazard logits.
+    """
 
     token_ids: list[int]
     log_probs: list[float]
     hazard_logits: list[float]
+    accept_logits: list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +44,24 @@ class Candidates:
         hazard_logits: Logit of the base model's hazard, its probability of this candidate given that all before it were
             passed over, from the filtered and renormalised distribution; clamped to +-30, shape (B, K).
         counts: Live candidates of each row, at least 1, shape (B,).
+        accept_logits: Accept logits by the scores of Q-heads; without such heads the hazard logits, shape (B, K).
     """
 
     token_ids: Tensor
     log_probs: Tensor
     hazard_logits: Tensor
     counts: Tensor
+    accept_logits: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """Which columns are candidates, (B, K)."""
+        return torch.arange(self.token_ids.shape[1]) < self.counts[:, None]
 
     def rankings(self) -> list[Ranking]:
         """Row by row."""
-        columns = (column.tolist() for column in (self.token_ids, self.log_probs, self.hazard_logits))
-        rows = zip(self.counts.tolist(), *columns, strict=True)
+        tensors = (self.token_ids, self.log_probs, self.hazard_logits, self.accept_logits)
+        rows = zip(self.counts.tolist(), *(column.tolist() for column in tensors), strict=True)
         return [Ranking(*(values[:count] for values in row)) for count, *row in rows]
 
 
@@ -82,7 +97,7 @@ def rank_candidates(
     counts = live.sum(-1)
     widest = int(counts.max())
     hazards = _hazard_logits(values[:, :widest], live[:, :widest])
-    return Candidates(token_ids[:, :widest], log_probs[:, :widest], hazards, counts)
+    return Candidates(token_ids[:, :widest], log_probs[:, :widest], hazards, counts, hazards)
 
 
 def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

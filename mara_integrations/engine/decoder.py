@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from mara_integrations.engine.backends.prefix_cache import PrefixCache
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.batch import BatchEntry
-from mara_integrations.engine.candidates import Ranking, rank_candidates
-from mara_integrations.engine.head_stacks import HeadStacks
+from mara_integrations.engine.candidates import Candidates, Ranking, rank_candidates
+from mara_integrations.engine.gate import q_accept_logits
+from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
@@ -151,19 +153,58 @@ class Decoder:
             assert entry.sequence.last_state is not None, "a settled sequence has fed something"
             states += [entry.sequence.last_state, *entry.draft_states]
             owners += [entry.sequence] * (1 + len(entry.draft))
-        logits = self.backend.logits(torch.stack(states)).float()  # (B, V)
+        hidden = torch.stack(states)
+        logits = self.backend.logits(hidden).float()  # (B, V)
         start = 0
         for entry in settled:
             entry.logits = logits[start : start + 1 + len(entry.draft)]
             start += len(entry.logits)
             if entry.sequence.request.constraint is not None:
                 entry.sequence.request.constraint.mask(entry.logits[0])
-        rankings = _rank(owners, logits)
+        rankings = self._rank(owners, hidden, logits)
         start = 0
         for entry in settled:
             entry.rankings = rankings[start : start + len(entry.logits)]
             start += len(entry.rankings)
             entry.sequence.open_position(entry.rankings[0])
+
+    def _rank(self, sequences: Seq[Sequence], hidden: Tensor, logits: Tensor) -> list[Ranking]:
+        """Rank the candidates of one position of each sequence, and let its Q-heads score them.
+
+        Args:
+            sequences: B of them; one that has drafted tokens is there several times.
+            hidden: Hidden state before each position, (B, d).
+            logits: Logits made of these and masked by constraints, (B, V).
+        """
+        sampling = [sequence.request.sampling for sequence in sequences]
+        candidates = rank_candidates(
+            logits,
+            top_k=[s.top_k for s in sampling],
+            top_p=[s.top_p for s in sampling],
+            temperature=[sequence.temperature or 1.0 for sequence in sequences],
+            min_candidates=[s.min_candidates for s in sampling],
+        )
+        return self._weigh(sequences, hidden, candidates).rankings()
+
+    def _weigh(self, sequences: Seq[Sequence], hidden: Tensor, candidates: Candidates) -> Candidates:
+        """Give candidates the accept logits of their Q-heads, which need no forward of the candidates."""
+        counts = candidates.counts.tolist()
+        inputs, rows = [], []
+        for row, sequence in enumerate(sequences):
+            if sequence.q_head is not None and counts[row] > 1:
+                inputs.append(PositionInput(sequence.q_head, hidden[row], counts[row]))
+                rows.append(row)
+        if not rows:
+            return candidates
+        live = candidates.live[rows]  # (R, K)
+        token_ids = candidates.token_ids[rows][live].to(hidden.device)  # (N,)
+        scores = self._heads.score_positions(inputs, self.backend.output_embeddings(token_ids)).cpu()
+        strengths = torch.tensor([[sequences[row].request.gate.strength] for row in rows])
+        accept_logits = candidates.accept_logits.clone()
+        accept_logits[rows] = q_accept_logits(
+            candidates.hazard_logits[rows], torch.zeros(live.shape).masked_scatter_(live, scores), strengths, live
+        )
+        return replace(candidates, accept_logits=accept_logits)
 
     # --- speculation
 
@@ -174,12 +215,21 @@ class Decoder:
             return []
         return self.speculation.draft(sequence, lambda right: min(most, self.scheduler.num_drafted(sequence, right)))
 
+    def _ranking_after(self, entry: BatchEntry, num_drafted: int) -> Ranking:
+        """Candidates of the position after this many drafted tokens, once these are committed."""
+        constraint = entry.sequence.request.constraint
+        if constraint is None or num_drafted == 0:
+            return entry.rankings[num_drafted]
+        logits = entry.logits[num_drafted]
+        constraint.mask(logits)  # what may follow depends on the tokens before, which are known only now
+        return self._rank([entry.sequence], entry.draft_states[num_drafted - 1][None], logits[None])[0]
+
     def _verify_drafts(self, batch: Seq[BatchEntry]) -> None:
         """Commit drafted tokens that are taken anyway, and take the others back out of the row."""
         for entry in batch:
             if entry.draft and entry.rankings:
                 sequence, num_drafted = entry.sequence, len(entry.draft)
-                num_kept = verify(entry, _ranking_after)
+                num_kept = verify(entry, self._ranking_after)
                 self.speculation.observe(sequence, num_kept, num_drafted)
                 if num_kept < num_drafted:
                     holds_branch = sequence.position is not None and bool(sequence.position.states)
@@ -227,25 +277,3 @@ class Decoder:
 
 def _knee(backend: Backend) -> int:
     return CPU_KNEE if backend.device.type == "cpu" else ACCELERATOR_KNEE
-
-
-def _ranking_after(entry: BatchEntry, num_drafted: int) -> Ranking:
-    """Candidates of the position after this many drafted tokens, once these are committed."""
-    constraint = entry.sequence.request.constraint
-    if constraint is None or num_drafted == 0:
-        return entry.rankings[num_drafted]
-    logits = entry.logits[num_drafted]
-    constraint.mask(logits)  # what may follow depends on the tokens before, which are known only now
-    return _rank([entry.sequence], logits[None])[0]
-
-
-def _rank(sequences: Seq[Sequence], logits: Tensor) -> list[Ranking]:
-    """Rank the candidates of one position of each sequence, given logits (B, V)."""
-    sampling = [sequence.request.sampling for sequence in sequences]
-    return rank_candidates(
-        logits,
-        top_k=[s.top_k for s in sampling],
-        top_p=[s.top_p for s in sampling],
-        temperature=[sequence.temperature or 1.0 for sequence in sequences],
-        min_candidates=[s.min_candidates for s in sampling],
-    ).rankings()

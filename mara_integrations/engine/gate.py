@@ -74,6 +74,21 @@ def tail_values(log_probs: Tensor, scores: Tensor, strength: Tensor | float, liv
     return pad(values, (0, 1))
 
 
+def q_accept_logits(hazard_logits: Tensor, scores: Tensor, strength: Tensor | float, live: Tensor) -> Tensor:
+    """Accept logits by the scores of Q-heads: hazard_logit + strength * q - V, see `tail_values`.
+
+    Args:
+        hazard_logits: Hazard logits of the base model, shape (B, K).
+        scores: As in `weighted_log_probs`.
+        strength: As in `weighted_log_probs`.
+        live: As in `weighted_log_probs`.
+
+    Returns:
+        Shape (B, K); the hazard logits themselves where all scores are 0.
+    """
+    return hazard_logits + strength * scores - tail_values(gated_log_probs(hazard_logits, live), scores, strength, live)
+
+
 def check_strength(form: HeadForm, gate: GateParams) -> None:
     """Refuse a dial where there is none.
 
@@ -84,7 +99,7 @@ def check_strength(form: HeadForm, gate: GateParams) -> None:
     if form == "paper" and gate.strength not in (0.0, 1.0):
         raise ConfigError(
             f"strength={gate.strength!r} is not allowed: a 'paper' head is on (1) or off (0)",
-            hint="heads of the 'residual' and 'value' form have a dial",
+            hint="heads of the 'residual', 'value' and 'q' form have a dial",
         )
 
 

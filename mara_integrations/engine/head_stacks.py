@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from mara_integrations.heads.compose import Head
+from mara_integrations.heads.afterstate import AfterstateHead
+from mara_integrations.heads.compose import Head, afterstate_parts, q_parts
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
+
+HeadT = TypeVar("HeadT", bound=MARAHead)
 
 # Rows of a stacked evaluation, empty ones included, for each row asked for; beyond, heads are evaluated one by one.
 _MAX_PADDING = 2
@@ -22,7 +26,7 @@ _MAX_SPARE = 4
 
 
 class HeadInput(NamedTuple):
-    """Hidden states that one sequence has its head score.
+    """Hidden states that one sequence has its afterstate heads score.
 
     Attributes:
         head: The head.
@@ -35,6 +39,20 @@ class HeadInput(NamedTuple):
     previous: Tensor
 
 
+class PositionInput(NamedTuple):
+    """A position whose candidates Q-heads score.
+
+    Attributes:
+        head: The head.
+        state: Hidden state before the candidates, (d,).
+        num_candidates: How many there are.
+    """
+
+    head: Head
+    state: Tensor
+    num_candidates: int
+
+
 class HeadStacks:
     """Scores candidates under any number of heads: one evaluation a shape, one wait for the device."""
 
@@ -43,33 +61,91 @@ class HeadStacks:
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[HeadInput]) -> list[list[float]]:
-        """The head's score of each candidate, for a composed head the sum over its parts; see `MARAHead.score`."""
+        """The score of each candidate, summed over the afterstate parts of its head; see `AfterstateHead.score`."""
         if not inputs:
             return []
-        asked: dict[tuple[Any, ...], dict[MARAHead, list[int]]] = {}
-        for index, (head, _, _) in enumerate(inputs):
-            for part in head.parts:
-                asked.setdefault(_shape(part), {}).setdefault(part, []).append(index)
+        parts = [afterstate_parts(head) for head, _, _ in inputs]
         scores = []
-        for shape, askers in asked.items():
+        groups = list(_by_shape(parts))
+        for shape, askers in groups:
             states = [torch.cat([inputs[i].states for i in indices]) for indices in askers.values()]
             previous = [
                 torch.cat([inputs[i].previous.expand_as(inputs[i].states) for i in indices])
                 for indices in askers.values()
             ]
-            num_rows, widest = sum(map(len, states)), max(map(len, states))
-            if len(askers) == 1 or widest * len(askers) > _MAX_PADDING * num_rows:
-                scores += [head.score(*rows) for head, *rows in zip(askers, states, previous, strict=True)]
+            if _is_worth_stacking([len(rows) for rows in states]):
+                scores.append(self._stack(shape).score(list(askers), states, previous))
             else:
-                scores.append(self._stacks.setdefault(shape, _Stack()).score(list(askers), states, previous))
+                scores += [head.score(*rows) for head, *rows in zip(askers, states, previous, strict=True)]
         values = iter(torch.cat(scores).tolist())
         sums = [[0.0] * len(states) for _, states, _ in inputs]
-        for askers in asked.values():
+        for _, askers in groups:
             for part, indices in askers.items():
                 for i in indices:
-                    factor = inputs[i].head.parts[part]
+                    factor = parts[i][part]
                     sums[i] = [total + factor * next(values) for total in sums[i]]
         return sums
+
+    @torch.inference_mode()
+    def score_positions(self, inputs: Sequence[PositionInput], embeddings: Tensor) -> Tensor:
+        """The score of each candidate, summed over the Q-heads among the parts of its head; see `QHead.score`.
+
+        Args:
+            inputs: At least one position.
+            embeddings: Output embeddings of all candidates, position by position, (N, d).
+
+        Returns:
+            Shape (N,), float32.
+        """
+        parts = [q_parts(head) for head, _, _ in inputs]
+        states = torch.stack([state for _, state, _ in inputs])
+        counts = torch.tensor([count for _, _, count in inputs], device=states.device)
+        ends = counts.cumsum(0).tolist()
+        total: Tensor | None = None
+        for shape, askers in _by_shape(parts):
+            is_shared = len(askers) == 1 and len(next(iter(askers.values()))) == len(inputs)  # the usual case
+            own_rows = [
+                [torch.arange(ends[i] - inputs[i].num_candidates, ends[i]) for i in indices]
+                for indices in ([] if is_shared else askers.values())
+            ]
+            rows = [torch.cat(own).to(states.device) for own in own_rows]
+            own_states = [states] if is_shared else [states[indices] for indices in askers.values()]
+            own_counts = [counts] if is_shared else [counts[indices] for indices in askers.values()]
+            candidates = [embeddings] if is_shared else [embeddings[own] for own in rows]
+            if _is_worth_stacking([len(own) for own in candidates]):
+                scores = self._stack(shape).score_positions(list(askers), own_states, own_counts, candidates)
+            else:
+                scores = torch.cat([_q(*own) for own in zip(askers, own_states, own_counts, candidates, strict=True)])
+            factors = torch.tensor([parts[i][part] for part, indices in askers.items() for i in indices])
+            scores = scores * factors.to(states.device).repeat_interleave(torch.cat(own_counts))
+            if not is_shared:
+                scores = scores.new_zeros(len(embeddings)).index_add_(0, torch.cat(rows), scores)
+            total = scores if total is None else total + scores
+        assert total is not None, "every position has a Q-head"
+        return total
+
+    def _stack(self, shape: tuple[Any, ...]) -> _Stack:
+        return self._stacks.setdefault(shape, _Stack())
+
+
+def _by_shape(parts: Sequence[Mapping[HeadT, float]]) -> Iterator[tuple[tuple[Any, ...], dict[HeadT, list[int]]]]:
+    """Heads that can be stacked together, and the indices of the inputs that each has to score."""
+    asked: dict[tuple[Any, ...], dict[HeadT, list[int]]] = {}
+    for index, own in enumerate(parts):
+        for part in own:
+            asked.setdefault(_shape(part), {}).setdefault(part, []).append(index)
+    yield from asked.items()
+
+
+def _is_worth_stacking(num_rows: Sequence[int]) -> bool:
+    """Whether heads with so many rows each are evaluated faster together than one by one."""
+    return len(num_rows) > 1 and max(num_rows) * len(num_rows) <= _MAX_PADDING * sum(num_rows)
+
+
+def _q(head: QHead, states: Tensor, counts: Tensor, embeddings: Tensor) -> Tensor:
+    """Scores of one head: states (P, d), candidates of each (P,), embeddings (N, d) to (N,)."""
+    features = head.state_features(states).repeat_interleave(counts, 0)  # (N, r)
+    return (features * head.candidate_features(embeddings)).sum(-1).float()
 
 
 class _Stack:
@@ -80,32 +156,65 @@ class _Stack:
         self._versions: dict[MARAHead, tuple[int, ...]] = {}
         self._weights: dict[str, Tensor] = {}
 
-    def score(self, heads: Sequence[MARAHead], states: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
-        """`MARAHead.score` of each head for its rows, (N_i, d) each; all scores in order, (sum N_i,), float32."""
-        slots, widest = self._place(heads), max(map(len, states))
-        rows = [slot * widest + k for slot, mine in zip(slots, states, strict=True) for k in range(len(mine))]
-        places = torch.tensor(rows, device=states[0].device)
-        out = self._run(torch.cat(list(states)), places, widest)
+    def score(self, heads: Sequence[AfterstateHead], states: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
+        """`AfterstateHead.score` of each head for its rows, (N_i, d) each; all scores in order, float32 (sum N_i,)."""
+        slots = self._place(heads)
+        out = self._afterstate(slots, states)
         match heads[0].config.form:
             case "paper":
                 return (out[:, 1] - out[:, 0]).float()
             case "value":
-                out = out - self._run(torch.cat(list(previous)), places, widest)
+                out = out - self._afterstate(slots, previous)
         return out[:, 0].float()
 
-    def _run(self, hidden: Tensor, places: Tensor, widest: int) -> Tensor:
-        """`MARAHead.forward` of all heads on rows (N, d), each at its place among S x `widest`: (N, out)."""
-        weights = self._weights
-        num_slots, width = weights["ln.weight"].shape
-        x = weights["ln.weight"].new_zeros(num_slots * widest, width)
-        x[places] = hidden.to(x.dtype)
-        x = layer_norm(x.view(num_slots, widest, width), (width,))  # (S, widest, d)
-        x = x * weights["ln.weight"][:, None] + weights["ln.bias"][:, None]
-        for name in ("linear1", "linear2", "output_linear"):
-            bias, weight = weights[f"{name}.bias"], weights[f"{name}.weight"]
-            x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-            x = x if name == "output_linear" else x.relu()
-        return x.flatten(0, 1)[places]
+    def score_positions(
+        self,
+        heads: Sequence[QHead],
+        states: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        embeddings: Sequence[Tensor],
+    ) -> Tensor:
+        """`QHead.score` of each head for its positions; all scores in order, float32 (sum N_i,).
+
+        Args:
+            heads: Of one shape.
+            states: Hidden states of each head's positions, (P_i, d) each.
+            counts: Candidates of each position, (P_i,) each.
+            embeddings: Output embeddings of these candidates, (N_i, d) each.
+        """
+        slots = self._place(heads)
+        x, places = self._spread(slots, states)
+        x = self._linear("linear2", self._linear("linear1", self._norm(x)).relu())
+        of_states = x.flatten(0, 1)[places].repeat_interleave(torch.cat(list(counts)), 0)  # (N, r)
+        x, places = self._spread(slots, embeddings)
+        x = self._linear("candidate_linear", layer_norm(x, x.shape[-1:])).relu()
+        return (of_states * x.flatten(0, 1)[places]).sum(-1).float()
+
+    def _afterstate(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
+        """`AfterstateHead.forward` of the heads in these slots for their rows, (N_i, d) each: (sum N_i, out)."""
+        x, places = self._spread(slots, states)
+        x = self._linear("linear2", self._linear("linear1", self._norm(x)).relu()).relu()
+        return self._linear("output_linear", x).flatten(0, 1)[places]
+
+    def _spread(self, slots: Sequence[int], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows of each slot, padded to the longest: (S, W, d), and the place of each row among S * W, (N,)."""
+        weight, widest = self._weights["ln.weight"], max(map(len, rows))
+        num_slots, width = weight.shape
+        numbers = [slot * widest + k for slot, own in zip(slots, rows, strict=True) for k in range(len(own))]
+        places = torch.tensor(numbers, device=weight.device)
+        x = weight.new_zeros(num_slots * widest, width)
+        x[places] = torch.cat(list(rows)).to(x.dtype)
+        return x.view(num_slots, widest, width), places
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """`MARAHead.ln` of every slot, (S, W, d)."""
+        weight, bias = self._weights["ln.weight"], self._weights["ln.bias"]
+        return layer_norm(x, x.shape[-1:]) * weight[:, None] + bias[:, None]
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer of every slot, (S, W, in) to (S, W, out)."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     def _place(self, heads: Sequence[MARAHead]) -> list[int]:
         """The slot of each head, its weights there as they are now."""
@@ -136,7 +245,7 @@ class _Stack:
 
 def _shape(head: MARAHead) -> tuple[Any, ...]:
     """Heads that agree in it can be stacked."""
-    weight = head.ln.weight
+    weight = head.get_parameter("ln.weight")
     return head.config.form, head.config.hidden_size, head.config.inner_sizes, weight.dtype, weight.device
 
 

@@ -12,12 +12,12 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Top
 
 from mara_integrations.engine.backends.forward import cache_argument
 from mara_integrations.engine.backends.hooks import hooks_undone
-from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.afterstate import AfterstateHead
 
 
 @torch.inference_mode()
 def generate_published(
-    model: PreTrainedModel, head: MARAHead, prompt_ids: Sequence[int], max_new_tokens: int
+    model: PreTrainedModel, head: AfterstateHead, prompt_ids: Sequence[int], max_new_tokens: int
 ) -> list[int]:
     """Tokens of a reply of this length under a head of the paper's form.
 

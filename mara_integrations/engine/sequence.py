@@ -13,6 +13,7 @@ from mara_integrations.engine.candidates import Ranking
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
 from mara_integrations.engine.generation import FinishReason, GateStats, Generation, Outcome, TracePosition
 from mara_integrations.engine.request import Request
+from mara_integrations.heads.compose import afterstate_parts, q_parts
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class Position:
     Attributes:
         token_ids: Candidates, most probable first, K of them.
         log_probs: Log-probabilities of the candidates, see `Candidates`.
-        hazard_logits: Hazard logits of the candidates, see `Candidates`.
+        hazard_logits: Hazard logits of the candidates, after Q-heads have scored them.
         uniform: The position's random number, in [0, 1).
         accept_logits: Accept logits of the candidates fed so far.
         states: Hidden states of the candidates fed so far, (d,) each.
@@ -43,8 +44,8 @@ class JudgedPosition:
     Attributes:
         index: Place of the position in the reply, from 0.
         token_ids: Candidates, K of them.
-        hazard_logits: Hazard logits of the candidates, K of them.
-        states: Hidden states of the candidates that were fed, in order, (F, d).
+        hazard_logits: Hazard logits of the candidates under the base model, K of them.
+        states: Hidden states of the candidates that were fed, in order, (F, d); none under Q-heads.
         previous: Hidden state of the token before the position, (d,).
     """
 
@@ -65,17 +66,19 @@ class Sequence:
         OPEN      The candidates of a position are being fed and judged.
         FINISHED  `finish_reason` is set.
 
-                  commit_pending()            open_position(): the gate has to judge
+                  commit_pending()            open_position(): candidates have to be fed
         PENDING ------------------> SETTLED -----------------------------------------> OPEN
            ^                         |   ^                                             |  | judge(): undecided,
            +-------------------------+   +---------------------------------------------+--+ feed more candidates
              open_position(): base model,               judge(): a candidate is taken
-             or only one candidate
+             Q-heads, or one candidate
 
     Attributes:
         request: What was asked.
         row: The sequence's row in the backend.
         is_gated: Whether a head judges the candidates.
+        q_head: The head, if Q-heads are part of it: they score candidates when a position opens.
+        feeds_candidates: Whether candidates have to be fed to be judged: the head has other parts too.
         rule: How the gate turns accept logits into a token.
         pending: Tokens of prompt or reply that are not fed yet.
         position: The open position; None in the other states.
@@ -95,7 +98,10 @@ class Sequence:
         self.request = request
         self.row = row
         self.is_gated = request.head is not None and request.gate.strength > 0
-        form = request.head.config.form if request.head and self.is_gated else None
+        head = request.head if self.is_gated else None
+        self.q_head = head if head is not None and q_parts(head) else None
+        self.feeds_candidates = head is not None and bool(afterstate_parts(head))
+        form = head.config.form if head else None
         self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
         self.pending: list[int] = list(request.prompt_ids[num_known:])
         self.position: Position | None = None
@@ -149,17 +155,21 @@ class Sequence:
 
     def open_position(self, ranking: Ranking) -> None:
         """Open the next position; where there is nothing to judge, take its token at once."""
-        token_ids, log_probs, hazard_logits = ranking
-        position = Position(token_ids, log_probs, hazard_logits, self._random.random())
+        token_ids, log_probs, _, accept_logits = ranking
+        position = Position(token_ids, log_probs, accept_logits, self._random.random())
         if len(token_ids) == 1:
             self._take(position, 0, "single")
-        elif not self.is_gated:
-            verdict = decide(hazard_logits, len(token_ids), self.rule, "first", position.uniform)
-            assert verdict is not None, "all candidates are known"
-            self._take(position, verdict.taken, "base")
-        else:
+        elif self.feeds_candidates:
             self.position = position
             return
+        else:
+            fallback = self.request.gate.fallback if self.is_gated else "first"
+            verdict = decide(accept_logits, len(token_ids), self.rule, fallback, position.uniform)
+            assert verdict is not None, "all candidates are known"
+            if self.is_gated:
+                self._take_scored(ranking, position, verdict)
+            else:
+                self._take(position, verdict.taken, "base")
         self.pending = self.token_ids[-1:]
         self._take_certain()
 
@@ -216,11 +226,25 @@ class Sequence:
             trace=tuple(self.trace) if self.request.gate.trace else None,
         )
 
+    def _take_scored(self, ranking: Ranking, position: Position, verdict: Verdict) -> None:
+        """Take a candidate of a position whose candidates were all scored before any was fed."""
+        position.accept_logits = ranking.accept_logits
+        self.stats.rejected += verdict.taken if verdict.accepted else verdict.num_visited
+        if self.request.keep_positions:
+            assert self.last_state is not None, "the prompt was read"
+            none_fed = self.last_state.new_empty(0, len(self.last_state))
+            seen = (position.token_ids, ranking.hazard_logits, none_fed, self.last_state)
+            self.positions.append(JudgedPosition(len(self.token_ids), *seen))
+        self._take(position, verdict.taken, self._outcome(position, verdict))
+
+    def _outcome(self, position: Position, verdict: Verdict) -> Outcome:
+        if self.rule != "first" and verdict.taken == len(position.token_ids) - 1:
+            return "forced"
+        return "accepted" if verdict.accepted else "fallback"
+
     def _take_judged(self, position: Position, verdict: Verdict) -> None:
         """Close the open position with the candidate that the gate took."""
         taken, num_visited, accepted = verdict
-        is_forced = self.rule != "first" and taken == len(position.token_ids) - 1
-        outcome: Outcome = "forced" if is_forced else "accepted" if accepted else "fallback"
         self.stats.rejected += num_visited - accepted
         if self.request.keep_positions:
             assert self.last_state is not None, "the prompt was read"
@@ -229,7 +253,7 @@ class Sequence:
         self.last_state, self.position = position.states[taken], None
         self._keep_states(position.states[taken][None])
         del position.accept_logits[num_visited:]  # of candidates that were fed but not needed
-        self._take(position, taken, outcome)
+        self._take(position, taken, self._outcome(position, verdict))
 
     def _take_certain(self) -> None:
         """Take the tokens that the constraint leaves no choice in; they are fed together with the one before."""

@@ -1,4 +1,8 @@
-"""Several heads as one: their corrections of the base model add, each with its weight."""
+"""Several heads as one: their corrections of the base model add, each with its weight.
+
+Heads of the `q` form come first: they change the base model's probabilities, and with them the hazards that the other
+forms correct.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 
 
 class ComposedHead:
@@ -35,7 +41,7 @@ class ComposedHead:
                 raise ConfigError(
                     "a 'paper' head can be neither weighed nor composed: its accept probability replaces the base "
                     "model's instead of correcting it, so there is nothing to add",
-                    hint="heads of the 'residual' and 'value' form add",
+                    hint="heads of the 'residual', 'value' and 'q' form add",
                 )
             if head.config.hidden_size != first.hidden_size:
                 raise HeadError(
@@ -44,7 +50,7 @@ class ComposedHead:
                 )
         self.parts = {head: weight * head.config.scale for head, weight in weights.items()}
         self.config = HeadConfig(
-            form="residual",
+            form="q" if all(isinstance(head, QHead) for head in weights) else "residual",
             hidden_size=first.hidden_size,
             method="composition",
             rewards=tuple(reward for head in self.parts for reward in head.config.rewards),
@@ -52,6 +58,16 @@ class ComposedHead:
 
 
 Head: TypeAlias = MARAHead | ComposedHead
+
+
+def q_parts(head: Head) -> dict[QHead, float]:
+    """The parts that score candidates by the state before them, and their factors."""
+    return {part: factor for part, factor in head.parts.items() if isinstance(part, QHead)}
+
+
+def afterstate_parts(head: Head) -> dict[AfterstateHead, float]:
+    """The parts that need every candidate fed, and their factors."""
+    return {part: factor for part, factor in head.parts.items() if isinstance(part, AfterstateHead)}
 
 
 def candidate_settings(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The head: a three-layer perceptron on a candidate's hidden state."""
+"""What all heads have in common: a config, weights, a folder on disk, a place on the Hub."""
 
 from __future__ import annotations
 
@@ -6,66 +6,47 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mara_integrations.errors import HeadError
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.folder import check_shapes, dump_weights, read_config, read_weights, sha256, write_folder
 from mara_integrations.heads.hub import head_folder, push_folder
 from mara_integrations.heads.published import read_published
+from mara_integrations.sampling import HeadForm
 
 __all__ = ["HeadConfig", "MARAHead"]
 
 
 class MARAHead(nn.Module):
-    """LayerNorm(d), Linear(d, h), ReLU, Linear(h, h/4), ReLU, Linear(h/4, out); out is 2 for `paper`, else 1.
+    """A head: its config, its folder, and what it takes to run it.
 
-    A new `residual` or `value` head scores 0 everywhere, which is exactly the base model.
-
-    Source: Zhang et al. 2025 (arXiv 2505.19743), section 3; layer names of its published checkpoints.
+    The networks are subclasses: `MARAHead(config)` is an `AfterstateHead` or, for the form `q`, a `QHead`.
     """
+
+    def __new__(cls, config: HeadConfig | None = None) -> Self:
+        """Choose the network; without a config, as copies are made, it is the class itself."""
+        if cls is MARAHead and config is not None:
+            cls = cast(type[Self], head_class(config.form))
+        return super().__new__(cls)
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        wide, narrow = config.inner_sizes
-        self.ln = nn.LayerNorm(config.hidden_size)
-        self.linear1 = nn.Linear(config.hidden_size, wide)
-        self.linear2 = nn.Linear(wide, narrow)
-        self.output_linear = nn.Linear(narrow, 2 if config.form == "paper" else 1)
-        if config.form != "paper":
-            nn.init.zeros_(self.output_linear.weight)
-            nn.init.zeros_(self.output_linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Scores of hidden states: (..., d) to (..., 2) class logits (`paper`), (..., 1) f or V (the other forms)."""
-        x = torch.relu(self.linear1(self.ln(hidden)))
-        out: Tensor = self.output_linear(torch.relu(self.linear2(x)))
-        return out
-
-    def score(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """What the gate needs of each candidate, see `gate.accept_logit`.
-
-        Args:
-            hidden: State of the candidate, after the final norm, shape (N, d).
-            previous: State of the last token before it, shape (N, d); only the `value` form looks at it.
-
-        Returns:
-            Shape (N,), float32.
-        """
-        out: Tensor = self(hidden.to(self.ln.weight.dtype))
-        if self.config.form == "paper":
-            return (out[:, 1] - out[:, 0]).float()
-        if self.config.form == "value":
-            out = out - self(previous.to(self.ln.weight.dtype))
-        return out[:, 0].float()
 
     @property
     def parts(self) -> dict[MARAHead, float]:
         """Itself, and the factor of its score at strength 1; see `heads.ComposedHead`."""
         return {self: 1.0 if self.config.form == "paper" else self.config.scale}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def num_bytes(self) -> int:
@@ -113,24 +94,32 @@ class MARAHead(nn.Module):
         path = Path(source).expanduser()
         if path.suffix in (".pth", ".pt") or path.is_file():
             config, tensors = read_published(path)
-            check_shapes(path, config, _shapes(tensors), cls._expected_shapes(config))
+            check_shapes(path, config, _shapes(tensors), _expected_shapes(config))
         else:
             folder = head_folder(source)
             config = read_config(folder)
-            tensors = read_weights(folder, config, cls._expected_shapes(config))
-        head = cls(config)
+            tensors = read_weights(folder, config, _expected_shapes(config))
+        head = MARAHead(config)
         head.load_state_dict(tensors)
         return head.eval().requires_grad_(False)
-
-    @classmethod
-    def _expected_shapes(cls, config: HeadConfig) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):  # takes no memory
-            return _shapes(cls(config).state_dict())
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
             return push_folder(self.save_pretrained(folder), repo_id, private=private, token=token)
+
+
+def head_class(form: HeadForm) -> type[MARAHead]:
+    """Return the network of a form."""
+    from mara_integrations.heads.afterstate import AfterstateHead  # both build on this module
+    from mara_integrations.heads.q import QHead
+
+    return QHead if form == "q" else AfterstateHead
+
+
+def _expected_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # takes no memory
+        return _shapes(MARAHead(config).state_dict())
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 
 
 def merge_heads(
@@ -42,10 +44,10 @@ def merge_heads(
         raise HeadError(
             "a head of the 'paper' form can't be merged: its accept probability replaces the base model's instead of "
             "correcting it, so there is nothing to add",
-            hint="heads of the 'residual' and 'value' form add",
+            hint="heads of the 'residual', 'value' and 'q' form add",
         )
     for name, why in (
-        ("form", "a 'residual' head scores a state, a 'value' head the step between two: no single head is their sum"),
+        ("form", "each form scores something else (a state, a step between two, a state and a token)"),
         ("hidden_size", "they judge states of different widths"),
         ("base_model", "they were trained on the states of different models"),
     ):
@@ -69,20 +71,34 @@ def merge_heads(
         )
     )
     with torch.no_grad():
-        for parameter in (merged.ln.weight, merged.linear2.weight, merged.output_linear.bias):
-            parameter.fill_(float(parameter is merged.ln.weight))
+        for parameter in merged.parameters():
+            parameter.zero_()
         at_wide = at_narrow = 0
         for (head, weight), w, n in zip(weighted, wide, narrow, strict=True):
             rows, columns = slice(at_wide, at_wide + w), slice(at_narrow, at_narrow + n)
-            factor = weight * head.config.scale
-            merged.linear1.weight[rows] = head.linear1.weight * head.ln.weight
-            merged.linear1.bias[rows] = head.linear1.bias + head.linear1.weight @ head.ln.bias
-            merged.linear2.weight[columns, rows] = head.linear2.weight
-            merged.linear2.bias[columns] = head.linear2.bias
-            merged.output_linear.weight[:, columns] = factor * head.output_linear.weight
-            merged.output_linear.bias.add_(head.output_linear.bias, alpha=factor)
+            _place(head, weight * head.config.scale, merged, rows, columns)
             at_wide, at_narrow = at_wide + w, at_narrow + n
     return merged.eval().requires_grad_(False)
+
+
+def _place(head: MARAHead, factor: float, merged: MARAHead, rows: slice, columns: slice) -> None:
+    """Write a head's layers into its places of the hidden layers of the merged head, its scores times a factor."""
+    assert isinstance(head, AfterstateHead | QHead) and isinstance(merged, AfterstateHead | QHead)
+    merged.ln.weight.fill_(1.0)
+    merged.linear1.weight[rows] = head.linear1.weight * head.ln.weight
+    merged.linear1.bias[rows] = head.linear1.bias + head.linear1.weight @ head.ln.bias
+    if isinstance(head, QHead):
+        assert isinstance(merged, QHead)
+        merged.linear2.weight[columns, rows] = factor * head.linear2.weight
+        merged.linear2.bias[columns] = factor * head.linear2.bias
+        merged.candidate_linear.weight[columns] = head.candidate_linear.weight
+        merged.candidate_linear.bias[columns] = head.candidate_linear.bias
+    else:
+        assert isinstance(merged, AfterstateHead)
+        merged.linear2.weight[columns, rows] = head.linear2.weight
+        merged.linear2.bias[columns] = head.linear2.bias
+        merged.output_linear.weight[:, columns] = factor * head.output_linear.weight
+        merged.output_linear.bias.add_(head.output_linear.bias, alpha=factor)
 
 
 def _agreed(name: str, configs: Sequence[HeadConfig], given: float | None) -> float:

@@ -64,7 +64,7 @@ def test_the_schedule_changes_no_token(knee):
     assert [s.token_ids for s in done] == references(model, requests)
 
 
-@pytest.mark.parametrize("form", ["residual", "value", "paper"])
+@pytest.mark.parametrize("form", ["residual", "value", "paper", "q"])
 def test_strength_zero_is_the_base_model(form):
     model = tiny_model()
     head = random_head(32, form)
@@ -76,7 +76,7 @@ def test_strength_zero_is_the_base_model(form):
     assert Decoder(make_backend(model)).run([request])[0].token_ids == want
 
 
-@pytest.mark.parametrize("form", ["residual", "value"])
+@pytest.mark.parametrize("form", ["residual", "value", "q"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_untrained_head_is_the_base_model_with_the_same_random_numbers(form, temperature):
     model = tiny_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from mara_integrations.errors import HeadError, OutputError
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 from mara_integrations.testing import random_head
 
 
@@ -33,7 +36,7 @@ def published_actor(path, hidden_size=16):
     return layers
 
 
-@pytest.mark.parametrize("form", ["paper", "residual", "value"])
+@pytest.mark.parametrize("form", ["paper", "residual", "value", "q"])
 def test_a_saved_head_scores_as_before(tmp_path, form):
     head = random_head(16, form)
     loaded = MARAHead.from_pretrained(head.save_pretrained(tmp_path / "h"))
@@ -50,7 +53,30 @@ def test_forms_score_as_defined():
     torch.testing.assert_close(value.score(hidden, previous), (value(hidden) - value(previous))[:, 0])
 
 
-@pytest.mark.parametrize("form", ["residual", "value"])
+def test_a_q_head_compares_a_state_with_an_output_embedding():
+    hidden, embeddings = torch.randn(2, 5, 16)
+    q = random_head(16, "q")
+    of_state = q.linear2(q.linear1(q.ln(hidden)).relu())
+    centred = embeddings - embeddings.mean(-1, keepdim=True)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(q.score(hidden, embeddings), (of_state * q.candidate_linear(normalised).relu()).sum(-1))
+    torch.testing.assert_close(
+        q.score(hidden, 7.0 * embeddings + 1.0), q.score(hidden, embeddings), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("hidden_size", "most"), [(576, 1e6), (4096, 8e6)])
+def test_a_q_head_of_the_default_size_is_small(hidden_size, most):
+    head = MARAHead(HeadConfig(form="q", hidden_size=hidden_size))
+    assert isinstance(head, QHead) and head.num_bytes < most and head.config.inner_sizes == (256, 64)
+
+
+def test_a_config_chooses_the_network():
+    assert isinstance(MARAHead(HeadConfig(form="value", hidden_size=16)), AfterstateHead)
+    assert isinstance(copy.deepcopy(random_head(16, "q")), QHead)
+
+
+@pytest.mark.parametrize("form", ["residual", "value", "q"])
 def test_a_new_head_scores_nothing(form):
     head = MARAHead(HeadConfig(form=form, hidden_size=16))
     assert head.score(torch.randn(4, 16), torch.randn(4, 16)).abs().max() == 0

@@ -26,7 +26,7 @@ def head(seed: int, form: str = "residual", **config) -> MARAHead:
 
 @given(
     weights=st.lists(st.floats(-3, 3).filter(lambda w: abs(w) > 0.01), min_size=2, max_size=4),
-    form=st.sampled_from(["residual", "value"]),
+    form=st.sampled_from(["residual", "value", "q"]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=30, deadline=None)

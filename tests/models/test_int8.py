@@ -51,6 +51,8 @@ def test_a_layer_is_as_near_as_its_weights_and_keeps_16_bits_of_its_input(sizes,
         torch.testing.assert_close(layer(x), linear(x), atol=0.03, rtol=0)
         linear.weight.copy_(layer.weight * layer.scale[:, None])
         torch.testing.assert_close(layer(x), linear(x), atol=2e-4, rtol=0)
+    rows = torch.tensor([3, 0, 3])
+    assert torch.equal(layer.rows(rows), linear.weight.detach()[rows])
 
 
 @needs_int8

@@ -19,9 +19,10 @@ from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
+from mara_integrations.engine.backends.forward import output_embeddings
 from mara_integrations.engine.backends.hooks import hooks_undone
 from mara_integrations.engine.gate import Rule, selection_rule
-from mara_integrations.heads.compose import Head
+from mara_integrations.heads.compose import Head, afterstate_parts, q_parts
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 
 
@@ -64,21 +65,32 @@ def decide_reference(
     rule = selection_rule(gate.selection if head else "auto", form, temperature)
     state, logits = _run(model, context)
     candidates, probs = _candidates(logits, sampling, temperature or 1.0)
-    accept_logits, scores = [], []
+    scores = [0.0] * len(candidates)
+    if head is not None and len(candidates) > 1:
+        scores = [gate.strength * _q(model, head, state, candidate) for candidate in candidates]
+    largest = max(scores)
+    weights = [prob * math.exp(score - largest) for prob, score in zip(probs, scores, strict=True)]
+    accept_logits = []
     for k, candidate in enumerate(candidates):
-        hazard = min(max(probs[k] / sum(probs[k:]), 1e-13), 1 - 1e-13)
-        z, score = math.log(hazard / (1 - hazard)), 0.0
-        if head is not None and len(candidates) > 1:
+        hazard = min(max(weights[k] / sum(weights[k:]), 1e-13), 1 - 1e-13)
+        z = math.log(hazard / (1 - hazard))
+        if head is not None and len(candidates) > 1 and afterstate_parts(head):
             seen = _run(model, [*context, candidate])[0]
-            parts = [w * float(part.score(seen[None], state[None])[0]) for part, w in head.parts.items()]
+            parts = [w * float(part.score(seen[None], state[None])[0]) for part, w in afterstate_parts(head).items()]
             score = gate.strength * sum(parts)
             z = score if form == "paper" else z + score
+            scores[k] += score
         accept_logits.append(z)
-        scores.append(score)
     taken = _TAKE[rule](accept_logits, gate.fallback, uniform)
     return ReferencePosition(
         candidates, probs, accept_logits, scores, logits.float() / (temperature or 1.0), rule, taken
     )
+
+
+def _q(model: PreTrainedModel, head: Head, state: Tensor, candidate: int) -> float:
+    """Sum of what the Q-heads say of a candidate, from the state before it."""
+    row = output_embeddings(model, torch.tensor([candidate], device=model.device)).to(state.device)
+    return sum(weight * float(part.score(state[None], row)[0]) for part, weight in q_parts(head).items())
 
 
 def generate_reference(

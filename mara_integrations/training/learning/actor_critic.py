@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, mse_loss
 
 from mara_integrations.engine.gate import accept_logit
-from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.sampling import HeadForm
 from mara_integrations.training.learning.objectives import decision_kl
 from mara_integrations.training.learning.replay_buffer import Batch, Transitions
@@ -137,16 +137,16 @@ class Vitals:
     kl: float
 
 
-def policy(actor: MARAHead, states: Tensor, hazard_logits: Tensor) -> Tensor:
+def policy(actor: AfterstateHead, states: Tensor, hazard_logits: Tensor) -> Tensor:
     """Log-probability of rejecting and of accepting, (B, 2)."""
     z = accept_logit(actor.config.form, actor.score(states, states), hazard_logits, 1.0)
     return torch.stack([logsigmoid(-z), logsigmoid(z)], dim=-1)
 
 
 @torch.inference_mode()
-def vitals_of(actor: MARAHead, transitions: Transitions) -> Vitals:
+def vitals_of(actor: AfterstateHead, transitions: Transitions) -> Vitals:
     """How a head decides in the states of transitions."""
-    device = actor.ln.weight.device
+    device = actor.device
     states, hazard_logits = transitions.states.to(device).float(), transitions.hazard_logits.to(device)
     log_probs = policy(actor, states, hazard_logits)  # (N, 2)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -163,9 +163,9 @@ class Learner:
         seed: Of the critics' first weights and of the batches drawn.
     """
 
-    def __init__(self, actor: MARAHead, settings: SACSettings, seed: int) -> None:
+    def __init__(self, actor: AfterstateHead, settings: SACSettings, seed: int) -> None:
         self.actor, self.settings = actor.requires_grad_(True), settings
-        self.device = actor.ln.weight.device
+        self.device = actor.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             critics = Critics(actor.config.hidden_size, actor.config.inner_sizes)

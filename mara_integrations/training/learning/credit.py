@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.gate import gated_log_probs
-from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.training.rollouts.decisions import Decisions
 from mara_integrations.training.rollouts.replies import Reply
 
@@ -64,7 +64,7 @@ def prefix_credit(decisions: Decisions, worth: Sequence[Sequence[float]]) -> Ten
 
 
 @torch.inference_mode()
-def published_kl(head: MARAHead, replies: Sequence[Reply], weight: float) -> Tensor:
+def published_kl(head: AfterstateHead, replies: Sequence[Reply], weight: float) -> Tensor:
     """The paper's code's "KL" reward of each decision, forced ones included, (N,).
 
     Its log-probability of a candidate is a log_softmax over the probabilities, and the base model's is that after a

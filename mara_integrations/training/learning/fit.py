@@ -73,7 +73,7 @@ class Table:
 
 def outputs(head: MARAHead, states: Tensor) -> Tensor:
     """The head's one output at each state, (N, d) half precision to (N,), on the CPU; in parts, so that many fit."""
-    device = head.ln.weight.device
+    device = head.device
     return torch.cat([head(part.to(device).float())[:, 0] for part in states.split(4096)]).cpu()
 
 

@@ -19,6 +19,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from mara_integrations.errors import ConfigError, DataError
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
@@ -51,6 +52,7 @@ def learn(run: Run, head: MARAHead) -> Learned:
         ConfigError: If the replies can't fill the buffer to where updates begin.
         DataError: If the reward has no opinion on any reply of a round.
     """
+    assert isinstance(head, AfterstateHead)
     settings = settings_of(run)
     num_rounds = -(-run.max_replies // _ROUND)
     num_tokens = num_rounds * _ROUND * run.config.max_reply_tokens
@@ -112,7 +114,7 @@ class _Rounds:
 
     def __init__(self, run: Run, prompts: Sequence[Conversation], on_reply: Callable[[int], None]) -> None:
         self._run, self._prompts, self._on_reply = run, prompts, on_reply
-        self.heads: dict[int, MARAHead] = {}
+        self.heads: dict[int, AfterstateHead] = {}
         self._promises: dict[int, Promise] = {}
 
     def file(self, number: int) -> Path:
@@ -123,20 +125,20 @@ class _Rounds:
         """Those of a round, from the first on again where they end."""
         return [self._prompts[(number * _ROUND + i) % len(self._prompts)] for i in range(_ROUND)]
 
-    def begin(self, numbers: Iterable[int], head: MARAHead) -> None:
+    def begin(self, numbers: Iterable[int], head: AfterstateHead) -> None:
         """Begin those of the rounds that are neither written nor under way."""
         for number in numbers:
             if number not in self.heads and not self.file(number).exists():
                 self._begin(number, head)
 
-    def _begin(self, number: int, head: MARAHead) -> None:
+    def _begin(self, number: int, head: AfterstateHead) -> None:
         self.heads[number] = writer = copy.deepcopy(head).eval().requires_grad_(False)
         sampling = self._run.sampling(min_candidates=head.config.min_candidates)
         seed, gate = self._run.config.seed + number * _ROUND, GateParams(selection="sample")
         part = Part(self.prompts(number), sampling, seed, head=writer, gate=gate)
         self._promises[number] = self._run.writers.submit(part, self._on_reply)
 
-    def collect(self, number: int, head: MARAHead) -> tuple[MARAHead, list[Reply]]:
+    def collect(self, number: int, head: AfterstateHead) -> tuple[AfterstateHead, list[Reply]]:
         """A round's replies, and the head that wrote them: this one, where the file of a finished round is damaged."""
         if number not in self.heads:
             self._begin(number, head)
@@ -144,7 +146,7 @@ class _Rounds:
 
 
 def _gather(
-    run: Run, settings: SACSettings, rounds: _Rounds, number: int, head: MARAHead, scale: float | None
+    run: Run, settings: SACSettings, rounds: _Rounds, number: int, head: AfterstateHead, scale: float | None
 ) -> dict[str, Any]:
     """One round as plain data: transitions, figures, and what worths are divided by."""
     prompts = rounds.prompts(number)

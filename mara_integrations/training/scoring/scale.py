@@ -13,6 +13,7 @@ from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import accept_logit, kl_to_base
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import JudgedPosition
+from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.sampling import HeadForm
 from mara_integrations.training import gather
@@ -33,6 +34,7 @@ def calibrate(run: Run, head: MARAHead) -> float:
     pool = gather.prompts_of(run, run.plan.train)
     prompts = run.random().sample(pool, min(_REPLIES, len(pool)))
     wide = Decoder(run.backend, Scheduler(max_live=8, feeds_all=True))
+    assert isinstance(head, AfterstateHead)
     untrained = MARAHead(head.config).to(run.model.device).eval()
     budget = run.config.kl_budget or run.plan.method.kl_budget
     sampling = run.sampling(
@@ -125,7 +127,7 @@ class PositionScores:
 
 
 @torch.inference_mode()
-def score_positions(head: MARAHead, positions: Sequence[JudgedPosition]) -> PositionScores:
+def score_positions(head: AfterstateHead, positions: Sequence[JudgedPosition]) -> PositionScores:
     """Score all candidates of positions whose candidates were all fed."""
     widest = max(len(position.hazard_logits) for position in positions)
     scores = torch.zeros(len(positions), widest)

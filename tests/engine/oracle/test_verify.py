@@ -18,7 +18,7 @@ from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
-FORMS = ("paper", "residual", "value", None)
+FORMS = ("paper", "residual", "value", "q", None)
 
 
 def prompt(seed):
@@ -35,7 +35,7 @@ def request(seed=0, form="paper", **sampling):
 def test_half_precision_keeps_the_contract(dtype):
     model = tiny_model().to(dtype)
     decoder = Decoder(make_backend(model))
-    requests = [request(seed, FORMS[seed % 4], temperature=0.8 * (seed % 8 >= 4)) for seed in range(8)]
+    requests = [request(seed, FORMS[seed % 5], temperature=0.8 * (seed >= 5)) for seed in range(10)]
 
     verified = [verify(model, r, s.token_ids) for r, s in zip(requests, decoder.run(requests), strict=True)]
 

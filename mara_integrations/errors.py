@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Escape all control characters but tabs and line breaks: text from a file must not drive a terminal."""
+    return "".join(
+        repr(character)[1:-1] if unicodedata.category(character)[0] == "C" and character not in "\t\n" else character
+        for character in text
+    )
+
 
 class MaraError(Exception):
     """Base of all our errors.
 
     Args:
-        message: What was wrong, with the value that was given.
+        message: What was wrong, with the value that was given; control characters in it are escaped.
         hint: What to do about it, one short clause; None when the message says it all.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.hint = hint and printable(hint)
 
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})" if self.hint else self.message

@@ -13,7 +13,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from mara_integrations import __version__
-from mara_integrations.errors import MaraError
+from mara_integrations.errors import MaraError, printable
 from mara_integrations.models import ranks
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -87,18 +87,18 @@ def _mara_tools(
 
 
 def say(console: Console, label: str, text: str) -> None:
-    """One line of news, as it is: no markup, no line breaks of ours."""
-    console.print(Text.assemble((f"{label:<8}", "bold"), text), soft_wrap=True)
+    """Print one line of news: no markup, no line breaks of ours, control characters escaped."""
+    console.print(Text.assemble((f"{label:<8}", "bold"), printable(text)), soft_wrap=True)
 
 
 def dim(text: str) -> None:
-    """Something beside the point."""
-    Console(soft_wrap=True).print(Text(text, style="dim"))
+    """Print something that is beside the point."""
+    Console(soft_wrap=True).print(Text(printable(text), style="dim"))
 
 
 def print_err(text: str, style: str = "") -> None:
-    """One line on stderr, whatever the text."""
-    Console(stderr=True, soft_wrap=True).print(Text(" ".join(text.splitlines()), style=style))
+    """Print one line on stderr, whatever the text."""
+    Console(stderr=True, soft_wrap=True).print(Text(printable(" ".join(text.splitlines())), style=style))
 
 
 def show_error(error: Exception) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +30,7 @@ from mara_integrations.cli.options import (
     given,
     head_source,
 )
-from mara_integrations.errors import ConfigError, DataError, MaraError
+from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.models.options import keyword_arguments
 from mara_integrations.progress import ConsoleReporter
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from mara_integrations.data import Dataset
     from mara_integrations.heads.config import HeadConfig
     from mara_integrations.rewards import Reward
-    from mara_integrations.runtime import MARAEngine
 
 
 def evaluate_head(
@@ -64,6 +63,13 @@ def evaluate_head(
             show_default="the head's own",
         ),
     ] = None,
+    trust_head_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-head-code",
+            help="Import functions and load models that the head records as its rewards. Only for heads of your own.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="A page to look at (.html), or everything for other programs (.json).")
     ] = None,
@@ -112,9 +118,18 @@ def evaluate_head(
         say(console, "", note)
     origin = ""
     if not rewards:
-        rewards, origin = list(_recorded_rewards(engine, head_source(head))), " (recorded with the head)"
+        from mara_integrations.heads.source import heads
+        from mara_integrations.training.scoring.recorded_rewards import recorded_rewards
+
+        folders = [heads.locate(source).path for source in head_source(head) or ()]
+        rewards, left_out = recorded_rewards(
+            engine.head.config.rewards, folders, engine.model, trust_code=trust_head_code
+        )
+        origin = " (recorded with the head)"
+        for reason in left_out:
+            warnings.warn(reason, stacklevel=2)
     named = _named(rewards)
-    say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none given, none recorded")
+    say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
     with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
         evaluation = evaluate(
@@ -177,23 +192,3 @@ def _described(reward: Reward) -> str:
     if isinstance(reward, ForbiddenWords):
         return f"forbidden {', '.join(map(repr, reward.words))}"
     return reward.path if isinstance(reward, FunctionReward) else reward_name(reward)
-
-
-def _recorded_rewards(engine: MARAEngine, heads: Mapping[str, float] | None) -> Iterator[Reward]:
-    """What the heads were trained for, as far as it can be built here."""
-    from mara_integrations.heads.hub import head_folder
-    from mara_integrations.rewards import reward_from_spec
-    from mara_integrations.training.scoring.reward_files import KIND, kept_reward
-
-    assert engine.head is not None
-    for spec in engine.head.config.rewards:
-        try:
-            if spec.get("kind") == KIND:
-                yield kept_reward(spec, list(map(head_folder, heads or ())), engine.model)
-            else:
-                yield reward_from_spec(spec)
-        except MaraError as error:
-            warnings.warn(
-                f"a reward that the head was trained for is left out: {error.message}; --reward names another place",
-                stacklevel=2,
-            )

@@ -1,63 +1,145 @@
-"""Heads read from disk and kept in memory, a thousand small ones or a few large: what bounds them is their bytes."""
+"""Heads read from disk and kept in memory: a thousand small ones or a few large, within a budget of bytes."""
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
-from collections import OrderedDict
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 
+from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.heads.folder import CONFIG_FILE, file_stamp
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.hub import Location, locate
+
+_log = logging.getLogger(__name__)
 
 # Room for a thousand heads of a model of width 576, as the trainer makes them.
 MAX_BYTES = 4 << 30
+_GRACE_S = 5.0  # time to put another folder in the place of one
 
-_Key = tuple[str, tuple[int, ...], torch.device]
+
+@dataclass(slots=True)
+class _Entry:
+    """A head in memory.
+
+    Attributes:
+        head: The head.
+        stamp: Stamp of its files when they were read; see `file_stamp`.
+        failing_since: When its files were first found damaged or missing; None while they are whole.
+    """
+
+    head: MARAHead
+    stamp: tuple[int, ...] | None
+    failing_since: float | None = None
 
 
 class HeadCache:
-    """Heads by where they were read from, the least recently used dropped first. Any thread may call it.
+    """Heads by where they lie, the least recently used dropped first. Any thread may call it.
 
-    A head in use by a request lives on with it when it is dropped here.
+    What a name means, a local path or a Hub id, is settled when it is first used: a folder that disappears is never
+    looked for on the Hub. A head whose files change is read again; while they are missing or damaged, which they may
+    be for a moment when a folder is replaced, the head read before stays for `grace_s`. A head in use by a request
+    lives on with it when it is dropped here.
 
     Args:
-        max_bytes: Memory that the heads may hold together; the last one read is kept whatever it holds.
+        max_bytes: Memory that the heads may hold together.
+        grace_s: How long a head stays whose files are missing or damaged, in seconds.
+        clock: Returns the time, in seconds.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._heads: OrderedDict[_Key, MARAHead] = OrderedDict()
+    def __init__(
+        self, max_bytes: int = MAX_BYTES, *, grace_s: float = _GRACE_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._grace_s = grace_s
+        self._clock = clock
+        self._locations: dict[tuple[str, str], Location] = {}
+        self._entries = _lru(max_bytes)
         self._lock = threading.Lock()
 
-    def get(self, source: str | Path, device: torch.device | str = "cpu") -> MARAHead:
-        """One object for all that name a head, so that a batch evaluates it once; a retrained one is read again.
+    @property
+    def max_bytes(self) -> int:
+        """Memory that the heads may hold together; can be set at any time."""
+        return int(self._entries.maxsize)
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: int) -> None:
+        entries = _lru(max_bytes)
+        with self._lock:
+            while self._entries:
+                key, entry = self._entries.popitem()  # the least recently used
+                if entry.head.num_bytes <= max_bytes:
+                    entries[key] = entry
+            self._entries = entries
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the heads hold together."""
+        return int(self._entries.currsize)
+
+    def locate(self, source: str | Path) -> Location:
+        """Find a head, and remember where it was found; see `hub.locate`.
 
         Raises:
-            HeadError: If it can't be read.
+            HeadError: If there is none.
         """
-        key = str(source), _stamp(source), torch.device(device)
+        key = str(source), "" if os.path.isabs(source) else os.getcwd()
+        location = self._locations.get(key)
+        if location is None:
+            location = self._locations.setdefault(key, locate(source))
+        return location
+
+    def get(self, source: str | Path, device: torch.device | str = "cpu") -> MARAHead:
+        """Return a head on a device: one object for all that name it, so that a batch evaluates it once.
+
+        Raises:
+            HeadError: If it can't be read, or takes more memory than all heads may.
+        """
+        location = self.locate(source)
+        key = str(location.path), torch.device(device)
+        stamp = file_stamp(location.path / CONFIG_FILE if location.is_folder else location.path)
         with self._lock:
-            if key in self._heads:
-                self._heads.move_to_end(key)
-                return self._heads[key]
-        head = MARAHead.from_pretrained(source).to(device)  # unlocked: who asks for another head does not wait
+            entry = self._entries.get(key)
+        if entry is not None and entry.stamp == stamp is not None:
+            entry.failing_since = None
+            return entry.head
+        try:
+            head = MARAHead.from_pretrained(location).to(device)  # unlocked: requests for other heads do not wait
+        except HeadError as error:
+            if entry is None or not self._may_stay(entry):
+                raise
+            _log.warning("the head read before is used on: %s", error)
+            return entry.head
         with self._lock:
-            if key in self._heads:  # another thread was faster
-                return self._heads[key]
-            self._heads[key] = head
-            self.num_bytes += head.num_bytes
-            while self.num_bytes > self.max_bytes and len(self._heads) > 1:
-                self.num_bytes -= self._heads.popitem(last=False)[1].num_bytes
+            entry = self._entries.get(key)
+            if entry is not None and entry.stamp == stamp is not None:  # another thread was faster
+                return entry.head
+            try:
+                self._entries[key] = _Entry(head, stamp)
+            except ValueError:
+                raise HeadError(
+                    f"head {location.name!r} takes {head.num_bytes:,} bytes; all heads together may take "
+                    f"{self.max_bytes:,}",
+                    hint="raise head_cache_bytes",
+                ) from None
         return head
 
+    def _may_stay(self, entry: _Entry) -> bool:
+        if entry.failing_since is None:
+            entry.failing_since = self._clock()
+        return self._clock() - entry.failing_since < self._grace_s
+
     def __len__(self) -> int:
-        return len(self._heads)
+        return len(self._entries)
 
 
-def _stamp(source: str | Path) -> tuple[int, ...]:
-    """Changes when the files of a local head do."""
-    path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    return tuple(file.stat().st_mtime_ns for file in files)
+def _lru(max_bytes: int) -> LRUCache[tuple[str, torch.device], _Entry]:
+    if max_bytes < 1:
+        raise ConfigError(f"head_cache_bytes={max_bytes!r} is not allowed", hint="at least 1")
+    return LRUCache(max_bytes, getsizeof=lambda entry: entry.head.num_bytes)

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mara_integrations.sampling import HeadForm
 
 # Measured on SmolLM2-135M: features of 16 to 128 and hidden layers of 128 to 512 fit equally well.
 Q_SIZES = (256, 64)
+MAX_WIDTH = 1 << 20  # of a layer; the widest models have 16,384
+MAX_SCALE = 10_000.0
+REWARD_MODEL: Final = "reward_model"  # kind of a reward whose file is kept beside the head
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+Name = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class RewardFile(BaseModel):
+    """A reward model that a training fitted and kept beside the head, as the head's config describes it.
+
+    Attributes:
+        kind: Tells it from the other descriptions of rewards.
+        name: Name of the reward.
+        file: File in the head's folder: always a plain name in `rewards/`.
+        sha256: Hash of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["reward_model"] = REWARD_MODEL
+    name: Annotated[Name, Field(min_length=1)]
+    file: Annotated[Name, Field(pattern=r"^rewards/[^./\\][^/\\]{0,200}\.safetensors$")]
+    sha256: Sha256
 
 
 class HeadConfig(BaseModel):
@@ -36,23 +69,23 @@ class HeadConfig(BaseModel):
         weights_sha256: Hash of the weights file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[2] = 2
     form: HeadForm = "residual"
-    hidden_size: int = Field(ge=1)
-    inner_sizes: tuple[int, int] = (1024, 256)
-    base_model: str | None = None
-    scale: float = Field(1.0, gt=0.0)
-    top_k: int = Field(40, ge=1)
+    hidden_size: Width
+    inner_sizes: tuple[Width, Width] = (1024, 256)
+    base_model: Name | None = None
+    scale: float = Field(1.0, gt=0.0, le=MAX_SCALE)
+    top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
-    min_candidates: int = Field(1, ge=1)
-    method: str | None = None
+    min_candidates: int = Field(1, ge=1, le=MAX_WIDTH)
+    method: Name | None = None
     rewards: tuple[dict[str, Any], ...] = ()
-    data_fingerprint: str | None = None
+    data_fingerprint: Name | None = None
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
-    weights_sha256: str | None = None
+    weights_sha256: Sha256 | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -68,3 +101,29 @@ class HeadConfig(BaseModel):
             values = {"scale" if name == "strength" else name: value for name, value in values.items()}
             values["format_version"] = 2
         return values
+
+    @field_validator("rewards")
+    @classmethod
+    def _reward_files_are_plain(cls, specs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for spec in specs:
+            if spec.get("kind") == REWARD_MODEL:
+                try:
+                    RewardFile.model_validate(spec)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    raise ValueError(f"{'.'.join(map(str, first['loc']))} of a reward model: {first['msg']}") from None
+        return specs
+
+    @field_validator("rewards", "training", "metrics")
+    @classmethod
+    def _numbers_are_finite(cls, value: Any) -> Any:
+        todo = [value]
+        while todo:
+            match todo.pop():
+                case float() as number if not math.isfinite(number):
+                    raise ValueError("numbers have to be finite")
+                case dict() as mapping:
+                    todo += mapping.values()
+                case list() | tuple() as items:
+                    todo += items
+        return value

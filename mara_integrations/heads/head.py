@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +13,16 @@ from typing_extensions import Self
 
 from mara_integrations.errors import HeadError
 from mara_integrations.heads.config import HeadConfig
-from mara_integrations.heads.folder import check_shapes, dump_weights, read_config, read_weights, sha256, write_folder
-from mara_integrations.heads.hub import head_folder, push_folder
+from mara_integrations.heads.folder import (
+    as_float32,
+    check_shapes,
+    check_size,
+    dump_weights,
+    read_folder,
+    sha256,
+    write_folder,
+)
+from mara_integrations.heads.hub import Location, locate, push_folder
 from mara_integrations.heads.published import read_published
 from mara_integrations.sampling import HeadForm
 
@@ -85,28 +92,30 @@ class MARAHead(nn.Module):
         return Path(folder)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> MARAHead:
-        """Read a head: a folder, a published `.pth` actor, or a Hub id.
+    def from_pretrained(cls, source: str | Path | Location) -> MARAHead:
+        """Read a head: a folder, a published `.pth` actor, or a Hub id; see `hub.locate`.
 
         Raises:
             HeadError: If it is missing, damaged, or not a head; the message names the file and what is wrong.
         """
-        path = Path(source).expanduser()
-        if path.suffix in (".pth", ".pt") or path.is_file():
-            config, tensors = read_published(path)
-            check_shapes(path, config, _shapes(tensors), _expected_shapes(config))
+        location = source if isinstance(source, Location) else locate(source)
+        if location.is_folder:
+            config, weights = read_folder(location.path, _shapes)
         else:
-            folder = head_folder(source)
-            config = read_config(folder)
-            tensors = read_weights(folder, config, _expected_shapes(config))
-        head = MARAHead(config)
-        head.load_state_dict(tensors)
+            config, tensors = read_published(location.path)
+            shapes, name = _shapes(config), str(location.path)
+            check_size(name, shapes)
+            check_shapes(name, config, tensors, shapes)
+            weights = as_float32(name, tensors)
+        with torch.device("meta"):  # takes no memory
+            head = MARAHead(config)
+        head.load_state_dict(weights, assign=True)
         return head.eval().requires_grad_(False)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the folder to the Hugging Face Hub, as `head=repo_id` reads it; returns the commit's address."""
+    def push_to_hub(self, repo_id: str, *, public: bool = False, token: str | None = None) -> str:
+        """Upload the head to the Hugging Face Hub, as `head=repo_id` reads it; see `hub.push_folder`."""
         with tempfile.TemporaryDirectory() as folder:
-            return push_folder(self.save_pretrained(folder), repo_id, private=private, token=token)
+            return push_folder(self.save_pretrained(folder), repo_id, public=public, token=token)
 
 
 def head_class(form: HeadForm) -> type[MARAHead]:
@@ -117,10 +126,7 @@ def head_class(form: HeadForm) -> type[MARAHead]:
     return QHead if form == "q" else AfterstateHead
 
 
-def _expected_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a head of this config."""
     with torch.device("meta"):  # takes no memory
-        return _shapes(MARAHead(config).state_dict())
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return {name: tuple(tensor.shape) for name, tensor in MARAHead(config).state_dict().items()}

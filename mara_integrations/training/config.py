@@ -83,7 +83,9 @@ class TrainConfig(Params):
         batch_size: Tokens a step of a fit.
         track: Where the figures go beside metrics.jsonl: tensorboard (into the head's folder), wandb, trackio. May be
             repeated.
-        push_to_hub: Upload the head to this repository of the Hub when it is finished.
+        push_to_hub: Upload the head to this repository of the Hub when it is finished: weights, config, card and reward
+            models, in a private repository.
+        public: With `push_to_hub`: everybody may read the head.
         seed: Of everything random.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
@@ -131,6 +133,7 @@ class TrainConfig(Params):
     batch_size: int = Field(512, ge=1)
     track: tuple[TrackerName, ...] = ()
     push_to_hub: str | None = None
+    public: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: str = "auto"
@@ -159,7 +162,7 @@ class TrainConfig(Params):
 
     def described(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        elsewhere = {"data", "prompts", "output", "device", "reward_timeout_s", "track", "push_to_hub", "ray"}
+        elsewhere = {"data", "prompts", "output", "device", "reward_timeout_s", "track", "push_to_hub", "public", "ray"}
         return self.model_dump(mode="json", exclude=elsewhere)
 
     def to_yaml(self) -> str:

@@ -66,7 +66,7 @@ def make_plan(config: TrainConfig) -> Plan:
     check_writable(config.output)
     check_installed(config.track)
     if config.push_to_hub is not None:
-        check_can_push(config.push_to_hub)
+        check_can_push(config.push_to_hub, public=config.public)
     data = read_dataset(
         config.data, config.format, columns=column_mapping(config.column), skip_bad_rows=config.skip_bad_rows
     )

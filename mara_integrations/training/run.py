@@ -103,7 +103,7 @@ def _train(run: Run) -> TrainResult:
         _save(run, head, evaluation, learned, kl)
     run.forget()
     if config.push_to_hub is not None:
-        address = push_folder(config.output, config.push_to_hub)
+        address = push_folder(config.output, config.push_to_hub, public=config.public)
         run.say(f"[bold]Hub[/]    {escape(address)}")
     return TrainResult(head, config.output, evaluation, learned.held_out_accuracy, kl)
 

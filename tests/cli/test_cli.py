@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from mara_integrations import __version__
@@ -309,25 +312,45 @@ class FakeHub:
         if os.environ.get("HF_TOKEN") != "right":
             raise OSError("Invalid user token.")
 
-    def create_repo(self, repo_id, private, exist_ok):
-        self.asked.append(("create", repo_id))
+    def repo_info(self, repo_id):
+        if repo_id != "me/open":
+            raise RepositoryNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://x"))
+            )
+        return SimpleNamespace(private=False)
 
-    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+    def create_repo(self, repo_id, private, exist_ok):
+        self.asked.append(("create", repo_id, "private" if private else "public"))
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
         names = sorted(path.name for path in Path(folder_path).iterdir())
         self.asked.append(("upload", repo_id, *names))
         return f"https://huggingface.co/{repo_id}/commit/1"
 
 
-def test_a_finished_head_is_pushed_to_the_hub_with_its_card_and_curves(folder, monkeypatch):
+def test_a_finished_head_is_pushed_to_the_hub_and_nothing_else_of_its_folder(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "asked", [])
     training = ("train", "--model", "model", "--data", "pairs.jsonl", "--output", "pushed", "--eval-prompts", 0, *QUICK)
     refused = run(*training, "--push-to-hub", "me/head", code=1)
     assert "can't push to 'me/head': Invalid user token." in refused.stderr and not (folder / "pushed").exists()
     monkeypatch.setenv("HF_TOKEN", "right")
+    (folder / "pushed").mkdir()
+    (folder / "pushed" / "notes.txt").write_text("mine")
     assert "https://huggingface.co/me/head/commit/1" in run(*training, "--push-to-hub", "me/head").stdout
-    files = ("README.md", "head.safetensors", "head_config.json", "metrics.jsonl", "train.yaml")
-    assert FakeHub.asked == [("create", "me/head"), ("upload", "me/head", *files)]
+    files = ("README.md", "head.safetensors", "head_config.json")
+    assert FakeHub.asked == [("create", "me/head", "private"), ("upload", "me/head", *files)]
+
+
+def test_a_head_becomes_public_only_when_that_is_said(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "asked", [])
+    monkeypatch.setenv("HF_TOKEN", "right")
+    training = ("train", "--model", "model", "--data", "pairs.jsonl", "--output", "open", "--eval-prompts", 0, *QUICK)
+    refused = run(*training, "--push-to-hub", "me/open", code=1)
+    assert "'me/open' is public" in refused.stderr and not (folder / "open").exists()
+    run(*training, "--push-to-hub", "me/open", "--public")
+    assert FakeHub.asked[0] == ("create", "me/open", "public")
 
 
 def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
@@ -358,7 +381,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
 def test_eval_takes_the_heads_own_reward_and_of_its_training_file_only_what_was_held_out(rewarded, folder):
     result = run(
         *("eval", "--model", "model", "--head", "rewarded", "--data", "prompts.jsonl"),
-        *("--max-new-tokens", 5, "--report", "report.html", "--examples", 1),
+        *("--max-new-tokens", 5, "--report", "report.html", "--examples", 1, "--trust-head-code"),
     )
     assert "Prompts 2 of prompts.jsonl; the head was trained on this file" in result.stdout
     assert f"Rewards {VOWELS} (recorded with the head)" in result.stdout
@@ -384,9 +407,26 @@ def test_eval_with_rewards_of_its_own(folder):
 def test_eval_goes_on_without_a_recorded_reward_that_is_gone(folder):
     spec = {"kind": "function", "path": "gone.py:judge"}
     random_head(32, "residual", rewards=(spec,)).save_pretrained("orphan")
-    result = run(*("eval", "--model", "model", "--head", "orphan", "--data", "prompts.jsonl"), "--max-new-tokens", 2)
-    assert result.stderr.startswith("warning: a reward that the head was trained for is left out")
-    assert result.stderr.count("\n") == 1 and "none recorded" in result.stdout
+    asking = ("eval", "--model", "model", "--head", "orphan", "--data", "prompts.jsonl", "--max-new-tokens", 2)
+    result = run(*asking, "--trust-head-code")
+    assert result.stderr.startswith("warning: a reward that the head records is left out: reward 'gone.py:judge'")
+    assert result.stderr.count("\n") == 1 and "Rewards none\n" in result.stdout
+
+
+@pytest.mark.filterwarnings("default")  # pytest makes them errors
+def test_eval_runs_no_code_that_a_head_names(folder):
+    (folder / "evil.py").write_text("import os; os.mkdir('pwned')\ndef f(completions, **_): return [0.0]\n")
+    spec = {"kind": "function", "path": "evil.py:f"}
+    random_head(32, "residual", rewards=(spec,)).save_pretrained("hostile")
+    asking = ("eval", "--model", "model", "--head", "hostile", "--data", "prompts.jsonl", "--max-new-tokens", 2)
+
+    said = run(*asking).stderr
+
+    assert not Path("pwned").exists()
+    assert said == (
+        "warning: the head records a reward that imports code ('evil.py:f'); it is left out: name it by --reward, or "
+        "trust this head with --trust-head-code\n"
+    )
 
 
 # --- generate ---
@@ -512,6 +552,44 @@ def test_merged_heads_are_one_that_answers_like_their_composition(folder):
     assert generate("hi", "--head", "merged") == expected + "\n"
     assert "nothing to merge" in run("merge", "head", "--output", "x", code=1).stderr
     assert "'paper' form can't be merged" in run("merge", "head", "paper-head", "--output", "x", code=1).stderr
+
+
+@pytest.mark.parametrize("name", ["escaped", "../escaped", "/tmp/escaped"])
+def test_merge_copies_what_training_kept_and_writes_nowhere_else(folder, name, tmp_path):
+    (tmp_path / "secret").write_text("the private key")
+    spec = {"kind": "reward_model", "name": name, "file": "rewards/x.safetensors", "sha256": "0" * 64}
+    hostile = random_head(32, "residual", rewards=(spec,)).save_pretrained(tmp_path / "in/hostile")
+    (hostile / "rewards").mkdir()
+    (hostile / "rewards" / "x.safetensors").symlink_to(tmp_path / "secret")
+
+    said = run("merge", "head", hostile, "--output", tmp_path / "out/merged", code=1).stderr
+
+    assert "x.safetensors' is a link out of the head's folder" in said
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file() and "hostile" not in str(path)} == {"secret"}
+
+
+def test_merge_writes_a_reward_model_of_any_name_into_its_folder(folder, tmp_path):
+    kept = tmp_path / "in/rewards/x.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"data")
+    sha256 = hashlib.sha256(b"data").hexdigest()
+    spec = {"kind": "reward_model", "name": "../../../escaped", "file": "rewards/x.safetensors", "sha256": sha256}
+    random_head(32, "residual", rewards=(spec,)).save_pretrained(tmp_path / "in")
+
+    run("merge", "head", tmp_path / "in", "--output", tmp_path / "out/merged")
+
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert written == {"merged/head.safetensors", "merged/rewards/escaped.safetensors"}
+
+
+def test_inspect_prints_no_control_characters(folder, tmp_path):
+    training = {"system_prompt": "\x1b]0;title\x07", "\x1b[2J": 1}
+    metrics = {"\x1b[2J": 1.0}
+    random_head(32, "residual", training=training, metrics=metrics, rewards=({"kind": "\x1b[2J"},)).save_pretrained(
+        tmp_path / "h"
+    )
+    for form in ((), ("--json",)):
+        assert "\x1b" not in run("inspect", tmp_path / "h", *form).stdout
 
 
 # --- bad input ---

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from mara_integrations.cli import app
-from mara_integrations.errors import ConfigError, DataError, RewardError
+from mara_integrations.errors import ConfigError, DataError, HeadError, RewardError
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.rewards import reward_name
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -138,6 +138,9 @@ def test_a_kept_reward_model_judges_as_it_did(model, tmp_path):
     with pytest.raises(RewardError, match=r"width 32; those of .* have 16"):
         kept_reward(spec, [tmp_path], load_model(ModelSpec((tiny_model(hidden_size=16), tiny_tokenizer()))))
     (tmp_path / spec["file"]).write_bytes(b"another")
+    with pytest.raises(HeadError, match="is not the file that the head's config describes"):
+        kept_reward(spec, [tmp_path], model)
+    (tmp_path / spec["file"]).unlink()
     with pytest.raises(RewardError, match="'mine' is not beside the head"):
         kept_reward(spec, [tmp_path], model)
 

@@ -218,7 +218,7 @@ def test_a_thousand_heads_stay_within_their_bytes(tmp_path):
     assert cache.get(tmp_path / "0") is not heads[0], "the least recently used went first"
     assert cache.get(tmp_path / "15") is not heads[15]
     assert cache.num_bytes == 6 * size
-    random_head(32, "residual", seed=5).save_pretrained(tmp_path / "19")
+    random_head(32, "residual", inner_sizes=(8, 2), seed=5).save_pretrained(tmp_path / "19")
     assert cache.get(tmp_path / "19") is not heads[19], "it was trained again"
 
 

@@ -179,7 +179,18 @@ def test_several_rewards_are_weighed_and_have_a_curve_each(folder):
     curves = [event for event in events if event["event"] == "reward parts"]
     assert curves and all({"vowels", "length"} <= event.keys() for event in curves)
     assert list(events[-1]["evaluation"]["rewards"]) == ["vowels + 0.5 × length", "vowels", "length"]
-    again = run("eval", "--model", "model", "--head", "on-several", "--data", "pairs.jsonl", "--max-new-tokens", 2)
+    again = run(
+        "eval",
+        "--model",
+        "model",
+        "--head",
+        "on-several",
+        "--data",
+        "pairs.jsonl",
+        "--max-new-tokens",
+        2,
+        "--trust-head-code",
+    )
     assert "vowels + 0.5 × length (recorded with the head)" in again.stdout
 
 

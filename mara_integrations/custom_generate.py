@@ -28,12 +28,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.request import Constraint, Request
+from mara_integrations.engine.settings import resolve_settings
 from mara_integrations.errors import ConfigError
-from mara_integrations.heads.compose import candidate_settings
 from mara_integrations.heads.source import HeadSource, place_heads
-from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
+from mara_integrations.sampling import Fallback, Selection
 
 _WHOLE_BATCH = "it is made for the rows of one batch, and here each row is decoded by itself"
 _OTHER_FILTER = "candidates are chosen by temperature, top_k and top_p"
@@ -114,20 +113,25 @@ def gated_generate(
     Source: the contract of `custom_generate` callables, transformers' `GenerationMixin.generate`.
     """
     _check_call(generation_config, model_kwargs, len(input_ids), streamer)
-    gate = GateParams.of(strength=strength, selection=selection, fallback=fallback)
-    settings = _filters(logits_processor, generation_config, model.config.get_text_config().vocab_size)
-    if min_candidates is not None:
-        settings["min_candidates"] = min_candidates
-    hidden_size = model.config.get_text_config().hidden_size
-    placed = place_heads(head, model.device, hidden_size, model.name_or_path or type(model).__name__)
-    if placed is not None:
-        check_strength(placed.config.form, gate)
-        if strength > 0:
-            settings = candidate_settings(placed, settings)
+    config = model.config.get_text_config()
     room = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
     if room is None:
         raise ConfigError("the reply has no upper bound", hint="give max_new_tokens")
-    sampling = SamplingParams.of(max_new_tokens=room - input_ids.shape[1], **settings)
+    settings = resolve_settings(
+        {
+            **_filters(logits_processor, generation_config, config.vocab_size),
+            "max_new_tokens": room - input_ids.shape[1],
+            "min_candidates": min_candidates,
+            "head": head,
+            "strength": strength,
+            "selection": selection,
+            "fallback": fallback,
+            "system_prompt": "",  # the prompts are rendered already
+        },
+        {},
+        lambda head: place_heads(head, model.device, config.hidden_size, model.name_or_path or type(model).__name__),
+    )
+    sampling = settings.sampling
     eos_token_ids = {int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id}
     prompts = _unpadded(input_ids, model_kwargs.get("attention_mask"))
     requests = []
@@ -138,8 +142,8 @@ def gated_generate(
             Request(
                 prompt_ids,
                 sampling.updated(seed=int(torch.randint(2**62, ())) if sampling.temperature > 0 else None),
-                gate,
-                placed,
+                settings.gate,
+                settings.head,
                 frozenset(eos_token_ids),
                 text=reply if reply.is_needed else None,
                 constraint=_Processed(input_ids[row], processors) if processors else None,

@@ -15,10 +15,10 @@ from mara_integrations.engine.backends.forward import output_embeddings
 from mara_integrations.engine.candidates import rank_candidates
 from mara_integrations.engine.gate import gated_log_probs, weighted_log_probs
 from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
+from mara_integrations.engine.settings import resolve_settings
 from mara_integrations.errors import ConfigError
-from mara_integrations.heads.compose import afterstate_parts, candidate_settings
+from mara_integrations.heads.compose import afterstate_parts
 from mara_integrations.heads.source import HeadSource, place_heads
-from mara_integrations.sampling import GateParams, SamplingParams
 
 
 class GatedLogits:
@@ -63,10 +63,10 @@ class GatedLogits:
             )
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature!r} is not allowed", hint="above 0; take argmax to be greedy")
-        given = {"top_k": top_k, "top_p": top_p, "min_candidates": min_candidates}
-        settings = candidate_settings(placed, {name: value for name, value in given.items() if value is not None})
-        self._sampling = SamplingParams.of(temperature=temperature, **settings)
-        self._strength = GateParams.of(strength=strength).strength
+        given = {"top_k": top_k, "top_p": top_p, "min_candidates": min_candidates, "temperature": temperature}
+        prompt = {"system_prompt": ""}  # rendered already
+        settings = resolve_settings({**given, **prompt, "head": head, "strength": strength}, {}, lambda _: placed)
+        self._sampling, self._strength = settings.sampling, settings.gate.strength
         self._model, self._head, self._stacks = model, placed, HeadStacks()
 
     @torch.inference_mode()

@@ -78,7 +78,7 @@ class Conversation:
 
     def with_system(self, system_prompt: str | None) -> Conversation:
         """The same with a system message before it, where it brings none."""
-        if not system_prompt or self.messages[0].role == "system":
+        if not system_prompt or not self.messages or self.messages[0].role == "system":
             return self
         return Conversation((Message("system", system_prompt), *self.messages), self.tools)
 

@@ -1,84 +1,89 @@
-"""The engine as an object: base model, head, defaults; text or messages in, text out, from any thread or event loop.
+"""The engine as an object: base model, head and defaults; messages or text in, a reply out, from any thread or loop.
 
-Knows no framework. Loading happens on first use; one loaded model and one decoder thread serve all that name it.
+Knows no framework.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from mara_integrations.engine.backends.protocol import Backend
-from mara_integrations.engine.backends.select import make_backend
-from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
-from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.gate import check_strength
+from typing_extensions import Self, Unpack
+
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.oracle.verify import Verification, verify
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.worker import AsyncStream, LoopTicket, ThreadTicket, Ticket, Update, Worker
+from mara_integrations.engine.settings import (
+    DecodingSettings,
+    RequestSettings,
+    ResolvedSettings,
+    check_settings,
+    overlay,
+    resolve_settings,
+)
+from mara_integrations.engine.worker import AsyncStream, LoopTicket, Stream, ThreadTicket, Ticket, Update
+from mara_integrations.engine.workers import ModelLease, backend_of, worker_for
 from mara_integrations.errors import ConfigError, ContextLengthError
-from mara_integrations.heads.compose import Head, candidate_settings
+from mara_integrations.heads.compose import Head
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.heads.source import HeadSource, head_weights, heads, place_heads
+from mara_integrations.heads.source import HeadSource, base_model_of, head_weights, heads, place_heads
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
-from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
+from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import Quantization
 from mara_integrations.replies.forms import CallSyntax, ReplyForm, syntax_of
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 from mara_integrations.replies.text import TextStream
-from mara_integrations.sampling import GateParams, SamplingParams
+
+__all__ = ["MARAEngine", "backend_of", "thoughts_of", "worker_for"]
 
 _Ticket = TypeVar("_Ticket", bound=Ticket)
-
-
-_workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
-_workers_lock = threading.Lock()
-
-
-def backend_of(model: LoadedModel) -> Backend:
-    """A backend on a loaded model.
-
-    Raises:
-        ModelError: See `make_backend` and `SpreadBackend`.
-    """
-    return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
-
-
-def worker_for(model: LoadedModel) -> Worker:
-    """The one worker of a loaded model."""
-    with _workers_lock:
-        if model not in _workers:
-            _workers[model] = Worker(Decoder.measured(backend_of(model)))
-        return _workers[model]
 
 
 class MARAEngine:
     """Gated generation on a local model.
 
+    ```python
+    with MARAEngine("smollm2", "heads/brand-voice", max_new_tokens=100) as engine:
+        engine.generate("Which plan has email support?").text  # a user's message
+        engine.generate([Message("system", "Be brief."), Message("user", "Hi!")])
+        engine.generate("Once upon a time", raw=True)  # text to continue, without the chat template
+        for update in engine.stream("Hi!", head=None, temperature=0.7):  # every call may say other settings
+            print(update.text, end="")
+    ```
+
+    Model and head are loaded on first use, or by `load`. Engines that name one model share it and decode together.
+
     Args:
-        model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`.
+        model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`; None is the model that the
+            head records.
         head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
             mapping to weights, are composed: their corrections of the base model add.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
-        revision: Of a model on the Hub.
-        model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
+        revision: Branch, tag or commit of a model on the Hub.
+        model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-        system_prompt: Put before every conversation that brings no system message.
-        **defaults: Fields of `SamplingParams` and `GateParams` that every request starts from.
+        system_prompt: Text put before every conversation that brings no system message. None is the one that the head
+            was trained with; an empty text turns it off.
+        **defaults: Fields of `SamplingParams` and `GateParams` that every request starts from; what holds in the end
+            is told by `resolve_settings`.
 
     Raises:
-        ConfigError: If a default is unknown or out of bounds. Everything else is raised on first use, or by `load`.
+        ConfigError: If neither a model nor a head is named, or a default is unknown or out of bounds. Everything else
+            is raised on first use, or by `load`.
+
+    Attributes:
+        named_spec: The model as it was named; see also `spec`.
+        settings: What every request starts from, by name.
     """
 
     def __init__(
         self,
-        model: Any = "smollm2",
+        model: Any = None,
         head: HeadSource | None = None,
         *,
         device: str = "auto",
@@ -87,111 +92,162 @@ class MARAEngine:
         model_kwargs: Mapping[str, Any] | None = None,
         quantization: Quantization | None = None,
         system_prompt: str | None = None,
-        **defaults: Any,
+        **defaults: Unpack[DecodingSettings],
     ) -> None:
-        self.spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
-        self.head_source = head
-        self.system_prompt = system_prompt
-        self.defaults = defaults
-        _split(defaults)
-        self._loaded: LoadedModel | None = None
-        self._outline: LoadedModel | Outline | None = None
+        if model is None and head is None:
+            raise ConfigError(
+                "no base model is named", hint="name one, as model='org/model', or a head that records its own"
+            )
+        self.settings: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
+        check_settings(self.settings)
+        self.named_spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
+        self._lease: ModelLease | None = None if model is None else ModelLease(self.named_spec)
         self._lock = threading.Lock()
 
-    def load(self) -> MARAEngine:
+    def with_settings(self, **settings: Unpack[RequestSettings]) -> MARAEngine:
+        """Return an engine on the same loaded model, with some defaults changed.
+
+        Raises:
+            ConfigError: If a setting is unknown or out of bounds.
+        """
+        twin = object.__new__(MARAEngine)
+        twin.settings = {**self.settings, **settings}
+        check_settings(twin.settings)
+        twin.named_spec, twin._lease, twin._lock = self.named_spec, self._leased(), threading.Lock()
+        return twin
+
+    # --- the model ---
+
+    def load(self) -> Self:
         """Load model and head now instead of on first use; returns itself.
 
         Raises:
             ModelError: If the model can't be found or driven.
             HeadError: If the head can't be read or does not fit the model.
+            EngineClosedError: If the engine is closed.
         """
         worker_for(self.model)
-        self._head(self.head_source)
+        self._place(self.head_source)
         return self
+
+    def close(self) -> None:
+        """End what runs, and give back the memory of model, caches and decoder thread.
+
+        What other engines on the same model do goes on. Later calls raise `EngineClosedError`.
+        """
+        self._leased().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it was named, or as the head names it."""
+        return self._leased().spec
 
     @property
     def model(self) -> LoadedModel:
         """The base model, loaded on first access."""
-        with self._lock:
-            if self._loaded is None:
-                for source in head_weights(self.head_source):  # a missing one is found out before a model is loaded
-                    if not isinstance(source, MARAHead):
-                        heads.get(source)
-                self._loaded = load_model(self.spec)
-        return self._loaded
+        lease = self._leased()
+        if not lease.is_loaded:
+            for source in head_weights(self.head_source):  # a missing one is found out before a model is loaded
+                if not isinstance(source, MARAHead):
+                    heads.get(source)
+        return lease.model
 
     @property
     def outline(self) -> LoadedModel | Outline:
-        """Tokenizer and context window: of the loaded model, else without its weights where small files tell them."""
-        if self._loaded is not None:
-            return self._loaded
-        if self._outline is None:
-            self._outline = read_outline(self.spec)
-        return self._outline
+        """Tokenizer and context window; the weights are not loaded for them where small files tell."""
+        return self._leased().outline
 
     @property
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
-        return self._loaded is not None
+        return self._lease is not None and self._lease.is_loaded
+
+    @property
+    def head_source(self) -> HeadSource | None:
+        """The default head, as it was named."""
+        source: HeadSource | None = self.settings["head"]
+        return source
 
     @property
     def head(self) -> Head | None:
         """The default head, on the model's device."""
-        return self._head(self.head_source)
+        return self._place(self.head_source)
 
-    def generate(self, prompt: Prompt, **overrides: Any) -> Generation:
+    # --- replies ---
+
+    def generate(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Generation:
         """Generate one reply.
 
         Args:
-            prompt: A conversation, raw text (no chat template), or token ids.
-            **overrides: Fields of `SamplingParams` and `GateParams`, `head`, `system_prompt`, and `form` (`ReplyForm`).
+            prompt: A user's message as a string (with `raw=True`, text to continue), a list of messages, a
+                `Conversation`, or token ids; or what `request` made of one.
+            **settings: Settings of this call; see `RequestSettings` and `resolve_settings`.
 
         Raises:
-            ConfigError: If an override is unknown or out of bounds, or the prompt does not fit the model.
+            ConfigError: If a setting is unknown or out of bounds, or the prompt is empty or does not fit the model.
             ModelError: See `load`.
             HeadError: See `load`.
+            EngineClosedError: If the engine is closed, or is closed before the reply is finished.
         """
-        return _last(self._submit(prompt, overrides, ThreadTicket()))
+        return _last(self._submit(prompt, settings, ThreadTicket()))
 
-    def stream(self, prompt: Prompt, **overrides: Any) -> Generator[Update, None, None]:
-        """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`."""
-        return iter(self._submit(prompt, overrides, ThreadTicket()))
+    def stream(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Stream[Update]:
+        """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`.
 
-    def generate_batch(self, prompts: Sequence[Prompt], **overrides: Any) -> list[Generation]:
-        """Generate a reply to each prompt, decoded together; the same replies as one by one."""
-        tickets = [self._submit(prompt, overrides, ThreadTicket()) for prompt in prompts]
+        Closed or dropped, the stream stops the generation at its next token.
+        """
+        ticket = self._submit(prompt, settings, ThreadTicket())
+        return Stream(iter(ticket), ticket.cancel)
+
+    def generate_batch(self, prompts: Sequence[Prompt], **settings: Unpack[RequestSettings]) -> list[Generation]:
+        """Generate a reply to each prompt, decoded together; the same replies as one by one.
+
+        Nothing is decoded when a prompt is refused, and nothing is left running when a reply fails; see `generate`.
+        """
+        requests = [self.request(prompt, **settings) for prompt in prompts]
+        tickets: list[ThreadTicket] = []
         try:
+            for request in requests:
+                tickets.append(self._leased().submit(request, ThreadTicket()))
             return [_last(ticket) for ticket in tickets]
         finally:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def agenerate(self, prompt: Prompt, **overrides: Any) -> Generation:
+    async def agenerate(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Generation:
         """`generate` without blocking the event loop; cancelling the task stops the generation."""
-        async for update in self.astream(prompt, **overrides):
+        async for update in self.astream(prompt, **settings):
             if update.generation is not None:
                 return update.generation
         raise AssertionError("a stream ends with its generation")
 
-    def astream(self, prompt: Prompt, **overrides: Any) -> AsyncStream[Update]:
-        """`stream` without blocking the event loop; dropped or closed, it stops the generation at its next token."""
+    def astream(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> AsyncStream[Update]:
+        """`stream` without blocking the event loop."""
         ticket = LoopTicket()
-        return AsyncStream(self._updates(prompt, overrides, ticket), ticket.cancel)
+        return AsyncStream(self._updates(prompt, settings, ticket), ticket.cancel)
 
     async def _updates(
-        self, prompt: Prompt, overrides: dict[str, Any], ticket: LoopTicket
+        self, prompt: Prompt | Request, settings: RequestSettings, ticket: LoopTicket
     ) -> AsyncGenerator[Update, None]:
         import asyncio
 
         ticket.bind()
         try:  # submitting may load a model, compile a grammar, or wait for room
-            async for update in await asyncio.to_thread(self._submit, prompt, overrides, ticket):
+            async for update in await asyncio.to_thread(self._submit, prompt, settings, ticket):
                 yield update
         finally:
             ticket.cancel()
 
-    def verify(self, prompt: Prompt, **overrides: Any) -> Verification:
-        """Decode a prompt with the engine and with the slow reference, whatever stop strings say.
+    def verify(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Verification:
+        """Decode a prompt with both the engine and the slow reference; stop strings are ignored.
 
         Returns:
             Both replies, and the first place where they differ; `holds` unless that is more than noise.
@@ -200,38 +256,39 @@ class MARAEngine:
             ConfigError: If a grammar holds the reply, or several processes the model: the reference knows neither. Else
                 as `generate`.
         """
-        request = self.request(prompt, **{"seed": 0, **self.defaults, **overrides})
+        request = self.request(prompt, **settings)
         if request.constraint is not None:
             raise ConfigError("the reference knows no tools or schemas", hint="verify the prompt without them")
         if self.model.parts is not None:
             raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
-        request = replace(request, text=None)
-        return verify(
-            self.model.model, request, _last(worker_for(self.model).submit(request, ThreadTicket())).token_ids
-        )
+        seed = 0 if request.sampling.seed is None else request.sampling.seed
+        request = replace(request, text=None, sampling=request.sampling.updated(seed=seed))
+        return verify(self.model.model, request, self.generate(request).token_ids)
 
-    def encode(self, prompt: Prompt, system_prompt: str | None = None, tools: Sequence[Tool] = ()) -> list[int]:
-        """Token ids of a prompt, as `generate` feeds them."""
-        system_prompt = self.system_prompt if system_prompt is None else system_prompt
-        if not isinstance(prompt, str | Conversation) and len(prompt) > 0 and isinstance(prompt[0], Message):
-            prompt = Conversation(tuple(cast(Sequence[Message], prompt)))
-        if isinstance(prompt, Conversation):
-            prompt = prompt.with_system(system_prompt)
+    # --- what a request is made of ---
+
+    def resolve(self, **settings: Unpack[RequestSettings]) -> ResolvedSettings:
+        """Return what holds for a request with these settings; see `resolve_settings`."""
+        return resolve_settings(settings, self.settings, self._place)
+
+    def given(self, **settings: Unpack[RequestSettings]) -> dict[str, Any]:
+        """Return a call's settings over the engine's own, without what the head brings; loads nothing."""
+        return overlay(settings, self.settings)
+
+    def encode(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> list[int]:
+        """Return the token ids of a prompt, as `generate` feeds them."""
+        resolved = self.resolve(**settings)
+        return self._encode(_in_its_form(prompt, resolved), resolved.form.tools)
+
+    def _encode(self, prompt: Prompt, tools: Sequence[Tool]) -> list[int]:
         return self.model.encoder.encode(prompt, tools)
 
-    def request(self, prompt: Prompt, **overrides: Any) -> Request:
-        """What `generate` submits to the decoder; see there for arguments and errors."""
-        overrides = {**self.defaults, **overrides}
-        head = self._head(overrides.pop("head", self.head_source))
-        form = overrides.pop("form", None) or ReplyForm()
-        prompt_ids = self.encode(prompt, overrides.pop("system_prompt", None), form.tools)
-        sampling_values, gate_values = _split(overrides)
-        gate = GateParams.of(**gate_values)
-        if head is not None:
-            check_strength(head.config.form, gate)
-            if gate.strength > 0:  # what the head was trained with, unless the request says otherwise
-                sampling_values = candidate_settings(head, sampling_values)
-        sampling = SamplingParams.of(**sampling_values)
+    def request(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Request:
+        """Return what `generate` submits to the decoder; it can be submitted once. See there for errors."""
+        resolved = self.resolve(**settings)
+        form, sampling = resolved.form, resolved.sampling
+        prompt = _in_its_form(prompt, resolved)
+        prompt_ids = self._encode(prompt, form.tools)
         room = self.model.context_window - len(prompt_ids)
         if not prompt_ids:
             raise ConfigError("the prompt has no tokens", hint="give it some text")
@@ -247,8 +304,8 @@ class MARAEngine:
         return Request(
             prompt_ids=prompt_ids,
             sampling=sampling,
-            gate=gate,
-            head=head,
+            gate=resolved.gate,
+            head=resolved.head,
             eos_token_ids=self.model.eos_token_ids,
             text=TextStream(self.model.tokenizer, stop, shown),
             constraint=self._constraint(form, sampling.max_new_tokens),
@@ -274,18 +331,40 @@ class MARAEngine:
     def _syntax(self) -> CallSyntax:
         return syntax_of(getattr(self.model.tokenizer, "chat_template", None))
 
-    def _submit(self, prompt: Prompt, overrides: dict[str, Any], ticket: _Ticket) -> _Ticket:
-        return worker_for(self.model).submit(self.request(prompt, **overrides), ticket)
+    def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
+        if isinstance(prompt, Request) and settings:
+            raise ConfigError("a request that is made already takes no settings", hint="give them to `request`")
+        request = prompt if isinstance(prompt, Request) else self.request(prompt, **settings)
+        return self._leased().submit(request, ticket)
 
-    def _head(self, source: HeadSource | None) -> Head | None:
+    def _place(self, source: HeadSource | None) -> Head | None:
         weights = head_weights(source)
         return place_heads(weights, self.model.device, self.model.hidden_size, self.model.name) if weights else None
+
+    def _leased(self) -> ModelLease:
+        with self._lock:
+            if self._lease is None:
+                assert self.head_source is not None
+                self._lease = ModelLease(replace(self.named_spec, model=base_model_of(self.head_source)))
+            return self._lease
+
+    # --- copies ---
+
+    def __repr__(self) -> str:
+        from mara_integrations.heads.source import head_name
+
+        lease = self._lease
+        state = "closed" if lease and lease.is_closed else "loaded" if self.is_loaded else "not loaded"
+        parts = [repr(self.named_spec.model if isinstance(self.named_spec.model, str) else "...")]
+        shown = {**self.settings, "head": head_name(self.head_source)}
+        parts += [f"{name}={value!r}" for name, value in shown.items() if value is not None]
+        return f"MARAEngine({', '.join(parts)})  # {state}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.spec, self.head_source, self.system_prompt, self.defaults)
+        return _rebuild, (self.named_spec, self.settings)
 
 
 def thoughts_of(model: LoadedModel) -> Thoughts:
@@ -298,30 +377,24 @@ def thoughts_of(model: LoadedModel) -> Thoughts:
     return "begun" if prompt.endswith(OPEN) else "possible"
 
 
-def _rebuild(spec: ModelSpec, head: Any, system_prompt: str | None, defaults: dict[str, Any]) -> MARAEngine:
-    settings: dict[str, Any] = {
-        "device": spec.device,
-        "dtype": spec.dtype,
-        "revision": spec.revision,
-        "model_kwargs": spec.model_kwargs,
-        "quantization": spec.quantization,
-    }
-    return MARAEngine(spec.model, head, system_prompt=system_prompt, **settings, **defaults)
+def _in_its_form(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
+    """A prompt as the encoder takes it: a string is raw text there, and a conversation has its system message."""
+    if isinstance(prompt, str):
+        if settings.raw:
+            return prompt
+        prompt = [Message("user", prompt)]
+    if not isinstance(prompt, Conversation) and len(prompt) > 0 and isinstance(prompt[0], Message):
+        prompt = Conversation(tuple(cast(Sequence[Message], prompt)))
+    if not isinstance(prompt, Conversation):
+        return prompt
+    if settings.raw:
+        raise ConfigError("raw=True takes a string or token ids, and the prompt is a list of messages")
+    return prompt.with_system(settings.system_prompt)
 
 
-def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a request by what they concern, checked; an unknown one is refused."""
-    gate = {name: value for name, value in values.items() if name in GateParams.model_fields}
-    sampling = {name: value for name, value in values.items() if name not in gate}
-    unknown = sorted(set(sampling) - set(SamplingParams.model_fields))
-    if unknown:
-        allowed = sorted({*SamplingParams.model_fields, *GateParams.model_fields})
-        raise ConfigError(
-            f"{unknown[0]}={sampling[unknown[0]]!r} is no setting", hint=f"settings are {', '.join(allowed)}"
-        )
-    SamplingParams.of(**sampling)
-    GateParams.of(**gate)
-    return sampling, gate
+def _rebuild(spec: ModelSpec, settings: dict[str, Any]) -> MARAEngine:
+    named = {name: getattr(spec, name) for name in ("device", "dtype", "revision", "model_kwargs", "quantization")}
+    return MARAEngine(spec.model, **named, **settings)
 
 
 def _last(ticket: ThreadTicket) -> Generation:

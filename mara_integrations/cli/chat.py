@@ -86,7 +86,7 @@ class _Chat:
             case "/base":
                 if not self.asked:
                     raise ConfigError("there is no question yet")
-                self.write(self.asked, strength=0.0)
+                self.write(self.asked, strength=0.0, system_prompt=self.engine.resolve().system_prompt or "")
             case "/gate":
                 if self.answer is None or self.engine.head is None:
                     raise ConfigError("there is no gated answer yet", hint="ask something, with --head")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mara_integrations.cli.options import asks_a_model, engine_for
-from mara_integrations.messages import Message, Prompt
+from mara_integrations.messages import Prompt
 
 if TYPE_CHECKING:
     from mara_integrations.engine.generation import Generation
@@ -39,11 +39,11 @@ def generate(
     asking: dict[str, Any],
 ) -> None:
     """Write one reply to standard output."""
-    engine, said = engine_for(asking, trace=trace), _prompt(prompt, raw)
+    engine, said = engine_for(asking, trace=trace), _read(prompt, raw)
     if as_json or trace:
         from mara_integrations.frameworks.answers import answer_report
 
-        generation = engine.generate(said)
+        generation = engine.generate(said, raw=raw)
         answer = answer_report(generation, engine.model)
         print(
             json.dumps(
@@ -51,9 +51,9 @@ def generate(
             )
         )
     elif stream:
-        stream_reply(engine, said)
+        stream_reply(engine, said, raw=raw)
     else:
-        print(engine.generate(said).text)
+        print(engine.generate(said, raw=raw).text)
 
 
 @asks_a_model
@@ -61,14 +61,14 @@ def explain(prompt: Question, raw: Raw = False, *, asking: dict[str, Any]) -> No
     """Write one reply with the candidates that the head rejected struck through, and count what it did."""
     if not asking["head"]:
         raise typer.BadParameter("without a head there is nothing to explain", param_hint="--head")
-    engine, said = engine_for(asking, trace=True), _prompt(prompt, raw)
-    show_verdicts(engine, said, engine.generate(said))
+    engine, said = engine_for(asking, trace=True), _read(prompt, raw)
+    show_verdicts(engine, said, engine.generate(said, raw=raw))
 
 
-def _prompt(text: str, raw: bool) -> Prompt:
+def _read(text: str, raw: bool) -> str:
     if text == "-":
         text = sys.stdin.read() if raw else sys.stdin.read().strip()
-    return text if raw else [Message("user", text)]
+    return text
 
 
 def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = None, **overrides: Any) -> Generation:

@@ -125,6 +125,41 @@ class LoopTicket(Ticket):
 Item = TypeVar("Item")
 
 
+class Stream(Generator[Item, None, None]):
+    """A generator that stops a generation when it is closed or dropped, also before its first item.
+
+    A plain one that was never started runs no `finally`.
+
+    Args:
+        items: What to iterate over.
+        cancel: Stops the generation; may be called more than once, and in any thread.
+    """
+
+    def __init__(self, items: Generator[Item, None, None], cancel: Callable[[], None]) -> None:
+        self._items = items
+        self.cancel = cancel
+
+    def __next__(self) -> Item:
+        """Return the next item."""
+        return next(self._items)
+
+    def send(self, value: None) -> Item:
+        """See `Generator`."""
+        return self._items.send(value)
+
+    def throw(self, *error: Any) -> Item:
+        """See `Generator`."""
+        return self._items.throw(*error)
+
+    def close(self) -> None:
+        """Stop the generation."""
+        self.cancel()
+        self._items.close()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
 class AsyncStream(AsyncGenerator[Item, None]):
     """An async generator that stops a generation at once when it is dropped.
 
@@ -236,6 +271,12 @@ class Worker:
             delivery.ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))
         self._inbox.put(None)
 
+    def join(self, timeout: float | None = _EXIT_S) -> None:
+        """Wait until the thread has ended; after `close`, that is at its next token."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
     def _run(self) -> None:
         while self._receive():
             self._drop_cancelled()
@@ -289,5 +330,4 @@ def _end_threads() -> None:
     for worker in workers:
         worker.close()
     for worker in workers:
-        if worker._thread is not None:
-            worker._thread.join(_EXIT_S)
+        worker.join()

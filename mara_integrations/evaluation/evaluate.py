@@ -342,9 +342,15 @@ def _requests(engine: MARAEngine, row: PromptRow, settings: dict[str, Any]) -> t
     try:
         prompt = Conversation(row.prompt, row.tools)
         gated = engine.request(prompt, **settings)
-        # A head brings the candidates it was trained with; other ones for the base would be a difference of their own.
-        candidates = {"top_k": gated.sampling.top_k, "top_p": gated.sampling.top_p}
-        base = engine.request(prompt, **{**settings, **candidates, "strength": 0.0, "trace": False})
+        # A head brings the candidates and the system prompt it was trained with; without them, the base model's reply
+        # would differ by more than the head.
+        resolved = engine.resolve(**settings)
+        shared = {
+            "top_k": resolved.sampling.top_k,
+            "top_p": resolved.sampling.top_p,
+            "system_prompt": resolved.system_prompt or "",
+        }
+        base = engine.request(prompt, **{**settings, **shared, "strength": 0.0, "trace": False})
     except ConfigError as error:
         raise ConfigError(f"{row.source}: {error.message}", hint=error.hint) from None
     if gated.head is None:

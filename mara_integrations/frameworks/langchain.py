@@ -208,7 +208,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Length of the prompt that these messages become, the chat template's own tokens included."""
         form = ReplyForm.of_call({"tools": [openai_tool(tool) for tool in tools or ()]})
-        return len(self.engine.encode(as_conversation(messages), self.system_prompt, form.tools))
+        return len(self.engine.encode(as_conversation(messages), form=form))
 
     def bind_tools(
         self,
@@ -295,7 +295,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
     def _reply(self, stop: list[str] | None, call: dict[str, Any]) -> _Reply:
         call = {name: value for name, value in call.items() if name not in _LANGCHAINS_OWN}
         top_logprobs = _top_logprobs(call)
-        settings = self._request_settings({**call, "stop": stop})
+        settings = self._call_settings({**call, "stop": stop})
         return _Reply(self.engine, settings, top_logprobs)
 
 
@@ -306,7 +306,7 @@ class _Reply:
         self.settings = settings
         self._engine = engine
         self._top_logprobs = top_logprobs
-        self._has_trace = settings["trace"]
+        self._has_trace = engine.given(**settings).get("trace", False)
         if top_logprobs is not None:
             settings["trace"] = True  # the log-probabilities are read from it
 

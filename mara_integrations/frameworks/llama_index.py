@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import partial
 from typing import Any, TypeVar
@@ -118,17 +118,17 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer a prompt: as a user's message, or with `formatted=True` as raw text that the reply continues."""
-        return self._generate(self._of_completion(prompt, formatted), kwargs, self._completions)
+        """Answer a user's message, or with `formatted=True` (or `raw=True`) continue a text."""
+        return self._generate(self._of_completion(prompt, formatted, kwargs), kwargs, self._completions)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` without blocking the event loop; cancelling the task stops the generation."""
-        return await self._agenerate(self._of_completion(prompt, formatted), kwargs, self._completions)
+        return await self._agenerate(self._of_completion(prompt, formatted, kwargs), kwargs, self._completions)
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, as it is written; closing the generator stops the generation."""
-        answers = self._stream(self._of_completion(prompt, formatted), kwargs, self._completions)
+        answers = self._stream(self._of_completion(prompt, formatted, kwargs), kwargs, self._completions)
 
         @llm_completion_callback()
         def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseGen:
@@ -140,7 +140,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> AsyncStream[CompletionResponse]:
         """`stream_complete` without blocking the event loop."""
-        answers = self._astream(self._of_completion(prompt, formatted), kwargs, self._completions)
+        answers = self._astream(self._of_completion(prompt, formatted, kwargs), kwargs, self._completions)
 
         @llm_completion_callback()
         async def told(_: GatedLLM, prompt: str, **kwargs: Any) -> CompletionResponseAsyncGen:
@@ -222,28 +222,32 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
             return render(messages)
         return as_conversation(messages)
 
-    def _of_completion(self, prompt: str, formatted: bool) -> Prompt:
-        if formatted:
+    def _of_completion(self, prompt: str, formatted: bool, call: Mapping[str, Any]) -> Prompt:
+        if formatted or call.get("raw"):
             return prompt
         render = self.completion_to_prompt
         if render is not None and render is not default_completion_to_prompt:
             return render(prompt)
         return [Message("user", prompt)]
 
+    def _settings_for(self, prompt: Prompt, call: dict[str, Any]) -> dict[str, Any]:
+        settings = self._call_settings(call)
+        return {**settings, "raw": True} if isinstance(prompt, str) else settings
+
     # Everything below is undecorated, so that each call is one event and one turn of the rate limiter.
 
     def _generate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
-        settings = self._request_settings(call)
+        settings = self._settings_for(prompt, call)
         generation = self.engine.generate(prompt, **settings)
         return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
 
     async def _agenerate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
-        settings = self._request_settings(call)
+        settings = self._settings_for(prompt, call)
         generation = await self.engine.agenerate(prompt, **settings)
         return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
 
     def _stream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Generator[Answer, None, None]:
-        settings = self._request_settings(call)
+        settings = self._settings_for(prompt, call)
         answer = answers(settings)
         with closing(self.engine.stream(prompt, **settings)) as updates:
             for update in updates:
@@ -251,7 +255,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
                     yield answer(update)
 
     def _astream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> AsyncStream[Answer]:
-        settings = self._request_settings(call)
+        settings = self._settings_for(prompt, call)
         updates = self.engine.astream(prompt, **settings)
 
         async def written() -> AsyncGenerator[Answer, None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -11,22 +11,22 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from typing_extensions import Self
 
+from mara_integrations.engine.settings import unknown_setting
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.heads.source import head_fingerprint, head_name, head_weights
 from mara_integrations.models.load import LoadedModel, ModelSpec
 from mara_integrations.models.options import Quantization
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
+from mara_integrations.sampling import Fallback, Selection
 
-_SPEC = ("model", "device", "dtype", "revision", "model_kwargs", "quantization")
+_SPEC = ("device", "dtype", "revision", "model_kwargs", "quantization")
 _GATE = ("strength", "selection", "fallback", "trace")
-_SAMPLING = ("temperature", "top_k", "top_p", "max_tokens", "stop", "seed")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_candidates", "max_tokens", "stop", "seed")
 _REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
 
-
 # Code written for hosted models passes these to every model; a local one has nothing to do with them.
-_OF_HOSTED_MODELS = {"api_key", "base_url", "timeout", "max_retries", "streaming"}
+_OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "streaming", "timeout")
 
 
 class EngineSettings(BaseModel):
@@ -34,6 +34,7 @@ class EngineSettings(BaseModel):
 
     Attributes:
         model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`; the only positional one.
+            None is the model that the head records.
         head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
             mapping to weights, are composed: their corrections of the base model add.
         strength: Dial on the head, 0 is the base model.
@@ -41,11 +42,13 @@ class EngineSettings(BaseModel):
         fallback: See `GateParams`.
         top_k: See `SamplingParams`.
         top_p: See `SamplingParams`.
+        min_candidates: See `SamplingParams`.
         temperature: 0 is greedy.
         max_tokens: Upper bound of a reply; `max_new_tokens` is understood too.
         stop: Strings that end a reply.
         seed: Makes sampling repeatable.
-        system_prompt: Put before every conversation that brings no system message.
+        system_prompt: Put before every conversation that brings no system message. None is the one that the head was
+            trained with; an empty text turns it off.
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is what the device is fast at.
         trace: Report what the gate saw and did at each position.
@@ -56,13 +59,14 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    model: Any = "smollm2"
+    model: Any = None
     head: Any = None
     strength: float | None = None
     selection: Selection | None = None
     fallback: Fallback | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_candidates: int | None = None
     temperature: float = 0.0
     max_tokens: int | None = None
     stop: list[str] | None = None
@@ -77,20 +81,24 @@ class EngineSettings(BaseModel):
 
     _engine: MARAEngine | None = PrivateAttr(default=None)
 
-    def __init__(self, model: Any = "smollm2", **settings: Any) -> None:
+    def __init__(self, model: Any = None, **settings: Any) -> None:
         """Check the settings; nothing is looked up or loaded before the first use.
 
         Raises:
-            ConfigError: If a setting is unknown or has a value that is not allowed.
+            ConfigError: If a setting is unknown or has a value that is not allowed, or neither a model nor a head is
+                named.
         """
         settings = _in_our_words(settings)
         known = type(self).model_fields
-        for name in sorted(settings.keys() - known.keys() - _OF_HOSTED_MODELS):
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"{name}={settings[name]!r} is no setting of {type(self).__name__}",
-                hint=f"did you mean {near[0]}?" if near else f"settings are {', '.join(EngineSettings.model_fields)}",
+        ignored = [name for name in _OF_HOSTED_MODELS if name in settings and name not in known]
+        for name in sorted(settings.keys() - known.keys() - {*ignored}):
+            raise unknown_setting(name, settings[name], [*known], f" of {type(self).__name__}")
+        if ignored:
+            warnings.warn(
+                f"{', '.join(ignored)} of {type(self).__name__}: without effect, the model runs in this process",
+                stacklevel=2,
             )
+        settings = {name: value for name, value in settings.items() if name not in ignored}
         try:
             super().__init__(model=model, **settings)
         except ValidationError as error:
@@ -99,7 +107,7 @@ class EngineSettings(BaseModel):
     def model_post_init(self, context: Any, /) -> None:
         """Check the values against the bounds that requests have."""
         super().model_post_init(context)
-        _checked(self._request_settings({}))
+        self._new_engine()
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -114,22 +122,49 @@ class EngineSettings(BaseModel):
 
     @property
     def engine(self) -> MARAEngine:
-        """The engine that runs the model; made anew when a field that names the model was changed."""
-        spec = {name: getattr(self, name) for name in _SPEC}
-        spec["model_kwargs"] = spec["model_kwargs"] or {}
-        if self._engine is None or self._engine.spec != ModelSpec(**spec):
-            self._engine = MARAEngine(head=self.head, **spec)
+        """The engine with these settings, for `verify`, `evaluate`, raw text and token ids.
+
+        It answers as this object does. After a field has changed it is another one, on the same loaded model unless a
+        field that names the model was changed.
+        """
+        engine = self._engine
+        if (
+            engine is None
+            or engine.named_spec != self._spec()
+            or (self.model is None and engine.head_source != self.head)
+        ):
+            self._engine = self._new_engine()
+        elif engine.settings != (settings := self._defaults()):
+            self._engine = engine.with_settings(**settings)
+        assert self._engine is not None
         return self._engine
+
+    def _new_engine(self) -> MARAEngine:
+        spec = {name: getattr(self, name) for name in _SPEC}
+        return MARAEngine(self.model, **spec, **self._defaults())
+
+    def _spec(self) -> ModelSpec:
+        values = {name: getattr(self, name) for name in _SPEC}
+        return ModelSpec(self.model, **{**values, "model_kwargs": values["model_kwargs"] or {}})
+
+    def _defaults(self) -> dict[str, Any]:
+        """The settings of requests in the engine's words."""
+        return {name: getattr(self, name) for name in _REQUEST}
 
     @property
     def model_name(self) -> str:
-        """What the model is called, without loading it."""
-        if isinstance(self.model, str | os.PathLike):
-            return os.fspath(self.model)
-        if isinstance(self.model, LoadedModel):
-            return self.model.name
-        model = self.model[0]
-        return getattr(model.config, "_name_or_path", "") or type(model).__name__
+        """What the model is called, without loading it.
+
+        Raises:
+            ConfigError: If no model is named, and the head records none.
+            HeadError: If no model is named, and the head can't be read.
+        """
+        model = self.engine.spec.model if self.model is None else self.model
+        if isinstance(model, str | os.PathLike):
+            return os.fspath(model)
+        if isinstance(model, LoadedModel):
+            return model.name
+        return getattr(model[0].config, "_name_or_path", "") or type(model[0]).__name__
 
     def load(self) -> Self:
         """Load model and head now instead of on first use; returns itself.
@@ -141,29 +176,46 @@ class EngineSettings(BaseModel):
         self.engine.load()
         return self
 
-    def _request_settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of one request in the engine's words: those of the call, then ours; None is left to the engine."""
+    def close(self) -> None:
+        """Give back the memory of model, caches and decoder thread; later calls raise `EngineClosedError`.
+
+        Copies of this object share its engine, and end with it.
+        """
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call_settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of one call in the engine's words: those that say nothing of decoding are taken out."""
         call = dict(call)
-        if call.pop("model", self.model_name) != self.model_name:
+        if "model" in call and (model := call.pop("model")) not in (None, self.model_name):
             raise ConfigError(
-                "a call can't choose another model: it would have to be loaded", hint="make one object a model"
+                f"model={model!r}: a call can't choose another model, it would have to be loaded",
+                hint="make one object a model",
             )
         form = ReplyForm.of_call(call)
-        call = {name: value for name, value in _in_our_words(call).items() if value is not None or name == "head"}
-        values = {**{name: getattr(self, name) for name in _REQUEST}, **call}
-        values.update(max_new_tokens=values.pop("max_tokens"), form=form if form != ReplyForm() else None)
-        return {name: value for name, value in values.items() if value is not None or name == "head"}
+        return {**call, "form": form} if form != ReplyForm() else call
+
+    @property
+    def _is_named(self) -> bool:
+        return self.model is None or isinstance(self.model, str | os.PathLike)
 
     def _described(self) -> dict[str, Any]:
         """The settings as plain values, for traces and logs; without `model_kwargs`, which may hold an access token."""
         values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST) if name != "model_kwargs"}
-        values.update(model=self.model_name, head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
-        return values
+        values.update(head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
+        return {"model": None if self.model is None else self.model_name, **values}
 
     def _fingerprint(self, call: Mapping[str, Any]) -> str:
         """Differs for two calls that can answer differently, given the same prompt."""
-        values = {**self._described(), **self._request_settings(call)}
-        if not isinstance(self.model, str | os.PathLike):  # objects of one name may have different weights
+        values = {**self._described(), "model": self.model_name, **self.engine.given(**self._call_settings(call))}
+        if self.model is not None and not isinstance(
+            self.model, str | os.PathLike
+        ):  # objects of one name may have different weights
             values["model"] = f"{self.model_name}@{id(self.model):x}"
         values["model_kwargs"] = sha256(repr(self.model_kwargs).encode()).hexdigest()
         return str(sorted({**values, "head": head_fingerprint(values["head"])}.items()))
@@ -172,7 +224,7 @@ class EngineSettings(BaseModel):
         return [(name, value) for name, value in self._described().items() if value is not None]
 
     def __getstate__(self) -> dict[Any, Any]:
-        if not isinstance(self.model, str | os.PathLike):
+        if not self._is_named:
             raise ConfigError("a loaded model is not pickled", hint="name the model; each process loads it once")
         return super().__getstate__()
 
@@ -188,11 +240,6 @@ def _in_our_words(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "max_new_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     return settings
-
-
-def _checked(values: Mapping[str, Any]) -> None:
-    SamplingParams.of(**{name: value for name, value in values.items() if name in SamplingParams.model_fields})
-    GateParams.of(**{name: value for name, value in values.items() if name in GateParams.model_fields})
 
 
 def _config_error(error: ValidationError) -> MaraError:

@@ -7,7 +7,7 @@ forms correct.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, TypeAlias
 
 from mara_integrations.errors import ConfigError, HeadError
@@ -70,23 +70,29 @@ def afterstate_parts(head: Head) -> dict[AfterstateHead, float]:
     return {part: factor for part, factor in head.parts.items() if isinstance(part, AfterstateHead)}
 
 
-def candidate_settings(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The candidate settings of a request under a head: those given, then those its parts were trained with.
+def trained_settings(head: Head, given: Container[str]) -> dict[str, Any]:
+    """Return what a head was trained with: `top_k`, `top_p`, `min_candidates` and `system_prompt`.
 
-    Of `min_candidates` the largest holds: a head that needs an alternative gets one, to the others it is one more to
-    pass over. `top_k` and `top_p` decide what is judged at all, so there is no middle.
+    Of `min_candidates` the largest of the parts holds: a head that needs an alternative gets one, to the others it is
+    one more to pass over. `top_k` and `top_p` decide what is judged at all, so there is no middle. Parts that were
+    trained without a system prompt take any.
+
+    Args:
+        head: One head, or several as one.
+        given: Names of settings that the request decides itself: parts may differ in these.
 
     Raises:
-        ConfigError: If parts were trained with different `top_k` or `top_p`, and it is not given.
+        ConfigError: If the parts were trained with different `top_k`, `top_p` or `system_prompt`, and it is not given.
     """
     configs = [part.config for part in head.parts]
     trained: dict[str, Any] = {"min_candidates": max(config.min_candidates for config in configs)}
-    for name in ("top_k", "top_p"):
-        values = list(dict.fromkeys(getattr(config, name) for config in configs))
+    for name in ("top_k", "top_p", "system_prompt"):
+        values = list(dict.fromkeys(value for config in configs if (value := getattr(config, name)) is not None))
         if len(values) > 1 and name not in given:
             raise ConfigError(
-                f"the heads were trained with different {name}: {' and '.join(map(str, values))}",
-                hint=f"say which holds for their composition, as {name}={values[0]}",
+                f"the heads were trained with different {name}: {' and '.join(map(repr, values))}",
+                hint=f"say which holds for their composition, as {name}={values[0]!r}",
             )
-        trained[name] = values[0]
-    return {**trained, **given}
+        if values:
+            trained[name] = values[0]
+    return trained

@@ -24,6 +24,7 @@ def _printable(text: str) -> str:
 
 Name = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SystemPrompt = Annotated[str, Field(max_length=100_000)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
@@ -61,6 +62,7 @@ class HeadConfig(BaseModel):
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
         min_candidates: Least number of candidates it was trained with, the default of requests that name none.
+        system_prompt: System prompt it was trained with, the default of conversations that bring none.
         method: Name of the training method.
         rewards: Descriptions of the rewards it was trained for.
         data_fingerprint: Hash of the training data.
@@ -80,6 +82,7 @@ class HeadConfig(BaseModel):
     top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int = Field(1, ge=1, le=MAX_WIDTH)
+    system_prompt: SystemPrompt | None = None
     method: Name | None = None
     rewards: tuple[dict[str, Any], ...] = ()
     data_fingerprint: Name | None = None

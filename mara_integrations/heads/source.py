@@ -66,6 +66,27 @@ def place_heads(source: HeadSource | None, device: torch.device, hidden_size: in
     return head if weight == 1 and len(placed) == 1 else ComposedHead(placed)
 
 
+def base_model_of(source: HeadSource) -> str:
+    """Return the name of the model that heads were trained on, as they record it.
+
+    Raises:
+        ConfigError: If a head records none, or heads record different ones.
+        HeadError: If a head can't be read.
+    """
+    names: dict[str, str] = {}
+    for one in head_weights(source):
+        head = one if isinstance(one, MARAHead) else heads.get(one)
+        if head.config.base_model is None:
+            name = "the head" if isinstance(one, MARAHead) else f"head {str(one)!r}"
+            raise ConfigError(f"{name} does not record the model it was trained on", hint="name it, as model=...")
+        names[head.config.base_model] = str(one)
+    if len(names) > 1:
+        raise ConfigError(
+            f"the heads were trained on different models: {', '.join(map(repr, names))}", hint="name one, as model=..."
+        )
+    return next(iter(names))
+
+
 def head_name(source: HeadSource | None) -> str | None:
     """What is named, in words, without loading anything."""
     names = []
@@ -84,6 +105,6 @@ def head_fingerprint(source: HeadSource | None) -> str | None:
     parts = []
     for one, weight in head_weights(source).items():
         head = one if isinstance(one, MARAHead) else heads.get(one)
-        trained = head.config.model_dump_json(include={"scale", "top_k", "top_p", "min_candidates"})
+        trained = head.config.model_dump_json(include={"scale", "top_k", "top_p", "min_candidates", "system_prompt"})
         parts.append(f"{weight} x {head.fingerprint} {trained}")
     return " + ".join(parts) or None

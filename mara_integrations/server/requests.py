@@ -281,7 +281,8 @@ def read_completion(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
         prompts = tuple(one if isinstance(one, str) else tuple(one) for one in prompt)
     if checked.stream and len(prompts) > 1:
         raise RefusalError(400, "a stream has one prompt (hint: send a request for each)", param="prompt")
-    return _call(checked, names, prompts, _settings(checked, names), checked.logprobs)
+    settings = {**_settings(checked, names), "raw": True}
+    return _call(checked, names, prompts, settings, checked.logprobs)
 
 
 def _call(

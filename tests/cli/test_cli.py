@@ -445,7 +445,7 @@ def test_eval_runs_no_code_that_a_head_names(folder):
 
 def test_a_stream_and_a_whole_reply_are_the_same_and_the_engines_own():
     engine = MARAEngine("model", "head")
-    assert generate("hi", "--raw", "--head", "head") == engine.generate("hi", max_new_tokens=6).text + "\n"
+    assert generate("hi", "--raw", "--head", "head") == engine.generate("hi", raw=True, max_new_tokens=6).text + "\n"
     assert generate("hi", "--head", "head") == generate("hi", "--head", "head", "--no-stream")
     assert generate("hi", "--head", "head") != generate("hi", "--head", "head", "--strength", 0)
 

@@ -16,7 +16,7 @@ from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ConfigError, HeadError
 from mara_integrations.heads.cache import HeadCache
-from mara_integrations.heads.compose import ComposedHead, candidate_settings
+from mara_integrations.heads.compose import ComposedHead, trained_settings
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
@@ -163,15 +163,25 @@ def test_the_wrong_head_is_refused_before_anything_is_loaded():
         ChatMARA("smollm2", head={"heads/a": -1})
 
 
-def test_the_widest_demand_for_alternatives_holds_and_what_is_given_goes_first():
+def test_the_widest_demand_for_alternatives_holds_and_other_differences_have_to_be_settled():
     one, two = random_head(32, "residual", min_candidates=2), random_head(32, "value", top_k=3, seed=1)
     composed = ComposedHead({one: 1.0, two: 1.0})
 
-    with pytest.raises(ConfigError, match="different top_k"):
-        candidate_settings(composed, {})
-    assert candidate_settings(composed, {"top_k": 7}) == {"min_candidates": 2, "top_k": 7, "top_p": 0.95}
-    assert candidate_settings(composed, {"top_k": 7, "min_candidates": 1})["min_candidates"] == 1
-    assert candidate_settings(two, {}) == {"min_candidates": 1, "top_k": 3, "top_p": 0.95}
+    with pytest.raises(ConfigError, match="different top_k: 40 and 3"):
+        trained_settings(composed, {})
+    assert trained_settings(composed, {"top_k": 7})["min_candidates"] == 2
+    assert trained_settings(two, {}) == {"min_candidates": 1, "top_k": 3, "top_p": 0.95}
+
+
+def test_system_prompts_of_composed_heads_have_to_agree_where_there_are_several():
+    brief, kind, free = (
+        random_head(32, "residual", seed=i, system_prompt=prompt)
+        for i, prompt in enumerate(("Be brief.", "Be kind.", None))
+    )
+
+    with pytest.raises(ConfigError, match=r"different system_prompt: 'Be brief.' and 'Be kind.'"):
+        trained_settings(ComposedHead({brief: 1.0, kind: 1.0}), {})
+    assert trained_settings(ComposedHead({brief: 1.0, free: 1.0}), {})["system_prompt"] == "Be brief."
 
 
 def test_a_chat_model_composes_per_call_and_caches_by_weights(tmp_path):

@@ -22,6 +22,7 @@ LARGE = os.environ.get("MARA_TEST_MODEL")
 MODEL = LARGE or "smollm2"
 
 
+@pytest.mark.filterwarnings("ignore:.*without effect")  # it passes what hosted models take
 class TestUnit(ChatModelUnitTests):
     @property
     def chat_model_class(self) -> type[BaseChatModel]:

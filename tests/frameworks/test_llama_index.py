@@ -96,7 +96,7 @@ def test_formatted_text_is_fed_raw(llm: GatedLLM) -> None:
 
     assert raw.raw["usage"]["prompt_tokens"] == 2  # no chat template, no system prompt
     assert raw.text != llm.complete("hi").text
-    assert raw.text == llm.engine.generate("hi", head=llm.head, max_new_tokens=12).text
+    assert raw.text == llm.complete("hi", raw=True).text == llm.engine.generate("hi", raw=True).text
     assert "".join(part.delta for part in llm.stream_complete("hi", formatted=True)) == raw.text
 
 

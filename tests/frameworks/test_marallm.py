@@ -104,7 +104,7 @@ def test_a_changed_field_takes_effect_in_both_halves(llm: MARALLM) -> None:
     for each, length in ((short, 3), (llm, 5)):
         assert len(each.invoke("hi").response_metadata["token_ids"]) == length
         assert len(each.complete("hi").raw["token_ids"]) == length
-    assert short.engine is llm.engine
+    assert short.engine.model is llm.engine.model
 
 
 def test_copies_share_the_weights(llm: MARALLM) -> None:
@@ -202,10 +202,10 @@ assert llm.as_langchain().bind_tools([{"title": "f", "type": "object", "properti
     ("blocked", "code"),
     [
         (COMPANIONS, RUNS),
-        ("llama_index", "from mara_integrations import ChatMARA; ChatMARA().bind(max_tokens=2)"),
+        ("llama_index", "from mara_integrations import ChatMARA; ChatMARA('m').bind(max_tokens=2)"),
         (
             "langchain_core langchain",
-            "from mara_integrations.frameworks.llama_index import GatedLLM; GatedLLM(max_tokens=2)",
+            "from mara_integrations.frameworks.llama_index import GatedLLM; GatedLLM('m', max_tokens=2)",
         ),
     ],
 )

@@ -9,14 +9,14 @@ async def test_a_completion_continues_the_text(client, engine):
     answer = await post(client, "completions", model="tiny", prompt="once", max_tokens=5, logprobs=2)
     (choice,) = answer["choices"]
     assert answer["object"] == "text_completion"
-    assert choice["text"] == engine.generate("once", max_new_tokens=5).text
+    assert choice["text"] == engine.generate("once", raw=True, max_new_tokens=5).text
     assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["token_logprobs"]) == 5
     assert choice["logprobs"]["text_offset"][:2] == [0, len(choice["logprobs"]["tokens"][0])]
 
 
 async def test_several_prompts_have_a_choice_each(client, engine):
     answer = await post(client, "completions", prompt=["once", [70, 71]], max_tokens=4)
-    expected = [engine.generate(prompt, max_new_tokens=4).text for prompt in ("once", [70, 71])]
+    expected = [engine.generate(one, raw=True, max_new_tokens=4).text for one in ("once", [70, 71])]
     assert [choice["text"] for choice in answer["choices"]] == expected
     assert answer["usage"]["completion_tokens"] == 8
 

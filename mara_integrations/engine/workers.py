@@ -1,0 +1,153 @@
+"""The one worker of each loaded model, and the leases by which engines hold a model and its worker."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from typing import TypeVar
+
+import torch
+
+from mara_integrations.engine.backends.protocol import Backend
+from mara_integrations.engine.backends.select import make_backend
+from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
+from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.worker import Ticket, Worker
+from mara_integrations.errors import EngineClosedError
+from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
+
+_log = logging.getLogger(__name__)
+_Ticket = TypeVar("_Ticket", bound=Ticket)
+
+_workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
+_leases: weakref.WeakKeyDictionary[LoadedModel, weakref.WeakSet[ModelLease]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def backend_of(model: LoadedModel) -> Backend:
+    """Make a backend on a loaded model.
+
+    Raises:
+        ModelError: See `make_backend` and `SpreadBackend`.
+    """
+    return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
+
+
+def worker_for(model: LoadedModel) -> Worker:
+    """Return the worker of a loaded model; it is made on first use."""
+    with _lock:
+        if model not in _workers:
+            _workers[model] = Worker(Decoder.measured(backend_of(model)))
+        return _workers[model]
+
+
+class ModelLease:
+    """An engine's hold on a base model and its worker, both loaded on first use; thread-safe.
+
+    Engines that name one model share it and its worker. When the last lease is closed, the worker ends, and the memory
+    of its copies and caches is given back; that of the weights too, unless the caller holds the model.
+
+    Attributes:
+        spec: The model, as the caller named it.
+        is_closed: Whether `close` was called.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.is_closed = False
+        self._lock = threading.Lock()
+        self._model: LoadedModel | None = None
+        self._outline: LoadedModel | Outline | None = None
+        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._model is not None
+
+    @property
+    def model(self) -> LoadedModel:
+        """The base model.
+
+        Raises:
+            ConfigError: See `load_model`.
+            ModelError: If the model can't be found or driven.
+            EngineClosedError: If the lease is closed.
+        """
+        with self._lock:
+            self._check_open()
+            if self._model is None:
+                start = time.perf_counter()
+                model = load_model(self.spec)
+                with _lock:
+                    _leases.setdefault(model, weakref.WeakSet()).add(self)
+                self._model = model
+                took_s = time.perf_counter() - start
+                _log.info("%s on %s, %s, ready in %.1f s", model.name, model.device, model.number_format, took_s)
+            return self._model
+
+    @property
+    def outline(self) -> LoadedModel | Outline:
+        """Tokenizer and context window; the weights are not loaded for them where small files tell.
+
+        Raises:
+            MaraError: See `model`.
+        """
+        self._check_open()
+        if self._model is not None:
+            return self._model
+        if self._outline is None:
+            self._outline = read_outline(self.spec)
+        return self._outline
+
+    def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
+        """Queue a request; its updates go to the ticket. See `Worker.submit`.
+
+        Raises:
+            EngineClosedError: If the lease is closed.
+        """
+        worker = worker_for(self.model)
+        with self._lock:
+            self._check_open()
+            self._tickets.add(ticket)
+        worker.submit(request, ticket)
+        if self.is_closed:  # in the meantime
+            self._end(ticket)
+        return ticket
+
+    def close(self) -> None:
+        """End what runs, take no more requests, and give the memory back; see the class."""
+        with self._lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+            model, self._model, self._outline = self._model, None, None
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            self._end(ticket)
+        if model is None:
+            return
+        with _lock:
+            others = _leases.get(model, weakref.WeakSet())
+            others.discard(self)
+            worker = None if others else _workers.pop(model, None)
+        if worker is not None:
+            worker.close()
+            worker.join()
+        device = model.device
+        del model, worker
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise EngineClosedError("the engine is closed", hint="make a new one")
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.cancel()
+        ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))

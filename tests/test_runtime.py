@@ -1,0 +1,229 @@
+"""`MARAEngine`: prompts, settings, batches, streams, and the end of its life."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+import threading
+import time
+import weakref
+
+import pytest
+
+from mara_integrations import MARAEngine
+from mara_integrations.engine.workers import worker_for
+from mara_integrations.errors import ConfigError, EngineClosedError, HeadError
+from mara_integrations.messages import Conversation, Message
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+
+LONG = 400  # tokens
+
+
+@pytest.fixture
+def engine():
+    return MARAEngine((tiny_model(), tiny_tokenizer()), max_new_tokens=6)
+
+
+def is_idle(engine):
+    """Whether nothing is decoded any more, a moment from now at most."""
+    decoder = worker_for(engine.model)._decoder
+    deadline = time.monotonic() + 5.0
+    while not decoder.is_idle and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return decoder.is_idle
+
+
+# --- prompts
+
+
+def test_a_string_is_a_users_message_and_raw_text_is_said_to_be_raw(engine):
+    message = engine.encode([Message("user", "hi")])
+
+    assert engine.encode("hi") == engine.encode(Conversation((Message("user", "hi"),))) == message
+    assert len(message) > len(engine.encode("hi", raw=True)) == 2
+    assert engine.generate("hi", raw=True).token_ids == engine.generate(engine.encode("hi", raw=True)).token_ids
+
+
+def test_messages_are_never_raw(engine):
+    with pytest.raises(ConfigError, match="raw=True takes a string or token ids"):
+        engine.generate([Message("user", "hi")], raw=True)
+
+
+def test_a_system_prompt_stands_before_messages_and_not_before_raw_text(engine):
+    system = [Message("system", "Be brief."), Message("user", "hi")]
+
+    assert engine.encode("hi", system_prompt="Be brief.") == engine.encode(system)
+    assert engine.encode(system, system_prompt="Be kind.") == engine.encode(system)
+    assert engine.encode("hi", raw=True, system_prompt="Be brief.") == engine.encode("hi", raw=True)
+
+
+def test_a_head_brings_the_system_prompt_it_was_trained_with(engine, tmp_path):
+    path = random_head(32, "residual", system_prompt="Be brief.").save_pretrained(tmp_path / "head")
+    brief = engine.encode([Message("system", "Be brief."), Message("user", "hi")])
+
+    assert engine.encode("hi", head=path) == brief
+    assert engine.encode("hi", head=path, system_prompt="") == engine.encode("hi")
+    assert engine.encode("hi", head=path, strength=0) == engine.encode("hi")
+    assert MARAEngine(engine.model, path).encode("hi") == brief
+
+
+# --- settings
+
+
+def test_another_view_of_an_engine_decodes_on_the_same_model(engine):
+    head = random_head(32, "residual")
+    view = engine.with_settings(head=head, max_new_tokens=3)
+
+    assert view.model is engine.model and view.head is head and engine.head is None
+    assert len(view.generate("hi").token_ids) == 3 < len(engine.generate("hi").token_ids)
+    with pytest.raises(ConfigError, match="did you mean head"):
+        engine.with_settings(hed=head)
+
+
+def test_verify_decodes_what_generate_does(engine):
+    view = engine.with_settings(head=random_head(32, "residual"), strength=0.5, temperature=0.8, seed=3)
+
+    verification = view.verify("hi")
+
+    assert verification.holds
+    assert verification.token_ids == view.generate("hi").token_ids
+
+
+def test_a_made_request_is_generated_as_it_is(engine):
+    request = engine.request("hi", max_new_tokens=3)
+
+    assert engine.generate(request).token_ids == engine.generate("hi", max_new_tokens=3).token_ids
+    with pytest.raises(ConfigError, match="takes no settings"):
+        engine.generate(engine.request("hi"), max_new_tokens=3)
+
+
+def test_an_engine_reads_as_what_it_was_made_of(engine):
+    named = MARAEngine("org/model", head="heads/x", top_k=5)
+
+    assert repr(named) == "MARAEngine('org/model', head='heads/x', top_k=5)  # not loaded"
+    assert repr(engine.load()).endswith("# loaded")
+    assert repr(pickle.loads(pickle.dumps(named))) == repr(named)
+
+
+# --- the model that a head records
+
+
+def test_without_a_model_the_heads_own_is_loaded(folder_model, tmp_path):
+    path = random_head(32, base_model=folder_model).save_pretrained(tmp_path / "head")
+
+    engine = MARAEngine(head=path, max_new_tokens=3)
+
+    assert engine.spec.model == folder_model
+    assert len(engine.generate("hi").token_ids) == 3
+
+
+def test_without_any_model_there_is_nothing_to_run(tmp_path):
+    published = random_head(32).save_pretrained(tmp_path / "published")
+    heads = [random_head(32, "residual", base_model=f"org/{name}", seed=i) for i, name in enumerate("ab")]
+
+    with pytest.raises(ConfigError, match="no base model is named"):
+        MARAEngine()
+    with pytest.raises(ConfigError, match="does not record the model it was trained on"):
+        MARAEngine(head=published).load()
+    with pytest.raises(ConfigError, match="trained on different models: 'org/a', 'org/b'"):
+        MARAEngine(head=heads).load()
+    with pytest.raises(HeadError, match="no head at"):
+        MARAEngine(head=tmp_path / "missing").load()
+
+
+# --- batches and streams leave nothing running
+
+
+def test_a_batch_with_a_prompt_that_is_refused_decodes_nothing(engine):
+    with pytest.raises(ConfigError, match="the prompt has"):
+        engine.generate_batch(["hello", "hello again", "x" * 600], max_new_tokens=LONG)
+
+    assert worker_for(engine.model)._decoder.is_idle
+
+
+def test_a_stream_closed_before_its_first_item_leaves_nothing_running(engine):
+    engine.load()
+
+    stream = engine.stream("hello", max_new_tokens=LONG)
+    stream.close()
+
+    assert is_idle(engine)
+    assert list(stream) == []
+
+
+def test_a_stream_dropped_before_its_first_item_leaves_nothing_running(engine):
+    engine.load()
+
+    engine.stream("hello", max_new_tokens=LONG)
+
+    assert is_idle(engine)
+
+
+# --- close
+
+
+def decoder_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "mara-decoder"]
+
+
+def test_closing_gives_thread_and_weights_back(folder_model):
+    before = decoder_threads()  # of other engines; idle ones end by themselves
+    with MARAEngine(folder_model, max_new_tokens=3) as engine:
+        engine.generate("hi")
+        weights = weakref.ref(engine.model.model)
+        (thread,) = set(decoder_threads()) - set(before)
+
+    assert weights() is None
+    assert not thread.is_alive()
+    assert MARAEngine(folder_model, max_new_tokens=3).generate("hi").token_ids  # a new one loads again
+
+
+def test_a_closed_engine_says_so(folder_model):
+    engine = MARAEngine(folder_model)
+    view = engine.with_settings(max_new_tokens=3)
+    engine.close()
+    engine.close()
+
+    for call in (engine.load, lambda: view.generate("hi"), lambda: engine.outline, lambda: engine.request("hi")):
+        with pytest.raises(EngineClosedError, match="the engine is closed"):
+            call()
+    with pytest.raises(EngineClosedError):
+        asyncio.run(engine.agenerate("hi"))
+    assert "closed" in repr(engine)
+
+
+def test_closing_ends_what_runs_with_an_error_and_no_one_waits(engine):
+    stream = engine.stream("hi", max_new_tokens=LONG)
+    next(stream)
+
+    engine.close()
+
+    with pytest.raises(EngineClosedError, match="closed before the reply was finished"):
+        list(stream)
+
+
+def test_an_engine_on_the_same_model_goes_on(engine):
+    other = MARAEngine(engine.model, max_new_tokens=100)
+    whole = other.generate("hi").token_ids
+    stream = other.stream("hi")
+    next(stream)
+
+    engine.generate("hi")
+    engine.close()
+
+    assert list(stream)[-1].generation.token_ids == whole == other.generate("hi").token_ids
+
+
+def test_a_dropped_engine_holds_nothing(folder_model):
+    engine = MARAEngine(folder_model, max_new_tokens=3)
+    other = MARAEngine(folder_model, max_new_tokens=3)
+    engine.generate("hi")
+    other.generate("hi")
+    weights = weakref.ref(engine.model.model)
+
+    del engine
+    gc.collect()
+    other.close()  # the last one
+
+    assert weights() is None

@@ -15,6 +15,7 @@ from typing_extensions import Self, Unpack
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.grammar import Grammar
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.verify import Verification, verify
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
@@ -67,6 +68,8 @@ class MARAEngine:
         revision: Branch, tag or commit of a model on the Hub.
         model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
+        limits: How much memory and work the engine takes on: how many replies are decoded together, and the bytes of
+            keys and values, of kept prompts and of heads. Engines on one model share its limits.
         system_prompt: Text put before every conversation that brings no system message. None is the one that the head
             was trained with; an empty text turns it off.
         **defaults: Fields of `SamplingParams` and `GateParams` that every request starts from; what holds in the end
@@ -78,6 +81,7 @@ class MARAEngine:
 
     Attributes:
         named_spec: The model as it was named; see also `spec`.
+        limits: As given.
         settings: What every request starts from, by name.
     """
 
@@ -91,6 +95,7 @@ class MARAEngine:
         revision: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         quantization: Quantization | None = None,
+        limits: EngineLimits | None = None,
         system_prompt: str | None = None,
         **defaults: Unpack[DecodingSettings],
     ) -> None:
@@ -101,7 +106,8 @@ class MARAEngine:
         self.settings: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
         check_settings(self.settings)
         self.named_spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
-        self._lease: ModelLease | None = None if model is None else ModelLease(self.named_spec)
+        self.limits = limits
+        self._lease: ModelLease | None = None if model is None else ModelLease(self.named_spec, limits)
         self._lock = threading.Lock()
 
     def with_settings(self, **settings: Unpack[RequestSettings]) -> MARAEngine:
@@ -113,7 +119,8 @@ class MARAEngine:
         twin = object.__new__(MARAEngine)
         twin.settings = {**self.settings, **settings}
         check_settings(twin.settings)
-        twin.named_spec, twin._lease, twin._lock = self.named_spec, self._leased(), threading.Lock()
+        twin.named_spec, twin.limits = self.named_spec, self.limits
+        twin._lease, twin._lock = self._leased(), threading.Lock()
         return twin
 
     # --- the model ---
@@ -126,7 +133,7 @@ class MARAEngine:
             HeadError: If the head can't be read or does not fit the model.
             EngineClosedError: If the engine is closed.
         """
-        worker_for(self.model)
+        _ = self.model, self._leased().worker
         self._place(self.head_source)
         return self
 
@@ -345,7 +352,8 @@ class MARAEngine:
         with self._lock:
             if self._lease is None:
                 assert self.head_source is not None
-                self._lease = ModelLease(replace(self.named_spec, model=base_model_of(self.head_source)))
+                spec = replace(self.named_spec, model=base_model_of(self.head_source))
+                self._lease = ModelLease(spec, self.limits)
             return self._lease
 
     # --- copies ---
@@ -364,7 +372,7 @@ class MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.named_spec, self.settings)
+        return _rebuild, (self.named_spec, self.limits, self.settings)
 
 
 def thoughts_of(model: LoadedModel) -> Thoughts:
@@ -392,9 +400,9 @@ def _in_its_form(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
     return prompt.with_system(settings.system_prompt)
 
 
-def _rebuild(spec: ModelSpec, settings: dict[str, Any]) -> MARAEngine:
+def _rebuild(spec: ModelSpec, limits: EngineLimits | None, settings: dict[str, Any]) -> MARAEngine:
     named = {name: getattr(spec, name) for name in ("device", "dtype", "revision", "model_kwargs", "quantization")}
-    return MARAEngine(spec.model, **named, **settings)
+    return MARAEngine(spec.model, limits=limits, **named, **settings)
 
 
 def _last(ticket: ThreadTicket) -> Generation:

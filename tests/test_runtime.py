@@ -12,6 +12,7 @@ import weakref
 import pytest
 
 from mara_integrations import MARAEngine
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.workers import worker_for
 from mara_integrations.errors import ConfigError, EngineClosedError, HeadError
 from mara_integrations.messages import Conversation, Message
@@ -227,3 +228,25 @@ def test_a_dropped_engine_holds_nothing(folder_model):
     other.close()  # the last one
 
     assert weights() is None
+
+
+# --- limits
+
+
+def test_limits_are_those_of_the_model_and_shared(folder_model):
+    limits = EngineLimits(max_live=2, kv_bytes=1 << 24)
+    engine = MARAEngine(folder_model, limits=limits, max_new_tokens=3).load()
+
+    assert worker_for(engine.model).limits == limits
+    assert MARAEngine(folder_model).load().generate("hi", max_new_tokens=2).token_ids  # None takes what there is
+    with pytest.raises(ConfigError, match=r"max_live=3, but model '.*' runs already, with max_live=2"):
+        MARAEngine(folder_model, limits=EngineLimits(max_live=3)).load()
+
+
+def test_limits_can_be_others_once_the_engine_is_closed(folder_model):
+    with MARAEngine(folder_model, limits=EngineLimits(max_live=2)) as engine:
+        engine.load()
+
+    other = MARAEngine(folder_model, limits=EngineLimits(max_live=3)).load()
+
+    assert worker_for(other.model).limits.max_live == 3

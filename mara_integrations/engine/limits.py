@@ -19,6 +19,8 @@ class EngineLimits(Params):
             the memory that is free once the model is loaded.
         prefix_cache_bytes: Most memory for keys and values that are kept for later prompts with the same beginning, in
             bytes; 0 keeps none. None makes room for some 8,000 tokens.
+        head_cache_bytes: Most memory for the heads that are kept in memory, in bytes. All engines of the process share
+            them, and the value given last holds; None leaves it as it is, at first 4 GiB.
     """
 
     max_live: int = Field(64, ge=1, le=4096)
@@ -26,3 +28,4 @@ class EngineLimits(Params):
     prefill_chunk: int = Field(512, ge=1, le=65_536)
     kv_bytes: int | None = Field(None, ge=1 << 20, le=1 << 50)
     prefix_cache_bytes: int | None = Field(None, ge=0, le=1 << 50)
+    head_cache_bytes: int | None = Field(None, ge=1, le=1 << 50)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.generation import Generation
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.errors import EngineClosedError
@@ -238,6 +239,11 @@ class Worker:
         self._is_running = self._is_closed = False
         self._thread: threading.Thread | None = None
         _workers.add(self)
+
+    @property
+    def limits(self) -> EngineLimits:
+        """How much memory and work its decoder takes on."""
+        return self._decoder.limits
 
     def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
         """Queue a request, waiting for room unless its ticket is cancelled; its updates go to the ticket.

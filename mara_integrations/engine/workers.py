@@ -15,9 +15,11 @@ from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
 from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.worker import Ticket, Worker
-from mara_integrations.errors import EngineClosedError
+from mara_integrations.errors import ConfigError, EngineClosedError
+from mara_integrations.heads.source import heads
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
 
 _log = logging.getLogger(__name__)
@@ -37,12 +39,30 @@ def backend_of(model: LoadedModel) -> Backend:
     return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
 
 
-def worker_for(model: LoadedModel) -> Worker:
-    """Return the worker of a loaded model; it is made on first use."""
+def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker:
+    """Return the worker of a loaded model; it is made on first use.
+
+    Args:
+        model: The loaded model.
+        limits: How much memory and work the worker takes on; None takes it as it is.
+
+    Raises:
+        ConfigError: If the worker runs with other limits already.
+    """
     with _lock:
         if model not in _workers:
-            _workers[model] = Worker(Decoder.measured(backend_of(model)))
-        return _workers[model]
+            _workers[model] = Worker(Decoder.measured(backend_of(model), limits))
+        worker = _workers[model]
+    if limits is not None and worker.limits != limits:
+        mine, theirs = limits.model_dump(), worker.limits.model_dump()
+        name = next(name for name in mine if mine[name] != theirs[name])
+        raise ConfigError(
+            f"{name}={mine[name]!r}, but model {model.name!r} runs already, with {name}={theirs[name]!r}",
+            hint="engines on one model share its limits: close the others first, or give all of them the same",
+        )
+    if limits is not None and limits.head_cache_bytes is not None:
+        heads.max_bytes = limits.head_cache_bytes
+    return worker
 
 
 class ModelLease:
@@ -53,11 +73,13 @@ class ModelLease:
 
     Attributes:
         spec: The model, as the caller named it.
+        limits: How much memory and work its worker takes on; None takes the worker as it is.
         is_closed: Whether `close` was called.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, limits: EngineLimits | None = None) -> None:
         self.spec = spec
+        self.limits = limits
         self.is_closed = False
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
@@ -91,6 +113,16 @@ class ModelLease:
             return self._model
 
     @property
+    def worker(self) -> Worker:
+        """The worker of the model; loads it.
+
+        Raises:
+            ConfigError: See `worker_for`.
+            MaraError: See `model`.
+        """
+        return worker_for(self.model, self.limits)
+
+    @property
     def outline(self) -> LoadedModel | Outline:
         """Tokenizer and context window; the weights are not loaded for them where small files tell.
 
@@ -110,7 +142,7 @@ class ModelLease:
         Raises:
             EngineClosedError: If the lease is closed.
         """
-        worker = worker_for(self.model)
+        worker = self.worker
         with self._lock:
             self._check_open()
             self._tickets.add(ticket)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from typing_extensions import Self
 
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.settings import unknown_setting
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.heads.source import head_fingerprint, head_name, head_weights
@@ -55,6 +56,7 @@ class EngineSettings(BaseModel):
         revision: Of a model on the Hub.
         model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
+        limits: How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -78,6 +80,7 @@ class EngineSettings(BaseModel):
     revision: str | None = None
     model_kwargs: dict[str, Any] | None = None
     quantization: Quantization | None = None
+    limits: EngineLimits | None = None
 
     _engine: MARAEngine | None = PrivateAttr(default=None)
 
@@ -128,20 +131,20 @@ class EngineSettings(BaseModel):
         field that names the model was changed.
         """
         engine = self._engine
-        if (
-            engine is None
-            or engine.named_spec != self._spec()
-            or (self.model is None and engine.head_source != self.head)
-        ):
+        if engine is None or self._names_another_model(engine):
             self._engine = self._new_engine()
         elif engine.settings != (settings := self._defaults()):
             self._engine = engine.with_settings(**settings)
         assert self._engine is not None
         return self._engine
 
+    def _names_another_model(self, engine: MARAEngine) -> bool:
+        has_head_of_another = self.model is None and engine.head_source != self.head
+        return has_head_of_another or (engine.named_spec, engine.limits) != (self._spec(), self.limits)
+
     def _new_engine(self) -> MARAEngine:
         spec = {name: getattr(self, name) for name in _SPEC}
-        return MARAEngine(self.model, **spec, **self._defaults())
+        return MARAEngine(self.model, **spec, limits=self.limits, **self._defaults())
 
     def _spec(self) -> ModelSpec:
         values = {name: getattr(self, name) for name in _SPEC}
@@ -247,5 +250,5 @@ def _config_error(error: ValidationError) -> MaraError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MaraError):
         return cause
-    name = str(first["loc"][0]) if first["loc"] else error.title
+    name = str(first["loc"][-1]) if first["loc"] else error.title
     return ConfigError(f"{name}={first['input']!r} is not allowed: {first['msg'].lower()}")

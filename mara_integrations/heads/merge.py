@@ -7,6 +7,7 @@ that all share the bare normalisation; hidden layers stand side by side, and the
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,7 @@ def merge_heads(
             top_k=_agreed("top_k", configs, top_k),
             top_p=_agreed("top_p", configs, top_p),
             min_candidates=max(config.min_candidates for config in configs),
+            system_prompt=_shared_prompt(configs),
             method="merge",
             rewards=tuple(reward for config in configs for reward in config.rewards),
             training={"merged": [{"weight": weight, "head": head.fingerprint} for head, weight in weighted]},
@@ -99,6 +101,19 @@ def _place(head: MARAHead, factor: float, merged: MARAHead, rows: slice, columns
         merged.linear2.bias[columns] = head.linear2.bias
         merged.output_linear.weight[:, columns] = factor * head.output_linear.weight
         merged.output_linear.bias.add_(head.output_linear.bias, alpha=factor)
+
+
+def _shared_prompt(configs: Sequence[HeadConfig]) -> str | None:
+    """The one system prompt that the heads were trained with; None, and a warning, where there are several."""
+    prompts = sorted({config.system_prompt for config in configs if config.system_prompt is not None})
+    if len(prompts) > 1:
+        warnings.warn(
+            f"the heads were trained with different system prompts ({', '.join(map(repr, prompts))}): the result "
+            "records none, so give it one where it is used",
+            stacklevel=3,
+        )
+        return None
+    return prompts[0] if prompts else None
 
 
 def _agreed(name: str, configs: Sequence[HeadConfig], given: float | None) -> float:

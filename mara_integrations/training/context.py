@@ -123,6 +123,7 @@ class Run:
             top_k=config.top_k,
             top_p=config.top_p,
             min_candidates=config.min_candidates or plan.method.min_candidates,
+            system_prompt=config.system_prompt,
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
             data_fingerprint=plan.train.fingerprint,

@@ -126,3 +126,14 @@ def test_closing_an_llm_closes_its_copies(loaded: tuple[Any, Any]) -> None:
     for call in (lambda: llm.complete("hi"), lambda: llm.invoke("hi"), lambda: twin.complete("hi")):
         with pytest.raises(EngineClosedError):
             call()
+
+
+def test_limits_are_given_as_a_mapping_and_checked(folder_model: str) -> None:
+    llm = MARALLM(folder_model, limits={"max_live": 2, "prefix_cache_bytes": 0}, max_tokens=2)
+
+    assert llm.complete("hi").raw["token_ids"]
+    assert llm.engine.limits is not None and llm.engine.limits.max_live == 2
+    with pytest.raises(ConfigError, match="max_live=0 is not allowed"):
+        MARALLM(folder_model, limits={"max_live": 0})
+    with pytest.raises(ConfigError, match="max_life"):
+        MARALLM(folder_model, limits={"max_life": 2})

@@ -31,6 +31,7 @@ from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.request import Constraint, Request
 from mara_integrations.engine.settings import resolve_settings
 from mara_integrations.errors import ConfigError
+from mara_integrations.fingerprints import fingerprint
 from mara_integrations.heads.source import HeadSource, place_heads
 from mara_integrations.sampling import Fallback, Selection
 
@@ -113,7 +114,7 @@ def gated_generate(
     Source: the contract of `custom_generate` callables, transformers' `GenerationMixin.generate`.
     """
     _check_call(generation_config, model_kwargs, len(input_ids), streamer)
-    config = model.config.get_text_config()
+    config, name = model.config.get_text_config(), model.name_or_path or type(model).__name__
     room = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
     if room is None:
         raise ConfigError("the reply has no upper bound", hint="give max_new_tokens")
@@ -129,7 +130,7 @@ def gated_generate(
             "system_prompt": "",  # the prompts are rendered already
         },
         {},
-        lambda head: place_heads(head, model.device, config.hidden_size, model.name_or_path or type(model).__name__),
+        lambda head: place_heads(head, model.device, config.hidden_size, name, fingerprint(model)),
     )
     sampling = settings.sampling
     eos_token_ids = {int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id}

@@ -17,6 +17,7 @@ from mara_integrations.engine.gate import gated_log_probs, weighted_log_probs
 from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
 from mara_integrations.engine.settings import resolve_settings
 from mara_integrations.errors import ConfigError
+from mara_integrations.fingerprints import fingerprint
 from mara_integrations.heads.compose import afterstate_parts
 from mara_integrations.heads.source import HeadSource, place_heads
 
@@ -55,7 +56,7 @@ class GatedLogits:
         min_candidates: int | None = None,
     ) -> None:
         name, width = model.name_or_path or type(model).__name__, model.config.get_text_config().hidden_size
-        placed = place_heads(head, model.device, width, name)
+        placed = place_heads(head, model.device, width, name, fingerprint(model))
         if placed is None or afterstate_parts(placed):
             raise ConfigError(
                 f"head={head!r} can't gate logits alone: it takes heads of the 'q' form, at least one",

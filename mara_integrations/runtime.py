@@ -346,7 +346,10 @@ class MARAEngine:
 
     def _place(self, source: HeadSource | None) -> Head | None:
         weights = head_weights(source)
-        return place_heads(weights, self.model.device, self.model.hidden_size, self.model.name) if weights else None
+        if not weights:
+            return None
+        model = self.model
+        return place_heads(weights, model.device, model.hidden_size, model.name, model.fingerprint)
 
     def _leased(self) -> ModelLease:
         with self._lock:

@@ -139,7 +139,9 @@ def serve(
             print_err(f"warning: without --api-key, whoever reaches {host} may use this server", "yellow")
         engine.load()
         for source in named.values():
-            heads.get(source).check_fits(engine.model.hidden_size, engine.model.name, source)
+            heads.get(source).check_fits(
+                engine.model.hidden_size, engine.model.name, source, fingerprint=engine.model.fingerprint
+            )
         console = Console()
         say(console, "Models", ", ".join(app.state.names.all))
         say(console, "Serves", f"http://{f'[{host}]' if ':' in host else host}:{port_of(sockets)}/v1")

@@ -117,6 +117,12 @@ class EngineSettings(BaseModel):
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("model")
+    @classmethod
+    def _is_a_model(cls, value: Any) -> Any:
+        ModelSpec(value)
+        return value
+
     @field_validator("head")
     @classmethod
     def _is_a_head(cls, value: Any) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mara_integrations.fingerprints import same_model
 from mara_integrations.sampling import HeadForm
 
 # Measured on SmolLM2-135M: features of 16 to 128 and hidden layers of 128 to 512 fit equally well.
 Q_SIZES = (256, 64)
 MAX_WIDTH = 1 << 20  # of a layer; the widest models have 16,384
 MAX_SCALE = 10_000.0
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REWARD_MODEL: Final = "reward_model"  # kind of a reward whose file is kept beside the head
 
 
@@ -58,6 +62,7 @@ class HeadConfig(BaseModel):
         inner_sizes: Widths of the two hidden layers; of a `q` head, of the hidden layer and of the features that state
             and candidate are compared in.
         base_model: Name of the model it was trained on; None when unknown, as in published checkpoints.
+        base_model_fingerprint: Fingerprint of that model, see `fingerprints`; tells it by its weights, not by its name.
         scale: Factor of f, found by calibration to a KL budget. The user's `strength` multiplies it.
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
@@ -78,6 +83,7 @@ class HeadConfig(BaseModel):
     hidden_size: Width
     inner_sizes: tuple[Width, Width] = (1024, 256)
     base_model: Name | None = None
+    base_model_fingerprint: Name | None = None
     scale: float = Field(1.0, gt=0.0, le=MAX_SCALE)
     top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
@@ -105,6 +111,20 @@ class HeadConfig(BaseModel):
             values["format_version"] = 2
         return values
 
+    def is_for_model(self, name: str | None, fingerprint: str | None) -> bool:
+        """Whether the head may have been trained on a model; False where it surely was trained on another.
+
+        Fingerprints tell models apart; where one is missing, names do, as far as they can.
+
+        Args:
+            name: Name of the model.
+            fingerprint: Fingerprint of the model; None where unknown.
+        """
+        is_same = same_model(self.base_model_fingerprint, fingerprint)
+        if is_same is not None:
+            return is_same
+        return self.base_model is None or name is None or not _are_other_models(self.base_model, name)
+
     @field_validator("rewards")
     @classmethod
     def _reward_files_are_plain(cls, specs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
@@ -130,3 +150,16 @@ class HeadConfig(BaseModel):
                 case list() | tuple() as items:
                     todo += items
         return value
+
+
+def _are_other_models(one: str, other: str) -> bool:
+    """Whether two names are surely of different models: two different ids of the Hub, or two folders that are there.
+
+    A folder or a file may hold a copy of any model.
+    """
+    if one == other:
+        return False
+    are_here = [Path(name).exists() for name in (one, other)]
+    if all(are_here):
+        return Path(one).resolve() != Path(other).resolve()
+    return not any(are_here) and all(_HUB_ID.fullmatch(name) for name in (one, other))

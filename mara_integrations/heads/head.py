@@ -65,8 +65,12 @@ class MARAHead(nn.Module):
         """Hash of form and weights: two heads that can answer differently differ here."""
         return self.config.weights_sha256 or sha256(dump_weights(self.config, self.state_dict()))
 
-    def check_fits(self, hidden_size: int, model_name: str, source: str | Path | None = None) -> None:
+    def check_fits(
+        self, hidden_size: int, model_name: str, source: str | Path | None = None, *, fingerprint: str | None = None
+    ) -> None:
         """Refuse a head of another width, and warn where it was trained on another model of the same width.
+
+        Fingerprints tell models apart; where one is missing, names do, as far as they can.
 
         Raises:
             HeadError: If the widths differ; names both.
@@ -76,10 +80,10 @@ class MARAHead(nn.Module):
             raise HeadError(
                 f"{name} expects hidden size {self.config.hidden_size}; model {model_name!r} has {hidden_size}",
                 hint="train a head for this model, or name the model the head was trained on"
-                + (f" ({self.config.base_model})" if self.config.base_model else ""),
+                + (f" ({self.config.base_model!r})" if self.config.base_model else ""),
             )
-        trained_on = self.config.base_model
-        if trained_on is not None and Path(trained_on).resolve() != Path(model_name).resolve():  # `./m` is `m`
+        if not self.config.is_for_model(model_name, fingerprint):
+            trained_on = self.config.base_model
             warnings.warn(
                 f"{name} was trained on {trained_on!r} and now judges {model_name!r}: "
                 "heads do transfer between models of one width, but check it with `mara-tools eval`",

@@ -50,11 +50,16 @@ def merge_heads(
     for name, why in (
         ("form", "each form scores something else (a state, a step between two, a state and a token)"),
         ("hidden_size", "they judge states of different widths"),
-        ("base_model", "they were trained on the states of different models"),
     ):
         values = list(dict.fromkeys(getattr(config, name) for config in configs))
         if len(values) > 1:
             raise HeadError(f"heads of different {name} can't be merged ({', '.join(map(str, values))}): {why}")
+    for config in configs:
+        if not first.is_for_model(config.base_model, config.base_model_fingerprint):
+            raise HeadError(
+                f"heads of different base_model can't be merged ({first.base_model}, {config.base_model}): they were "
+                "trained on the states of different models"
+            )
     wide = [config.inner_sizes[0] for config in configs]
     narrow = [config.inner_sizes[1] for config in configs]
     merged = MARAHead(
@@ -63,6 +68,7 @@ def merge_heads(
             hidden_size=first.hidden_size,
             inner_sizes=(sum(wide), sum(narrow)),
             base_model=first.base_model,
+            base_model_fingerprint=first.base_model_fingerprint,
             top_k=_agreed("top_k", configs, top_k),
             top_p=_agreed("top_p", configs, top_p),
             min_candidates=max(config.min_candidates for config in configs),

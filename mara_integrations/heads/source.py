@@ -44,8 +44,21 @@ def head_weights(source: HeadSource | None) -> dict[OneHead, float]:
     return weights
 
 
-def place_heads(source: HeadSource | None, device: torch.device, hidden_size: int, model_name: str) -> Head | None:
-    """What is named, ready to judge a model's states; None where nothing is, or all weights are 0.
+def place_heads(
+    source: HeadSource | None,
+    device: torch.device,
+    hidden_size: int,
+    model_name: str,
+    fingerprint: str | None = None,
+) -> Head | None:
+    """Return what is named, ready to judge a model's states; None where nothing is, or all weights are 0.
+
+    Args:
+        source: What the user named.
+        device: Where the model's states are.
+        hidden_size: Width of the states.
+        model_name: Name of the model.
+        fingerprint: Fingerprint of the model; None where unknown.
 
     Raises:
         ConfigError: See `head_weights` and `ComposedHead`.
@@ -57,7 +70,7 @@ def place_heads(source: HeadSource | None, device: torch.device, hidden_size: in
             head, name = one.to(device).eval(), None
         else:
             head, name = heads.get(one, device), one
-        head.check_fits(hidden_size, model_name, name)
+        head.check_fits(hidden_size, model_name, name, fingerprint=fingerprint)
         if weight > 0:
             placed[head] = placed.get(head, 0.0) + weight
     if not placed:

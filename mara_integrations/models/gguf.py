@@ -68,6 +68,11 @@ def copy_of(gguf: Path) -> Path:
     return cache_dir() / "gguf" / f"{gguf.stem}-{_fingerprint(gguf)}"
 
 
+def is_gguf_copy(folder: str) -> bool:
+    """Whether a model's folder is such a copy."""
+    return Path(folder).parent == cache_dir() / "gguf"
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     _log.info("converting %s, once: about half a minute", gguf.name)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch

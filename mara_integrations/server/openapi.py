@@ -8,9 +8,18 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from mara_integrations import __version__
-from mara_integrations.server.objects import ChatCompletion, Completion, ErrorObject, Health, ModelList, ModelObject
+from mara_integrations.server.objects import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ErrorObject,
+    Health,
+    ModelList,
+    ModelObject,
+)
 from mara_integrations.server.requests import ChatBody, CompletionBody
 
+_ANSWERS = (ChatCompletion, ChatCompletionChunk, Completion, ModelList, ModelObject, Health, ErrorObject)
 _TEMPLATE = "#/components/schemas/{model}"
 
 
@@ -22,7 +31,7 @@ def openapi(*, has_key: bool) -> dict[str, Any]:
     """
     _, bodies = models_json_schema([(ChatBody, "validation"), (CompletionBody, "validation")], ref_template=_TEMPLATE)
     schemas: dict[str, Any] = dict(bodies["$defs"])
-    for kind in (ChatCompletion, Completion, ModelList, ModelObject, Health, ErrorObject):
+    for kind in _ANSWERS:
         schema = TypeAdapter(kind).json_schema(ref_template=_TEMPLATE)
         schemas.update(schema.pop("$defs", {}))
         schemas[kind.__name__] = schema
@@ -30,8 +39,12 @@ def openapi(*, has_key: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "mara_integrations", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {"post": _generation("Answer a conversation", ChatBody.__name__, "ChatCompletion")},
-            "/v1/completions": {"post": _generation("Continue a text", CompletionBody.__name__, "Completion")},
+            "/v1/chat/completions": {
+                "post": _generation("Answer a conversation", "ChatRequest", "ChatCompletion", "ChatCompletionChunk")
+            },
+            "/v1/completions": {
+                "post": _generation("Continue a text", "CompletionRequest", "Completion", "Completion")
+            },
             "/v1/models": {"get": _operation("List the models", "ModelList")},
             "/v1/models/{model}": {"get": {**_operation("Describe a model", "ModelObject"), "parameters": [_MODEL]}},
             "/health": {"get": _operation("Tell whether the server can answer", "Health", is_open=True)},
@@ -56,10 +69,13 @@ def _operation(summary: str, answer: str | None, *, is_open: bool = False) -> di
     return {"summary": summary, "responses": responses, **({"security": []} if is_open else {})}
 
 
-def _generation(summary: str, body: str, answer: str) -> dict[str, Any]:
+def _generation(summary: str, body: str, answer: str, chunk: str) -> dict[str, Any]:
     operation = _operation(summary, answer)
-    events = {"description": "With `stream`: server-sent events, each a chunk, then `[DONE]`.", "type": "string"}
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": events}
+    parts = [{"$ref": _TEMPLATE.format(model=name)} for name in (chunk, "ErrorObject")]
+    part = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    data = {"description": "A chunk, or an error; `[DONE]` is the last.", "anyOf": [{"const": "[DONE]"}, part]}
+    event = {"type": "object", "description": "An event, with `stream`.", "properties": {"data": data}}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {**event, "required": ["data"]}}
     return {**operation, "requestBody": {"required": True, "content": _json(body)}}
 
 

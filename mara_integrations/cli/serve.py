@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Literal
 
 import typer
@@ -145,15 +146,22 @@ def serve(
         console = Console()
         say(console, "Models", ", ".join(app.state.names.all))
         say(console, "Serves", f"http://{f'[{host}]' if ':' in host else host}:{port_of(sockets)}/v1")
-        _log_to_stderr(log_level)
+        opened.enter_context(_log_to_stderr(log_level))
         serve(app, sockets)
 
 
-def _log_to_stderr(level: LogLevel) -> None:
+@contextmanager
+def _log_to_stderr(level: LogLevel) -> Iterator[None]:
+    """Write our log and uvicorn's to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, least in (("mara_integrations", level), ("uvicorn", "debug" if level == "debug" else "error")):
-        logger = logging.getLogger(name)
-        logger.setLevel(least.upper())
-        logger.addHandler(handler)
-        logger.propagate = False
+    loggers = {"mara_integrations": level, "uvicorn": "debug" if level == "debug" else "error"}
+    for name, least in loggers.items():
+        logging.getLogger(name).setLevel(least.upper())
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+            logging.getLogger(name).removeHandler(handler)

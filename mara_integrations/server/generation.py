@@ -15,9 +15,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mara_integrations.engine.generation import Generation
-from mara_integrations.engine.worker import LoopTicket, Update
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError, ContextLengthError, ModelError
-from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.server.answers import ChatAnswer, CompletionAnswer
 from mara_integrations.server.errors import RefusalError, is_fault_of_server, refusal_of, shown
 from mara_integrations.server.limits import (
@@ -95,18 +96,14 @@ class GenerationEndpoint:
         return self._read(read_json(body), self._names)
 
     async def _whole(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
-        tickets = [LoopTicket() for _ in call.prompts]
-        try:
-            await self._submit(call, tickets)
-            generations = await all_or_none([self._finished(ticket, observation) for ticket in tickets])
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
+        requests = await in_thread(self._requests, call)
+        streams = [self._engine.astream(request) for request in requests]
+        generations = await all_or_none([self._finished(stream, observation) for stream in streams])
         content = await in_thread(lambda: to_json(self._answer(call, self._engine.model).whole(generations)))
         await Response(content, media_type="application/json")(scope, _never, send)
 
-    async def _finished(self, ticket: LoopTicket, observation: Observation) -> Generation:
-        async with aclosing(aiter(ticket)) as updates:
+    async def _finished(self, stream: AsyncStream[Update], observation: Observation) -> Generation:
+        async with aclosing(stream) as updates:
             async for update in updates:
                 self._observe(update, observation)
                 if update.generation is not None:
@@ -114,19 +111,15 @@ class GenerationEndpoint:
         raise AssertionError("a stream ends with its generation")
 
     async def _stream(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
-        ticket = LoopTicket()
-        try:
-            await self._submit(call, [ticket])
-            answer = self._answer(call, self._engine.model)
-            async with aclosing(aiter(ticket)) as updates:
-                first = await anext(updates)  # what fails before the first token still has a status of its own
-                await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-                async for event in self._events(first, updates, answer, call, observation):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            end = b"data: [DONE]\n\n" if observation.status == 200 else b""
-            await send({"type": "http.response.body", "body": end})
-        finally:
-            ticket.cancel()
+        (request,) = await in_thread(self._requests, call)
+        answer = self._answer(call, self._engine.model)
+        async with aclosing(self._engine.astream(request)) as updates:
+            first = await anext(updates)  # what fails before the first token still has a status of its own
+            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+            async for event in self._events(first, updates, answer, call, observation):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        end = b"data: [DONE]\n\n" if observation.status == 200 else b""
+        await send({"type": "http.response.body", "body": end})
 
     async def _events(
         self,
@@ -160,22 +153,15 @@ class GenerationEndpoint:
                 yield _event(refusal.as_dict())
                 return
 
-    async def _submit(self, call: EngineCall, tickets: list[LoopTicket]) -> None:
-        """Check all prompts, then give them to the engine; whichever is refused, none is decoded."""
-        for ticket in tickets:
-            ticket.bind()
-        await in_thread(self._submit_in_thread, call, tickets)
-
-    def _submit_in_thread(self, call: EngineCall, tickets: list[LoopTicket]) -> None:
-        worker = worker_for(self._engine.model)  # loads the model on first use
+    def _requests(self, call: EngineCall) -> list[Request]:
+        """Return the engine's requests, one a prompt; whichever is refused, none is decoded. Loads the model."""
+        model = self._engine.model
         try:
-            requests = [self._engine.request(prompt, **call.settings) for prompt in call.prompts]
+            return [self._engine.request(prompt, **call.settings) for prompt in call.prompts]
         except (ConfigError, ModelError) as error:  # a ModelError now: the chat template refuses this conversation
             code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-            message = self._names.public(str(error), self._engine.model.name)
+            message = self._names.public(str(error), model.name)
             raise RefusalError(400, message, code=code) from error
-        for request, ticket in zip(requests, tickets, strict=True):
-            worker.submit(request, ticket)
 
     def _observe(self, update: Update, observation: Observation) -> None:
         if observation.first_token_s is None:

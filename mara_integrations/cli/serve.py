@@ -9,10 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from mara_integrations.cli.app import print_err, say
 from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import keyword_arguments
 
@@ -86,10 +88,35 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 256,
+    max_live: Annotated[
+        int, typer.Option(min=1, help="Replies decoded together; the others wait.", rich_help_panel=_LIMITS)
+    ] = 64,
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for keys and values of running replies, as 8GiB; requests wait when it is spent.",
+            show_default="a share of the free memory",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    prefix_cache_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for prompts that are kept for later ones with the same beginning; 0 keeps none.",
+            show_default="some 8,000 tokens",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    head_cache_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for heads.", show_default="4GiB", rich_help_panel=_LIMITS),
+    ] = None,
     max_body_bytes: Annotated[
-        int,
-        typer.Option(min=1, help="Largest body of a request, in bytes (status 413).", rich_help_panel=_LIMITS),
-    ] = 4 << 20,
+        str,
+        typer.Option(metavar="SIZE", help="Largest body of a request (status 413).", rich_help_panel=_LIMITS),
+    ] = "4MiB",
     body_timeout: Annotated[
         float,
         typer.Option(min=0.1, help="Seconds in which a body has to arrive (status 408).", rich_help_panel=_LIMITS),
@@ -108,6 +135,7 @@ def serve(
 
     if api_key is None and _KEY_VARIABLE in os.environ:
         raise ConfigError(f"the API key in {_KEY_VARIABLE} is empty", hint="unset the variable to serve without a key")
+    sizes = {"kv_bytes": kv_bytes, "prefix_cache_bytes": prefix_cache_bytes, "head_cache_bytes": head_cache_bytes}
     named: dict[str, str] = {}
     for short_name, source in map(named_head, head or ()):
         if short_name in named:
@@ -120,6 +148,11 @@ def serve(
         quantization=quantization,
         system_prompt=system_prompt,
         model_kwargs=keyword_arguments(model_kwargs or ()),
+        limits=EngineLimits.of(
+            max_live=max_live,
+            max_waiting=max(max_running, EngineLimits().max_waiting),
+            **{name: num_bytes(name, size) for name, size in sizes.items() if size is not None},
+        ),
     )
     app = create_app(
         engine,
@@ -127,7 +160,7 @@ def serve(
         name=name,
         api_key=api_key,
         max_running=max_running,
-        max_body_bytes=max_body_bytes,
+        max_body_bytes=num_bytes("max_body_bytes", max_body_bytes),
         body_timeout_s=body_timeout,
         allow_origins=allow_origin or (),
         allow_hosts=allow_host or (),
@@ -148,6 +181,19 @@ def serve(
         say(console, "Serves", f"http://{f'[{host}]' if ':' in host else host}:{port_of(sockets)}/v1")
         opened.enter_context(_log_to_stderr(log_level))
         serve(app, sockets)
+
+
+def num_bytes(option: str, size: str) -> int:
+    """Return the bytes of a size such as 4MiB.
+
+    Raises:
+        ConfigError: If it is no size.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        name = option.replace("_", "-")
+        raise ConfigError(f"--{name} {size!r} is not allowed", hint="a size, as 512MiB or 8GiB") from None
 
 
 @contextmanager

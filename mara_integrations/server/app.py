@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from mara_integrations.errors import MissingExtraError
+from mara_integrations.engine.limits import EngineLimits
+from mara_integrations.errors import ConfigError, MissingExtraError
 from mara_integrations.heads.source import OneHead
 from mara_integrations.runtime import MARAEngine
 
@@ -24,7 +25,7 @@ except ImportError as error:
 from mara_integrations.server.answers import ChatAnswer, CompletionAnswer
 from mara_integrations.server.errors import RefusalError, shown
 from mara_integrations.server.generation import GenerationEndpoint
-from mara_integrations.server.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_RUNNING, Admission
+from mara_integrations.server.limits import Admission, ServerLimits
 from mara_integrations.server.metrics import Metrics
 from mara_integrations.server.names import ServedNames, model_name
 from mara_integrations.server.objects import Health, ModelObject
@@ -40,24 +41,24 @@ def create_app(
     *,
     name: str | None = None,
     api_key: str | None = None,
-    max_running: int = MAX_RUNNING,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    body_timeout_s: float = BODY_TIMEOUT_S,
+    max_running: int = 256,
+    max_body_bytes: int = 4 << 20,
+    body_timeout_s: float = 30.0,
     allow_origins: Sequence[str] = (),
     allow_hosts: Sequence[str] = (),
 ) -> Starlette:
     """Return the application, for uvicorn or any other ASGI server.
 
     Args:
-        engine: Loaded on the first request, if it is not yet. Its own head is not used: a request names one of `heads`,
-            or none.
+        engine: Loaded on the first request, if it is not yet. Its `limits` bound batch and memory. Its own head is not
+            used: a request names one of `heads`, or none.
         heads: Heads by the names that requests use.
         name: Name of the base model, as requests use it; None takes the name that the engine was given, of a file or
             folder its last part.
         api_key: Requests need the header `Authorization: Bearer KEY`, except those to `/health` and `/openapi.json`;
             None serves everybody.
-        max_running: Sequences answered or waiting at once; each prompt of a request is one. More are refused with
-            status 503.
+        max_running: Sequences answered or waiting at once, at most the engine's `max_waiting`; each prompt of a request
+            is one. More are refused with status 503.
         max_body_bytes: Largest body of a request; a larger one is refused with status 413.
         body_timeout_s: Seconds in which a body has to arrive; a slower one is refused with status 408.
         allow_origins: Origins of web pages that may send requests, as `https://chat.example`; `*` allows all.
@@ -69,6 +70,13 @@ def create_app(
         MissingExtraError: On import, if the extra `serve` is not installed.
     """
     check_api_key(api_key)
+    limits = ServerLimits.of(max_running=max_running, max_body_bytes=max_body_bytes, body_timeout_s=body_timeout_s)
+    max_waiting = (engine.limits or EngineLimits()).max_waiting
+    if max_running > max_waiting:  # whoever submits more to the engine waits in a thread, of which there are few
+        raise ConfigError(
+            f"max_running={max_running!r} is more than the engine's max_waiting={max_waiting!r}",
+            hint="give the engine limits=EngineLimits(max_waiting=...)",
+        )
     names = ServedNames(model_name(engine.spec.model) if name is None else name, dict(heads or {}))
     admission = Admission(max_running)
     metrics = Metrics(lambda: admission.num_running)
@@ -79,8 +87,7 @@ def create_app(
         admission,
         metrics,
         names,
-        max_body_bytes=max_body_bytes,
-        body_timeout_s=body_timeout_s,
+        limits,
     )
     origins, cors = list(allow_origins), []
     if origins:

@@ -24,6 +24,7 @@ from mara_integrations.server.errors import RefusalError, is_fault_of_server, re
 from mara_integrations.server.limits import (
     SEND_TIMEOUT_S,
     Admission,
+    ServerLimits,
     all_or_none,
     in_thread,
     read_body,
@@ -52,10 +53,9 @@ class GenerationEndpoint:
         admission: Counts the sequences of all endpoints.
         metrics: Counts replies.
         names: The model and the heads that requests may name.
+        limits: Bound the bodies of requests.
         read: Checks a parsed body.
         answer: Makes the answer's objects.
-        max_body_bytes: Largest body.
-        body_timeout_s: Seconds in which a body has to arrive.
     """
 
     def __init__(
@@ -64,15 +64,13 @@ class GenerationEndpoint:
         admission: Admission,
         metrics: Metrics,
         names: ServedNames,
+        limits: ServerLimits,
         read: Callable[[Mapping[str, Any], ServedNames], EngineCall],
         answer: type[ChatAnswer] | type[CompletionAnswer],
-        *,
-        max_body_bytes: int,
-        body_timeout_s: float,
     ) -> None:
         self._engine, self._admission, self._metrics = engine, admission, metrics
         self._names, self._read, self._answer = names, read, answer
-        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._limits = limits
         self._logged_fields: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +82,7 @@ class GenerationEndpoint:
         """
         observation = Observation.of(scope)
         self._admission.require_room()
-        body = await read_body(receive, Headers(scope=scope), self._max_body_bytes, self._body_timeout_s)
+        body = await read_body(receive, Headers(scope=scope), self._limits)
         call = self._parsed(body) if len(body) < _LONG_BODY_BYTES else await in_thread(self._parsed, body)
         observation.model = call.model
         self._log_ignored(call)

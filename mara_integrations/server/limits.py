@@ -7,22 +7,32 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 
-from mara_integrations.errors import ConfigError
+from mara_integrations.sampling import Params
 from mara_integrations.server.errors import ClientClosedError, RefusalError
 
-# Four full batches of 64: a client that would have to wait longer had better ask another server.
-MAX_RUNNING = 256
-# A million words of text, far more than most context windows hold.
-MAX_BODY_BYTES = 4 << 20
-# Seconds for a whole body: 4 MiB in 30 s are 1.1 Mbit/s.
-BODY_TIMEOUT_S = 30.0
 # Seconds in which a client has to take the next part of an answer.
 SEND_TIMEOUT_S = 60.0
 
 _Result = TypeVar("_Result")
+
+
+class ServerLimits(Params):
+    """What the server takes in.
+
+    Attributes:
+        max_running: Most sequences answered or waiting at once; each prompt of a request is one. The default is four
+            full batches of 64: a client that would have to wait longer had better ask another server.
+        max_body_bytes: Largest body of a request. The default is a million words, more than most context windows hold.
+        body_timeout_s: Seconds in which a body has to arrive; by default 4 MiB need 1.1 Mbit/s.
+    """
+
+    max_running: int = Field(256, ge=1)
+    max_body_bytes: int = Field(4 << 20, ge=1)
+    body_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
 
 
 class Admission:
@@ -32,14 +42,9 @@ class Admission:
 
     Args:
         max_running: Sequences running or waiting in the engine at once.
-
-    Raises:
-        ConfigError: If `max_running` is below 1.
     """
 
-    def __init__(self, max_running: int = MAX_RUNNING) -> None:
-        if max_running < 1:
-            raise ConfigError(f"max_running={max_running!r} is not allowed", hint="at least 1")
+    def __init__(self, max_running: int) -> None:
         self.max_running = max_running
         self.num_running = 0
 
@@ -84,13 +89,14 @@ class Reservation:
         self._admission.num_running -= self._num_sequences
 
 
-async def read_body(receive: Receive, headers: Headers, max_bytes: int, timeout_s: float) -> bytes:
+async def read_body(receive: Receive, headers: Headers, limits: ServerLimits) -> bytes:
     """Read a request's body, in bounded time and memory.
 
     Raises:
         RefusalError: Status 413 if the body is too large, 408 if it came too slowly.
         ClientClosedError: If the client left.
     """
+    max_bytes, timeout_s = limits.max_body_bytes, limits.body_timeout_s
     too_large = RefusalError(413, f"the body has more than {max_bytes} bytes", code="body_too_large")
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length[:20]) > max_bytes:

@@ -12,6 +12,8 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 from starlette.testclient import TestClient
 
 from mara_integrations.cli import app as cli
+from mara_integrations.engine.limits import EngineLimits
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.server import listening
 from mara_integrations.testing import random_head
 
@@ -54,6 +56,18 @@ def test_the_models_name_may_be_given(folder_model, served):
         assert client.post("/v1/chat/completions", json={**CHAT, "model": "assistant"}).status_code == 200
 
 
+def test_the_engines_limits_are_options(folder_model, served, monkeypatch):
+    made = {}
+    init = MARAEngine.__init__
+    monkeypatch.setattr(MARAEngine, "__init__", lambda self, *a, **more: init(self, *a, **(made.update(more) or more)))
+    sizes = ("--kv-bytes", "64MiB", "--prefix-cache-bytes", "0", "--head-cache-bytes", "1GiB")
+    said = mara_tools("--model", folder_model, "--max-live", "8", "--max-running", "2000", *sizes)
+    assert said.exit_code == 0, said.stderr
+    assert made["limits"] == EngineLimits(
+        max_live=8, max_waiting=2000, kv_bytes=64 << 20, prefix_cache_bytes=0, head_cache_bytes=1 << 30
+    )
+
+
 def test_limits_and_origins_reach_the_server(folder_model, served):
     mara_tools("--model", folder_model, "--max-body-bytes", "100", "--allow-origin", "https://chat.example")
     with TestClient(served["app"]) as client:
@@ -71,6 +85,9 @@ def test_limits_and_origins_reach_the_server(folder_model, served):
         (["--head", "a=x", "--head", "a=y"], {}, "two heads are called 'a'"),
         (["--head", "a:b=x"], {}, "--head 'a:b=x' is not allowed"),
         (["--head", "a="], {}, "--head 'a=' is not allowed"),
+        (["--kv-bytes", "lots"], {}, "--kv-bytes 'lots' is not allowed\nhint: a size, as 512MiB or 8GiB"),
+        (["--kv-bytes", "1"], {}, "kv_bytes=1 is not allowed"),
+        (["--max-body-bytes", "0"], {}, "max_body_bytes=0 is not allowed"),
         (["--host", "no.such.host.invalid"], {}, "host 'no.such.host.invalid' is not known"),
     ],
 )

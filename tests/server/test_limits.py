@@ -8,10 +8,21 @@ import pytest
 from serving import CHAT, Caller, client_of, post, until
 from starlette.datastructures import Headers
 
+from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.server import create_app
 from mara_integrations.server.errors import ClientClosedError, RefusalError
-from mara_integrations.server.limits import Admission, all_or_none, in_thread, read_body, timed, while_connected
+from mara_integrations.server.limits import (
+    Admission,
+    ServerLimits,
+    all_or_none,
+    in_thread,
+    read_body,
+    timed,
+    while_connected,
+)
+from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 LONG = {**CHAT, "max_tokens": 400}
 
@@ -36,9 +47,18 @@ def test_a_request_that_never_fits_is_not_told_to_try_again():
     assert caught.value.status == 400
 
 
-def test_room_for_none_is_no_limit():
-    with pytest.raises(ConfigError, match="max_running=0"):
-        Admission(0)
+@pytest.mark.parametrize("limit", [{"max_running": 0}, {"max_body_bytes": 0}, {"body_timeout_s": 0.0}])
+def test_a_limit_that_lets_nothing_in_is_refused(engine, limit):
+    (name,) = limit
+    with pytest.raises(ConfigError, match=rf"{name}=0.* is not allowed"):
+        create_app(engine, **limit)
+
+
+def test_more_than_the_engine_lets_wait_is_refused():
+    engine = MARAEngine((tiny_model(), tiny_tokenizer()), limits=EngineLimits(max_waiting=10))
+    create_app(engine, max_running=10)
+    with pytest.raises(ConfigError, match="max_running=11 is more than the engine's max_waiting=10"):
+        create_app(engine, max_running=11)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -142,7 +162,7 @@ def body_of(*parts, headers=None, max_bytes=10, timeout_s=5.0, pause_s=0.0):
         await asyncio.sleep(pause_s)
         return messages.pop(0)
 
-    return read_body(receive, Headers(headers or {}), max_bytes, timeout_s)
+    return read_body(receive, Headers(headers or {}), ServerLimits(max_body_bytes=max_bytes, body_timeout_s=timeout_s))
 
 
 async def test_a_body_is_read_in_parts():
@@ -152,7 +172,7 @@ async def test_a_body_is_read_in_parts():
 @pytest.mark.parametrize("length", ["11", "9" * 5000, "-5", "x"])
 async def test_a_body_that_says_it_is_too_large_is_not_read(length):
     with pytest.raises(RefusalError, match="more than 10 bytes") as caught:
-        await read_body(None, Headers({"content-length": length}), 10, 1.0)
+        await read_body(None, Headers({"content-length": length}), ServerLimits(max_body_bytes=10))
     assert caught.value.status == 413
 
 
@@ -173,7 +193,7 @@ async def test_a_client_that_leaves_inside_its_body_is_gone():
         return {"type": "http.disconnect"}
 
     with pytest.raises(ClientClosedError):
-        await read_body(receive, Headers({}), 10, 1.0)
+        await read_body(receive, Headers({}), ServerLimits())
 
 
 async def test_bodies_over_the_limit_are_refused_over_http(engine):

@@ -35,6 +35,7 @@ from mara_integrations.heads.source import HeadSource, base_model_of, head_weigh
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import Quantization
+from mara_integrations.models.resolve import alias_of
 from mara_integrations.replies.forms import CallSyntax, ReplyForm, syntax_of
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 from mara_integrations.replies.text import TextStream
@@ -82,7 +83,7 @@ class MARAEngine:
     Attributes:
         named_spec: The model as it was named; see also `spec`.
         limits: As given.
-        settings: What every request starts from, by name.
+        defaults: Settings that every request starts from, by name.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class MARAEngine:
             raise ConfigError(
                 "no base model is named", hint="name one, as model='org/model', or a head that records its own"
             )
-        self.settings: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
-        check_settings(self.settings)
+        self.defaults: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
+        check_settings(self.defaults)
         self.named_spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
         self.limits = limits
         self._lease: ModelLease | None = None if model is None else ModelLease(self.named_spec, limits)
@@ -117,8 +118,8 @@ class MARAEngine:
             ConfigError: If a setting is unknown or out of bounds.
         """
         twin = object.__new__(MARAEngine)
-        twin.settings = {**self.settings, **settings}
-        check_settings(twin.settings)
+        twin.defaults = {**self.defaults, **settings}
+        check_settings(twin.defaults)
         twin.named_spec, twin.limits = self.named_spec, self.limits
         twin._lease, twin._lock = self._leased(), threading.Lock()
         return twin
@@ -180,8 +181,13 @@ class MARAEngine:
     @property
     def head_source(self) -> HeadSource | None:
         """The default head, as it was named."""
-        source: HeadSource | None = self.settings["head"]
+        source: HeadSource | None = self.defaults["head"]
         return source
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that a conversation gets where neither it nor its call brings one."""
+        return self.resolve().system_prompt
 
     @property
     def head(self) -> Head | None:
@@ -276,11 +282,11 @@ class MARAEngine:
 
     def resolve(self, **settings: Unpack[RequestSettings]) -> ResolvedSettings:
         """Return what holds for a request with these settings; see `resolve_settings`."""
-        return resolve_settings(settings, self.settings, self._place)
+        return resolve_settings(settings, self.defaults, self._place)
 
     def given(self, **settings: Unpack[RequestSettings]) -> dict[str, Any]:
         """Return a call's settings over the engine's own, without what the head brings; loads nothing."""
-        return overlay(settings, self.settings)
+        return overlay(settings, self.defaults)
 
     def encode(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> list[int]:
         """Return the token ids of a prompt, as `generate` feeds them."""
@@ -292,6 +298,7 @@ class MARAEngine:
 
     def request(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Request:
         """Return what `generate` submits to the decoder; it can be submitted once. See there for errors."""
+        _check_not_empty(prompt)
         resolved = self.resolve(**settings)
         form, sampling = resolved.form, resolved.sampling
         prompt = _in_its_form(prompt, resolved)
@@ -355,7 +362,7 @@ class MARAEngine:
         with self._lock:
             if self._lease is None:
                 assert self.head_source is not None
-                spec = replace(self.named_spec, model=base_model_of(self.head_source))
+                spec = replace(self.named_spec, model=alias_of(base_model_of(self.head_source)))
                 self._lease = ModelLease(spec, self.limits)
             return self._lease
 
@@ -367,7 +374,7 @@ class MARAEngine:
         lease = self._lease
         state = "closed" if lease and lease.is_closed else "loaded" if self.is_loaded else "not loaded"
         parts = [repr(self.named_spec.model if isinstance(self.named_spec.model, str) else "...")]
-        shown = {**self.settings, "head": head_name(self.head_source)}
+        shown = {**self.defaults, "head": head_name(self.head_source)}
         parts += [f"{name}={value!r}" for name, value in shown.items() if value is not None]
         return f"MARAEngine({', '.join(parts)})  # {state}"
 
@@ -375,7 +382,7 @@ class MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.named_spec, self.limits, self.settings)
+        return _rebuild, (self.named_spec, self.limits, self.defaults)
 
 
 def thoughts_of(model: LoadedModel) -> Thoughts:
@@ -386,6 +393,22 @@ def thoughts_of(model: LoadedModel) -> Thoughts:
     if prompt.endswith(CLOSE):  # it was told not to think
         return "none"
     return "begun" if prompt.endswith(OPEN) else "possible"
+
+
+def _check_not_empty(prompt: Prompt) -> None:
+    """Refuse a prompt that says nothing, in whatever form.
+
+    Raises:
+        ConfigError: If there is no text and no call beside the system message.
+    """
+    if isinstance(prompt, Conversation):
+        prompt = prompt.messages
+    says_something = any(
+        bool(part.content or part.tool_calls) and part.role != "system" if isinstance(part, Message) else True
+        for part in prompt
+    )
+    if not says_something:
+        raise ConfigError("the prompt is empty", hint="give it some text")
 
 
 def _in_its_form(prompt: Prompt, settings: ResolvedSettings) -> Prompt:

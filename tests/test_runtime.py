@@ -51,6 +51,21 @@ def test_messages_are_never_raw(engine):
         engine.generate([Message("user", "hi")], raw=True)
 
 
+@pytest.mark.parametrize(
+    "prompt", ["", [], [Message("user", "")], [Message("system", "Be brief."), Message("user", "")], Conversation(())]
+)
+def test_an_empty_prompt_is_refused_in_every_form(engine, prompt):
+    for settings in ({}, {"system_prompt": "Be brief."}):
+        with pytest.raises(ConfigError, match="the prompt is empty"):
+            engine.generate(prompt, **settings)
+
+
+def test_an_empty_turn_in_a_conversation_is_taken(engine):
+    turns = [Message("system", ""), Message("user", "hi"), Message("assistant", ""), Message("user", "")]
+
+    assert engine.generate(turns).token_ids
+
+
 def test_a_system_prompt_stands_before_messages_and_not_before_raw_text(engine):
     system = [Message("system", "Be brief."), Message("user", "hi")]
 
@@ -117,6 +132,12 @@ def test_without_a_model_the_heads_own_is_loaded(folder_model, tmp_path):
 
     assert engine.spec.model == folder_model
     assert len(engine.generate("hi").token_ids) == 3
+
+
+def test_the_model_of_an_installed_package_is_found_by_the_id_that_heads_record():
+    head = random_head(576, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+
+    assert MARAEngine(head=head).spec.model == "smollm2"
 
 
 def test_without_any_model_there_is_nothing_to_run(tmp_path):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def evaluate_head(
     head: Heads,
     data: Annotated[Path, typer.Option(help="Prompts, or pairs or labelled replies, whose prompts are taken.")],
-    model: Model = "smollm2",
+    model: Model = None,
     format: DataFormat = "auto",
     column: Column = None,
     skip_bad_rows: SkipBadRows = False,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _AS_TRAINED = "as the head was trained"
 
-Model = Annotated[str, typer.Option(help="Base model: Hub id, folder, .gguf file or alias.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Base model: Hub id, folder, .gguf file or alias.", show_default="what the head was trained on"),
+]
 _A_HEAD = "Head: its folder, a published .pth actor, or a Hub id"
 _REPEATED = "may be repeated, heads/x=0.5 weighs one, their corrections add"
 Heads = Annotated[list[str], typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; {_REPEATED}.")]
@@ -100,7 +103,7 @@ def asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _asked_model(
-    model: Model = "smollm2",
+    model: Model = None,
     head: AnyHeads = None,
     strength: Strength = None,
     temperature: Temperature = 0.0,

@@ -27,7 +27,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def serve(
-    model: Model = "smollm2",
+    model: Model = None,
     head: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,7 +127,8 @@ def serve(
 
     Ctrl-C takes no more requests and waits for the replies that are running; a second Ctrl-C stops them.
     """
-    from mara_integrations.heads.source import heads
+    from mara_integrations.heads.source import base_model_of, heads
+    from mara_integrations.models.resolve import alias_of
     from mara_integrations.runtime import MARAEngine
     from mara_integrations.server import create_app
     from mara_integrations.server.listening import bind, is_loopback, port_of, serve
@@ -142,7 +143,7 @@ def serve(
             raise ConfigError(f"two heads are called {short_name!r}", hint="give each a name, as --head NAME=HEAD")
         named[short_name] = source
     engine = MARAEngine(
-        model,
+        alias_of(base_model_of(list(named.values()))) if model is None and named else model,
         device=device,
         dtype=dtype,
         quantization=quantization,

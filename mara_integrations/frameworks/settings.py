@@ -139,7 +139,7 @@ class EngineSettings(BaseModel):
         engine = self._engine
         if engine is None or self._names_another_model(engine):
             self._engine = self._new_engine()
-        elif engine.settings != (settings := self._defaults()):
+        elif engine.defaults != (settings := self._defaults()):
             self._engine = engine.with_settings(**settings)
         assert self._engine is not None
         return self._engine

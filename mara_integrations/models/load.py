@@ -53,7 +53,7 @@ class ModelSpec:
         quantization: `int8` is for the CPU: linear layers hold int8 weights.
     """
 
-    model: Any = "smollm2"
+    model: Any
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
     revision: str | None = None

@@ -56,6 +56,11 @@ def resolve(name: str) -> tuple[str, str]:
     return name, name
 
 
+def alias_of(name: str) -> str:
+    """Return the alias of a Hub id whose model lies in an installed package, as heads record it; else the name."""
+    return next((alias for alias, its in _ALIASES.items() if its.hub_id == name and _packaged(its)), name)
+
+
 def _packaged(alias: _Alias) -> Path | None:
     """The alias' file inside its package, which is not imported: that would start another inference engine."""
     package = importlib.util.find_spec(alias.package)

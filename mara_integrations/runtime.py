@@ -81,7 +81,7 @@ class MARAEngine:
             is raised on first use, or by `load`.
 
     Attributes:
-        named_spec: The model as it was named; see also `spec`.
+        model_source: The model as it was named; None where the head names it. See also `spec`.
         limits: As given.
         defaults: Settings that every request starts from, by name.
     """
@@ -106,9 +106,16 @@ class MARAEngine:
             )
         self.defaults: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
         check_settings(self.defaults)
-        self.named_spec = ModelSpec(model, device, dtype, revision, dict(model_kwargs or {}), quantization)
+        self.model_source = model
+        self._loading: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "revision": revision,
+            "model_kwargs": dict(model_kwargs or {}),
+            "quantization": quantization,
+        }
         self.limits = limits
-        self._lease: ModelLease | None = None if model is None else ModelLease(self.named_spec, limits)
+        self._lease: ModelLease | None = None if model is None else self._leased_as(model)
         self._lock = threading.Lock()
 
     def with_settings(self, **settings: Unpack[RequestSettings]) -> MARAEngine:
@@ -120,7 +127,7 @@ class MARAEngine:
         twin = object.__new__(MARAEngine)
         twin.defaults = {**self.defaults, **settings}
         check_settings(twin.defaults)
-        twin.named_spec, twin.limits = self.named_spec, self.limits
+        twin.model_source, twin._loading, twin.limits = self.model_source, self._loading, self.limits
         twin._lease, twin._lock = self._leased(), threading.Lock()
         return twin
 
@@ -362,9 +369,11 @@ class MARAEngine:
         with self._lock:
             if self._lease is None:
                 assert self.head_source is not None
-                spec = replace(self.named_spec, model=alias_of(base_model_of(self.head_source)))
-                self._lease = ModelLease(spec, self.limits)
+                self._lease = self._leased_as(alias_of(base_model_of(self.head_source)))
             return self._lease
+
+    def _leased_as(self, model: Any) -> ModelLease:
+        return ModelLease(ModelSpec(model, **self._loading), self.limits)
 
     # --- copies ---
 
@@ -373,7 +382,7 @@ class MARAEngine:
 
         lease = self._lease
         state = "closed" if lease and lease.is_closed else "loaded" if self.is_loaded else "not loaded"
-        parts = [repr(self.named_spec.model if isinstance(self.named_spec.model, str) else "...")]
+        parts = [repr(self.model_source)] if isinstance(self.model_source, str) else []
         shown = {**self.defaults, "head": head_name(self.head_source)}
         parts += [f"{name}={value!r}" for name, value in shown.items() if value is not None]
         return f"MARAEngine({', '.join(parts)})  # {state}"
@@ -382,7 +391,7 @@ class MARAEngine:
         return self  # frameworks copy their objects freely; weights are not copied with them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.named_spec, self.limits, self.defaults)
+        return _rebuild, (self.model_source, {**self._loading, "limits": self.limits, **self.defaults})
 
 
 def thoughts_of(model: LoadedModel) -> Thoughts:
@@ -426,9 +435,8 @@ def _in_its_form(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
     return prompt.with_system(settings.system_prompt)
 
 
-def _rebuild(spec: ModelSpec, limits: EngineLimits | None, settings: dict[str, Any]) -> MARAEngine:
-    named = {name: getattr(spec, name) for name in ("device", "dtype", "revision", "model_kwargs", "quantization")}
-    return MARAEngine(spec.model, limits=limits, **named, **settings)
+def _rebuild(model: Any, arguments: dict[str, Any]) -> MARAEngine:
+    return MARAEngine(model, **arguments)
 
 
 def _last(ticket: ThreadTicket) -> Generation:

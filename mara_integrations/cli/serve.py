@@ -172,6 +172,7 @@ def serve(
             opened.enter_context(one)
         if not is_loopback(host) and api_key is None:
             print_err(f"warning: without --api-key, whoever reaches {host} may use this server", "yellow")
+        opened.enter_context(_log_to_stderr(log_level))
         engine.load()
         for source in named.values():
             heads.get(source).check_fits(
@@ -180,7 +181,6 @@ def serve(
         console = Console()
         say(console, "Models", ", ".join(app.state.names.all))
         say(console, "Serves", f"http://{f'[{host}]' if ':' in host else host}:{port_of(sockets)}/v1")
-        opened.enter_context(_log_to_stderr(log_level))
         serve(app, sockets)
 
 

@@ -120,7 +120,8 @@ class EngineSettings(BaseModel):
     @field_validator("model")
     @classmethod
     def _is_a_model(cls, value: Any) -> Any:
-        ModelSpec(value)
+        if value is not None:
+            ModelSpec(value)
         return value
 
     @field_validator("head")
@@ -145,16 +146,18 @@ class EngineSettings(BaseModel):
         return self._engine
 
     def _names_another_model(self, engine: MARAEngine) -> bool:
-        has_head_of_another = self.model is None and engine.head_source != self.head
-        return has_head_of_another or (engine.named_spec, engine.limits) != (self._spec(), self.limits)
+        if self.model is None:
+            return engine.model_source is not None or engine.head_source != self.head
+        spec = {name: getattr(self, name) for name in _SPEC}
+        spec["model_kwargs"] = spec["model_kwargs"] or {}
+        return engine.model_source is None or (engine.spec, engine.limits) != (
+            ModelSpec(self.model, **spec),
+            self.limits,
+        )
 
     def _new_engine(self) -> MARAEngine:
         spec = {name: getattr(self, name) for name in _SPEC}
         return MARAEngine(self.model, **spec, limits=self.limits, **self._defaults())
-
-    def _spec(self) -> ModelSpec:
-        values = {name: getattr(self, name) for name in _SPEC}
-        return ModelSpec(self.model, **{**values, "model_kwargs": values["model_kwargs"] or {}})
 
     def _defaults(self) -> dict[str, Any]:
         """The settings of requests in the engine's words."""

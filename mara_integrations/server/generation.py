@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -97,7 +98,7 @@ class GenerationEndpoint:
         requests = await in_thread(self._requests, call)
         streams = [self._engine.astream(request) for request in requests]
         generations = await all_or_none([self._finished(stream, observation) for stream in streams])
-        content = await in_thread(lambda: to_json(self._answer(call, self._engine.model).whole(generations)))
+        content = await in_thread(lambda: _json(self._answer(call, self._engine.model).whole(generations)))
         await Response(content, media_type="application/json")(scope, _never, send)
 
     async def _finished(self, stream: AsyncStream[Update], observation: Observation) -> Generation:
@@ -115,7 +116,8 @@ class GenerationEndpoint:
             first = await anext(updates)  # what fails before the first token still has a status of its own
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
             async for event in self._events(first, updates, answer, call, observation):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if event:  # an update may hold back what could become a call or a stop string
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         end = b"data: [DONE]\n\n" if observation.status == 200 else b""
         await send({"type": "http.response.body", "body": end})
 
@@ -128,28 +130,21 @@ class GenerationEndpoint:
         observation: Observation,
     ) -> AsyncIterator[bytes]:
         is_first = True
-        while True:
-            self._observe(update, observation)
-            is_long = update.generation is not None and call.top_logprobs is not None  # a report of all tokens
-
-            def encoded(update: Update = update, is_first: bool = is_first) -> bytes:
-                chunks: Iterator[Any] = answer.chunks(update, is_first)
-                return b"".join(map(_event, chunks))
-
-            events = await in_thread(encoded) if is_long else encoded()
-            if events:
-                yield events
-            if update.generation is not None:
-                return
-            try:
+        try:
+            while True:
+                self._observe(update, observation)
+                is_long = update.generation is not None and call.top_logprobs is not None  # a report of all tokens
+                encode = partial(_encoded, answer, update, is_first)
+                yield await in_thread(encode) if is_long else encode()
+                if update.generation is not None:
+                    return
                 update, is_first = await anext(updates), False
-            except Exception as error:  # the status is sent, so the stream is the only place to tell it
-                refusal = refusal_of(error)
-                observation.status = refusal.status
-                if is_fault_of_server(error):
-                    _log.exception("a stream failed")
-                yield _event(refusal.as_dict())
-                return
+        except Exception as error:  # the status is sent, so the stream is the only place to tell it
+            refusal = refusal_of(error)
+            observation.status = refusal.status
+            if is_fault_of_server(error):
+                _log.exception("a stream failed")
+            yield _event(refusal.as_dict())
 
     def _requests(self, call: EngineCall) -> list[Request]:
         """Return the engine's requests, one a prompt; whichever is refused, none is decoded. Loads the model."""
@@ -178,8 +173,16 @@ class GenerationEndpoint:
                 _log.warning("requests carry the field %s, which this server does not know and ignores", shown(name))
 
 
+def _encoded(answer: ChatAnswer | CompletionAnswer, update: Update, is_first: bool) -> bytes:
+    return b"".join(map(_event, answer.chunks(update, is_first)))
+
+
 def _event(content: Any) -> bytes:
-    return b"data: " + to_json(content) + b"\n\n"
+    return b"data: " + _json(content) + b"\n\n"
+
+
+def _json(content: Any) -> bytes:
+    return to_json(content, inf_nan_mode="null")
 
 
 async def _never() -> Any:

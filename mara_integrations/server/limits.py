@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from mara_integrations.server.errors import ClientClosedError, RefusalError
 # Seconds in which a client has to take the next part of an answer.
 SEND_TIMEOUT_S = 60.0
 
+# Prompts are tokenised and grammars compiled here: slow ones do not hold up the event loop's own few threads.
+_threads = ThreadPoolExecutor(32, thread_name_prefix="mara-server")
 _Result = TypeVar("_Result")
 
 
@@ -144,7 +147,7 @@ async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Resul
 
     A thread can't be stopped; whoever reserved room for its work has to hold that room until the work ends.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    work = asyncio.get_running_loop().run_in_executor(_threads, function, *arguments)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -68,3 +68,8 @@ class EngineClosedError(MaraError, RuntimeError):
 
 class MissingExtraError(MaraError, ImportError):
     """An optional dependency is absent; the hint names the extra that brings it."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error's class and the first line of its message."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

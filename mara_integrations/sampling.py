@@ -16,6 +16,14 @@ Selection = Literal["auto", "first", "greedy", "sample"]
 Fallback = Literal["first", "last", "best"]
 HeadForm = Literal["paper", "residual", "value", "q"]
 
+# Smaller temperatures overflow the logits and are greedy in all but name.
+MIN_TEMPERATURE = 1e-4
+# More than any vocabulary has tokens: larger values are mistakes.
+MAX_TOP_K = 2_000_000
+# A gate needs one alternative; a request for more than this would judge noise.
+MAX_MIN_CANDIDATES = 1_000
+MAX_STOPS, MAX_STOP_CHARS = 64, 1_000
+
 
 class Params(BaseModel):
     """Frozen settings that refuse unknown keys, with our error instead of pydantic's."""
@@ -49,21 +57,21 @@ class SamplingParams(Params):
     """Which tokens are candidates, and when a reply ends.
 
     Attributes:
-        max_new_tokens: Upper bound of the reply, in tokens.
-        temperature: 0 is greedy. Above 0 the logits are divided by it before the filters, as in transformers.
+        max_new_tokens: Most tokens of the reply.
+        temperature: 0 is greedy. Otherwise the logits are divided by it before the filters, as in transformers.
         top_k: Candidates kept by probability; the paper's value is 40.
         top_p: Of those, the smallest set whose renormalised probability reaches this; the paper's value is 0.95.
-        min_candidates: Survivors kept whatever top-p says; 2 lets a gate refuse a lone survivor.
+        min_candidates: Candidates kept whatever top-k and top-p say; 2 lets a gate refuse a lone survivor.
         stop: Strings that end the reply; they are not part of it.
-        seed: Makes sampling repeatable: one uniform number a position, whatever the gate does with it.
+        seed: Makes sampling repeatable: one uniform number for each position, whatever the gate does with it.
     """
 
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=1, le=1_000_000)
     temperature: float = Field(0.0, ge=0.0, le=100.0)
-    top_k: int = Field(40, ge=1)
+    top_k: int = Field(40, ge=1, le=MAX_TOP_K)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
-    min_candidates: int = Field(1, ge=1)
-    stop: tuple[str, ...] = ()
+    min_candidates: int = Field(1, ge=1, le=MAX_MIN_CANDIDATES)
+    stop: tuple[str, ...] = Field((), max_length=MAX_STOPS)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
     @field_validator("stop", mode="before")
@@ -75,9 +83,18 @@ class SamplingParams(Params):
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _of_sensible_length(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "" in value:
             raise ValueError("a stop string can't be empty")
+        if max(map(len, value), default=0) > MAX_STOP_CHARS:
+            raise ValueError(f"a stop string has at most {MAX_STOP_CHARS} characters")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_tiny_temperature(cls, value: float) -> float:
+        if 0.0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"the temperature is 0, which is greedy, or at least {MIN_TEMPERATURE}")
         return value
 
 

@@ -48,7 +48,7 @@ class Forwards:
 
     def __init__(self, monkeypatch, llm):
         self.count = self.widest = 0  # sequences in one forward
-        self._decoder = worker_for(llm.engine.model)._decoder
+        self._decoder = worker_for(llm.engine.model).decoder
         feed = self._decoder.backend.feed
 
         def counting(segments):
@@ -145,7 +145,7 @@ def says(llm, monkeypatch):
             written = len(tokens) - max(ends, default=len(tokens))
             return [30.0 * (token_id == wanted[min(written, len(wanted) - 1)]) for token_id in range(256)]
 
-        monkeypatch.setattr(worker_for(llm.engine.model)._decoder, "backend", ScriptedBackend(script, 256))
+        monkeypatch.setattr(worker_for(llm.engine.model).decoder, "backend", ScriptedBackend(script, 256))
         return llm.model_copy(update={"head": None, "max_tokens": 300, **settings})
 
     return scripted

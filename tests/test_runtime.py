@@ -28,7 +28,7 @@ def engine():
 
 def is_idle(engine):
     """Whether nothing is decoded any more, a moment from now at most."""
-    decoder = worker_for(engine.model)._decoder
+    decoder = worker_for(engine.model).decoder
     deadline = time.monotonic() + 5.0
     while not decoder.is_idle and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -161,7 +161,7 @@ def test_a_batch_with_a_prompt_that_is_refused_decodes_nothing(engine):
     with pytest.raises(ConfigError, match="the prompt has"):
         engine.generate_batch(["hello", "hello again", "x" * 600], max_new_tokens=LONG)
 
-    assert worker_for(engine.model)._decoder.is_idle
+    assert worker_for(engine.model).decoder.is_idle
 
 
 def test_a_stream_closed_before_its_first_item_leaves_nothing_running(engine):

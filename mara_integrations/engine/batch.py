@@ -1,17 +1,25 @@
-"""What one forward feeds and what came out of it, sequence by sequence."""
+"""What one forward feeds and what comes out of it, sequence by sequence; a sequence that fails, fails alone."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.candidates import Ranking
+from mara_integrations.engine.faults import described, nonfinite, nonfinite_scores
 from mara_integrations.engine.head_stacks import HeadInput
 from mara_integrations.engine.sequence import Sequence
+from mara_integrations.errors import MaraError, ModelError
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -56,19 +64,93 @@ class BatchEntry:
         if sequence.position is None:
             sequence.commit_pending(self.states)
 
-    def head_input(self) -> HeadInput | None:
-        """What the head has to score: candidates that are due, and drafted tokens; None where there is nothing."""
+    @property
+    def needs_head(self) -> bool:
+        """Whether the head has to score something: candidates that are due, or drafted tokens."""
+        return self.sequence.feeds_candidates and (self.sequence.position is not None or bool(self.draft))
+
+    def head_input(self) -> HeadInput:
+        """Return what the head has to score, if `needs_head`."""
         sequence = self.sequence
-        states = self.draft_states if sequence.position is None else torch.cat([self.states, self.draft_states])
-        if not sequence.feeds_candidates or not len(states):
-            return None
         assert sequence.request.head is not None and sequence.last_state is not None, "the prompt was read"
+        states = self.draft_states if sequence.position is None else torch.cat([self.states, self.draft_states])
         previous = sequence.last_state
         if self.draft:  # a chain: each token follows the one before it
             previous = torch.cat([previous[None], states[:-1]])
         return HeadInput(sequence.request.head, states, previous)
 
     def take_scores(self, scores: list[float]) -> None:
-        """Take the head's scores of what `head_input` returned."""
+        """Take the head's scores of what `head_input` returned.
+
+        Raises:
+            ModelError: If they are not finite because the model's hidden states are not.
+            HeadError: If only the scores are not finite.
+        """
+        if not all(map(math.isfinite, scores)):
+            if not (self.states.isfinite().all() and self.draft_states.isfinite().all()):
+                raise nonfinite("hidden states")
+            raise nonfinite_scores()
         num_candidates = len(scores) - len(self.draft)
         self.scores, self.draft_scores = scores[:num_candidates], scores[num_candidates:]
+
+    @property
+    def ranked_states(self) -> Tensor:
+        """Hidden states before the next position of a settled sequence and after its drafted tokens, (1 + m, d)."""
+        assert self.sequence.last_state is not None, "a settled sequence has fed something"
+        return torch.cat([self.sequence.last_state[None], self.draft_states])
+
+    def open_position(self, ranking: Ranking, logits: Tensor) -> None:
+        """Open the sequence's next position, given its candidates and the logits (V,) they are from.
+
+        Raises:
+            ModelError: If there is no candidate.
+            HeadError: If a Q-head's scores are not finite.
+        """
+        if not all(map(math.isfinite, ranking.accept_logits)):
+            raise nonfinite_scores()
+        if ranking.token_ids:
+            self.sequence.open_position(ranking)
+        elif self.sequence.request.constraint is not None and bool(logits.isneginf().all()):
+            raise ModelError("no token may come next: the grammar or logits processors of this request forbid them all")
+        else:
+            raise nonfinite("logits")
+
+
+@contextmanager
+def ends_alone(sequence: Sequence) -> Iterator[None]:
+    """Let a failure in the block end this sequence, and no other."""
+    try:
+        yield
+    except Exception as error:
+        sequence.fail(described(error, "decoding this request"))
+
+
+def run_isolated(
+    entries: Seq[BatchEntry],
+    run: Callable[[Seq[BatchEntry]], Seq[Result]],
+    what: str,
+    kind: type[MaraError] = ModelError,
+) -> list[tuple[BatchEntry, Result]]:
+    """Run a step for a batch; if it fails, run it entry by entry, and end the sequences that fail alone.
+
+    Args:
+        entries: The batch.
+        run: The step. It returns a result for each entry, and changes nothing if it fails.
+        what: The part that failed, for the message.
+        kind: The class of the error.
+
+    Returns:
+        The entries that did not fail, with their results.
+    """
+    if not entries:
+        return []
+    try:
+        return list(zip(entries, run(entries), strict=True))
+    except Exception as error:
+        if len(entries) == 1:
+            entries[0].sequence.fail(described(error, what, kind))
+            return []
+    results: list[tuple[BatchEntry, Result]] = []
+    for entry in entries:  # outside of the handler: what the failed attempt held is free again
+        results += run_isolated([entry], run, what, kind)
+    return results

@@ -43,7 +43,7 @@ class Candidates:
         log_probs: Of the whole vocabulary at temperature 1, in nats, shape (B, K).
         hazard_logits: Logit of the base model's hazard, its probability of this candidate given that all before it were
             passed over, from the filtered and renormalised distribution; clamped to +-30, shape (B, K).
-        counts: Live candidates of each row, at least 1, shape (B,).
+        counts: Live candidates of each row, shape (B,); 0 where logits are NaN, infinite, or all -inf.
         accept_logits: Accept logits by the scores of Q-heads; without such heads the hazard logits, shape (B, K).
     """
 
@@ -94,6 +94,7 @@ def rank_candidates(
     values, token_ids, log_probs = _filter_top_k(scores, raw, num_kept)
     live = _filter_top_p(values, scores, top_p)
     live |= (torch.arange(values.shape[1]) < floor) & values.isfinite()
+    live &= ~log_probs[:, :1].isnan()  # what is not finite in a row is in the sum over its vocabulary
     counts = live.sum(-1)
     widest = int(counts.max())
     hazards = _hazard_logits(values[:, :widest], live[:, :widest])
@@ -112,7 +113,7 @@ def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple
     while True:
         values, token_ids, log_probs = _highest(scores, raw, width)
         last_kept = values.gather(1, torch.tensor(num_kept)[:, None] - 1)
-        sees_all_ties = (values[:, -1:] < last_kept) | last_kept.isneginf()  # -inf: fewer tokens are allowed
+        sees_all_ties = (values[:, -1:] < last_kept) | ~last_kept.isfinite()  # -inf: fewer tokens are allowed
         if width == vocab_size or bool(sees_all_ties.all()):
             return values.masked_fill(values < last_kept, -torch.inf), token_ids, log_probs
         width = min(2 * width, vocab_size)
@@ -130,7 +131,7 @@ def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float]) -> Ten
     shares = torch.tensor(top_p, dtype=torch.float64)[:, None]  # in float32 a share just below 1 would be 1
     removed_mass = (1.0 - shares).float()
     live = (tail > removed_mass) & values.isfinite()
-    too_close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)
+    too_close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)  # never where logits are NaN
     for row in too_close.any(-1).nonzero()[:, 0].tolist():
         last_kept = float(values[row][values[row].isfinite()][-1])
         live[row] = torch.arange(values.shape[1]) < _top_p_count(scores[row], last_kept, top_p[row])

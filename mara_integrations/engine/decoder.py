@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from mara_integrations.engine.backends.prefix_cache import PrefixCache
 from mara_integrations.engine.backends.protocol import Backend
-from mara_integrations.engine.batch import BatchEntry
-from mara_integrations.engine.candidates import Candidates, Ranking, rank_candidates
-from mara_integrations.engine.gate import q_accept_logits
-from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
+from mara_integrations.engine.batch import BatchEntry, ends_alone, run_isolated
+from mara_integrations.engine.candidates import Ranking
+from mara_integrations.engine.faults import HEAD, described
+from mara_integrations.engine.head_stacks import HeadStacks
 from mara_integrations.engine.limits import EngineLimits
+from mara_integrations.engine.ranking import rank
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
-from mara_integrations.engine.sequence import Sequence
+from mara_integrations.engine.sequence import NO_ROW, Sequence
 from mara_integrations.engine.speculation.cost import CostCurve, measure
 from mara_integrations.engine.speculation.drafts import NgramSpeculation, Speculation, num_draftable, verify
+from mara_integrations.errors import ConfigError, HeadError, in_one_line
+
+# After this many forwards in a row that failed for every sequence, the engine counts as failing.
+_NUM_FAILING = 3
+_log = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -48,6 +55,8 @@ class Decoder:
         self.speculation = speculation or NgramSpeculation()
         self.prefixes = PrefixCache()
         self._heads = HeadStacks()
+        self._unclosed: list[int] = []  # rows of sequences that have ended
+        self._num_failed = 0  # forwards in a row that failed for every sequence
 
     @classmethod
     def measured(cls, backend: Backend, limits: EngineLimits | None = None) -> Decoder:
@@ -61,14 +70,32 @@ class Decoder:
         return cls(backend, scheduler, limits=limits)
 
     def submit(self, request: Request) -> None:
-        """Queue a request."""
-        assert len(request.prompt_ids) > 0, "a prompt has at least one token"
+        """Queue a request.
+
+        Raises:
+            ConfigError: See `check`.
+        """
+        self.check(request)
         self.scheduler.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never be decoded; may be called in any thread.
+
+        Raises:
+            ConfigError: If the prompt is empty.
+        """
+        if not len(request.prompt_ids):
+            raise ConfigError("the prompt is empty", hint="give it at least one token")
 
     @property
     def is_idle(self) -> bool:
         """Nothing is live or waiting."""
         return not self.scheduler.waiting and not self.scheduler.live
+
+    @property
+    def is_failing(self) -> bool:
+        """The last forwards failed for every sequence: the model or its device is at fault, not a request."""
+        return self._num_failed >= _NUM_FAILING
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -83,11 +110,15 @@ class Decoder:
 
         A forward carries several candidates of a position as siblings, and many sequences. The logits, the most
         expensive part of a small model, are computed from the states of accepted tokens only.
+
+        A sequence that fails ends with its `error`, and the others go on.
+
+        Raises:
+            Exception: If the engine itself failed; `abort` comes next.
         """
         self.scheduler.admit(self._start, self.prefixes)
-        batch = self._next_batch()
+        batch = self._forward(self._next_batch())  # hidden states of the candidates
         if batch:
-            self._forward(batch)  # hidden states of the candidates
             self._judge(batch)  # heads score them, gates decide, the branch taken is committed
             self._open_positions(batch)  # the next candidates
             self._verify_drafts(batch)  # of tokens fed ahead, keep those that are taken anyway
@@ -95,7 +126,12 @@ class Decoder:
 
     def _start(self, request: Request) -> Sequence:
         kept, length = self.prefixes.longest(request.prompt_ids)
-        return Sequence(request, self.backend.open(kept, length), num_known=length)
+        try:
+            return Sequence(request, self.backend.open(kept, length), num_known=length)
+        except Exception as error:
+            sequence = Sequence(request, NO_ROW)
+            sequence.fail(described(error, "opening a row for this request"))
+            return sequence
 
     def _next_batch(self) -> list[BatchEntry]:
         """Decide what each sequence feeds: pending tokens, or candidates of its position, and drafted tokens."""
@@ -111,32 +147,43 @@ class Decoder:
             batch.append(BatchEntry(sequence, due, draft))
         return batch
 
-    def _forward(self, batch: Seq[BatchEntry]) -> None:
-        """Feed the batch to the base model; pending tokens are committed by it."""
-        segments = [entry.segment for entry in batch]
-        hidden = self.backend.feed(segments)  # (T, d)
-        states = hidden.split([len(segment.token_ids) for segment in segments])
-        for entry, own_states in zip(batch, states, strict=True):
-            entry.take_states(own_states)
+    def _forward(self, batch: Seq[BatchEntry]) -> list[BatchEntry]:
+        """Feed the batch to the base model, which commits pending tokens; returns the entries that were fed."""
+
+        def feed(entries: Seq[BatchEntry]) -> Seq[Tensor]:
+            segments = [entry.segment for entry in entries]
+            hidden = self.backend.feed(segments)  # (T, d)
+            return list(hidden.split([len(segment.token_ids) for segment in segments]))
+
+        fed = run_isolated(batch, feed, "the model's forward on this request")
+        if batch:
+            self._num_failed = 0 if fed else self._num_failed + 1
+        for entry, states in fed:
+            entry.take_states(states)
+        return [entry for entry, _ in fed]
 
     def _judge(self, batch: Seq[BatchEntry]) -> None:
         """Score candidates with their heads, let the gates decide, and commit the branches taken."""
-        inputs = [(entry, head_input) for entry in batch if (head_input := entry.head_input()) is not None]
-        scores = self._heads.score([head_input for _, head_input in inputs])
-        for (entry, _), own_scores in zip(inputs, scores, strict=True):
-            entry.take_scores(own_scores)
+
+        def score(entries: Seq[BatchEntry]) -> Seq[list[float]]:
+            return self._heads.score([entry.head_input() for entry in entries])
+
+        for entry, scores in run_isolated([e for e in batch if e.needs_head], score, HEAD, HeadError):
+            with ends_alone(entry.sequence):
+                entry.take_scores(scores)
         rows, branches = [], []
         for entry in batch:
-            sequence = entry.sequence
-            if sequence.position is None:
+            sequence, verdict = entry.sequence, None
+            if sequence.position is None or sequence.has_ended:
                 continue
-            verdict = sequence.judge(entry.scores, entry.states)
+            with ends_alone(sequence):
+                verdict = sequence.judge(entry.scores, entry.states)
             if verdict is not None:
                 self.scheduler.observe(verdict)
                 if not entry.draft:  # a chain is committed by being fed
                     rows.append(sequence.row)
                     branches.append(verdict.taken)
-            elif entry.draft:  # the first candidate was rejected: it becomes a branch, and its draft is worthless
+            elif entry.draft and not sequence.has_ended:  # the first candidate was rejected: it is a branch like others
                 self.backend.retract(sequence.row, 1 + len(entry.draft), held=True)
         if rows:
             self.backend.commit(rows, branches)
@@ -144,67 +191,41 @@ class Decoder:
     def _open_positions(self, batch: Seq[BatchEntry]) -> None:
         """Rank the candidates of the next position of each settled sequence, and of the positions after its draft."""
         settled = [entry for entry in batch if entry.sequence.is_settled]
-        if not settled:
-            return
-        states, owners = [], []
         for entry in settled:
             if not entry.sequence.token_ids:  # its prompt has just been read
                 self._keep_prefix(entry.sequence, entry.sequence.request.prompt_ids)
-            assert entry.sequence.last_state is not None, "a settled sequence has fed something"
-            states += [entry.sequence.last_state, *entry.draft_states]
-            owners += [entry.sequence] * (1 + len(entry.draft))
-        hidden = torch.stack(states)
+        for entry, logits in run_isolated(settled, self._logits, "computing the logits of this request"):
+            entry.logits = logits
+            with ends_alone(entry.sequence):
+                entry.sequence.mask(logits[0])
+        settled = [entry for entry in settled if entry.sequence.is_settled]  # without those that failed
+        for entry, rankings in run_isolated(settled, self._rankings, "ranking the candidates of this request"):
+            entry.rankings = rankings
+            with ends_alone(entry.sequence):
+                entry.open_position(rankings[0], entry.logits[0])
+
+    def _logits(self, entries: Seq[BatchEntry]) -> Seq[Tensor]:
+        """Logits after the last token of each sequence and after its drafted tokens, (1 + m, V) each."""
+        hidden = torch.cat([entry.ranked_states for entry in entries])
         logits = self.backend.logits(hidden).float()  # (B, V)
-        start = 0
-        for entry in settled:
-            entry.logits = logits[start : start + 1 + len(entry.draft)]
-            start += len(entry.logits)
-            if entry.sequence.request.constraint is not None:
-                entry.sequence.request.constraint.mask(entry.logits[0])
-        rankings = self._rank(owners, hidden, logits)
-        start = 0
-        for entry in settled:
-            entry.rankings = rankings[start : start + len(entry.logits)]
-            start += len(entry.rankings)
-            entry.sequence.open_position(entry.rankings[0])
+        return list(logits.split([1 + len(entry.draft) for entry in entries]))
 
-    def _rank(self, sequences: Seq[Sequence], hidden: Tensor, logits: Tensor) -> list[Ranking]:
-        """Rank the candidates of one position of each sequence, and let its Q-heads score them.
+    def _rankings(self, entries: Seq[BatchEntry]) -> Seq[list[Ranking]]:
+        """Candidates of the next position of each sequence, and of the positions after its drafted tokens, 1 + m."""
+        owners = [entry.sequence for entry in entries for _ in entry.logits]
+        hidden = torch.cat([entry.ranked_states for entry in entries])
+        rankings = rank(owners, hidden, torch.cat([entry.logits for entry in entries]), self.backend, self._heads)
+        ends = list(accumulate(len(entry.logits) for entry in entries))
+        return [rankings[end - len(entry.logits) : end] for entry, end in zip(entries, ends, strict=True)]
 
-        Args:
-            sequences: B of them; one that has drafted tokens is there several times.
-            hidden: Hidden state before each position, (B, d).
-            logits: Logits made of these and masked by constraints, (B, V).
-        """
-        sampling = [sequence.request.sampling for sequence in sequences]
-        candidates = rank_candidates(
-            logits,
-            top_k=[s.top_k for s in sampling],
-            top_p=[s.top_p for s in sampling],
-            temperature=[sequence.temperature or 1.0 for sequence in sequences],
-            min_candidates=[s.min_candidates for s in sampling],
-        )
-        return self._weigh(sequences, hidden, candidates).rankings()
-
-    def _weigh(self, sequences: Seq[Sequence], hidden: Tensor, candidates: Candidates) -> Candidates:
-        """Give candidates the accept logits of their Q-heads, which need no forward of the candidates."""
-        counts = candidates.counts.tolist()
-        inputs, rows = [], []
-        for row, sequence in enumerate(sequences):
-            if sequence.q_head is not None and counts[row] > 1:
-                inputs.append(PositionInput(sequence.q_head, hidden[row], counts[row]))
-                rows.append(row)
-        if not rows:
-            return candidates
-        live = candidates.live[rows]  # (R, K)
-        token_ids = candidates.token_ids[rows][live].to(hidden.device)  # (N,)
-        scores = self._heads.score_positions(inputs, self.backend.output_embeddings(token_ids)).cpu()
-        strengths = torch.tensor([[sequences[row].request.gate.strength] for row in rows])
-        accept_logits = candidates.accept_logits.clone()
-        accept_logits[rows] = q_accept_logits(
-            candidates.hazard_logits[rows], torch.zeros(live.shape).masked_scatter_(live, scores), strengths, live
-        )
-        return replace(candidates, accept_logits=accept_logits)
+    def _open_after(self, entry: BatchEntry, num_drafted: int) -> None:
+        """Open the position after this many drafted tokens, once these are committed."""
+        logits, ranking = entry.logits[num_drafted], entry.rankings[num_drafted]
+        if entry.sequence.request.constraint is not None:
+            entry.sequence.mask(logits)  # what may follow depends on the tokens before, which are known only now
+            hidden = entry.draft_states[num_drafted - 1]
+            ranking = rank([entry.sequence], hidden[None], logits[None], self.backend, self._heads)[0]
+        entry.open_position(ranking, logits)
 
     # --- speculation
 
@@ -215,50 +236,62 @@ class Decoder:
             return []
         return self.speculation.draft(sequence, lambda right: min(most, self.scheduler.num_drafted(sequence, right)))
 
-    def _ranking_after(self, entry: BatchEntry, num_drafted: int) -> Ranking:
-        """Candidates of the position after this many drafted tokens, once these are committed."""
-        constraint = entry.sequence.request.constraint
-        if constraint is None or num_drafted == 0:
-            return entry.rankings[num_drafted]
-        logits = entry.logits[num_drafted]
-        constraint.mask(logits)  # what may follow depends on the tokens before, which are known only now
-        return self._rank([entry.sequence], entry.draft_states[num_drafted - 1][None], logits[None])[0]
-
     def _verify_drafts(self, batch: Seq[BatchEntry]) -> None:
         """Commit drafted tokens that are taken anyway, and take the others back out of the row."""
         for entry in batch:
-            if entry.draft and entry.rankings:
-                sequence, num_drafted = entry.sequence, len(entry.draft)
-                num_kept = verify(entry, self._ranking_after)
+            sequence, num_drafted = entry.sequence, len(entry.draft)
+            if not num_drafted or not entry.rankings or sequence.error is not None:
+                continue
+            with ends_alone(sequence):
+                num_kept = verify(entry, self._open_after)
                 self.speculation.observe(sequence, num_kept, num_drafted)
-                if num_kept < num_drafted:
-                    holds_branch = sequence.position is not None and bool(sequence.position.states)
-                    self.backend.retract(sequence.row, num_drafted - num_kept, held=holds_branch)
+            if sequence.error is None and num_kept < num_drafted:
+                holds_branch = sequence.position is not None and bool(sequence.position.states)
+                self.backend.retract(sequence.row, num_drafted - num_kept, held=holds_branch)
 
     # --- ends
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
         for sequence in done:
-            if sequence.finish_reason is not None:  # the next turn may begin with all of it that was fed
+            if sequence.finish_reason is not None and sequence.error is None:
+                # the next turn of a conversation may begin with everything that was fed
                 num_fed = len(sequence.token_ids) - max(1, len(sequence.pending))
                 self._keep_prefix(sequence, [*sequence.request.prompt_ids, *sequence.token_ids[:num_fed]])
-            self.backend.close(sequence.row)
+            if sequence.row != NO_ROW:
+                self._unclosed.append(sequence.row)
+        self._close_rows()
         return done
 
-    def _keep_prefix(self, sequence: Sequence, token_ids: Seq[int]) -> None:
-        self.prefixes.add(token_ids, lambda: self.backend.keep(sequence.row, len(token_ids)))
+    def _close_rows(self) -> None:
+        """Close the rows of sequences that have ended; one that can't be closed is tried again by `abort`."""
+        while self._unclosed:
+            self.backend.close(self._unclosed[-1])
+            self._unclosed.pop()
 
-    def abort(self) -> list[Sequence]:
-        """Drop everything that is live or waiting, as after an error in the model; returns the live ones."""
-        dropped, self.scheduler.live = self.scheduler.live, []
+    def _keep_prefix(self, sequence: Sequence, token_ids: Seq[int]) -> None:
+        try:
+            self.prefixes.add(token_ids, lambda: self.backend.keep(sequence.row, len(token_ids)))
+        except Exception as error:  # there may be no memory for a copy; it would only have saved time
+            _log.warning("a prefix of %d tokens is not kept: %s", len(token_ids), in_one_line(error))
+
+    def abort(self) -> None:
+        """Drop everything that is live or waiting, as after an error in `step`.
+
+        Raises:
+            Exception: If a row can't be closed. The decoder is of no more use then.
+        """
+        self._unclosed += [sequence.row for sequence in self.scheduler.live if sequence.row != NO_ROW]
+        self.scheduler.live = []
         self.scheduler.waiting.clear()
-        for sequence in dropped:
-            self.backend.close(sequence.row)
-        return dropped
+        self._close_rows()
 
     def run(self, requests: Iterable[Request], on_done: Callable[[Sequence], None] | None = None) -> list[Sequence]:
-        """Decode all requests to their ends, in batches; returns their sequences in order."""
+        """Decode all requests to their ends, in batches; returns their sequences in order.
+
+        Raises:
+            Exception: What failed in one of them, or in the engine; the others are dropped.
+        """
         requests = list(requests)
         finished: dict[int, Sequence] = {}
         for request in requests:
@@ -266,6 +299,8 @@ class Decoder:
         try:
             while not self.is_idle:
                 for sequence in self.step():
+                    if sequence.error is not None:
+                        raise sequence.error
                     finished[id(sequence.request)] = sequence
                     if on_done is not None:
                         on_done(sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,7 +74,7 @@ class HeadStacks:
                 for indices in askers.values()
             ]
             if _is_worth_stacking([len(rows) for rows in states]):
-                scores.append(self._stack(shape).score(list(askers), states, previous))
+                scores.append(self._stack(shape, askers).score(list(askers), states, previous))
             else:
                 scores += [head.score(*rows) for head, *rows in zip(askers, states, previous, strict=True)]
         values = iter(torch.cat(scores).tolist())
@@ -113,7 +113,7 @@ class HeadStacks:
             own_counts = [counts] if is_shared else [counts[indices] for indices in askers.values()]
             candidates = [embeddings] if is_shared else [embeddings[own] for own in rows]
             if _is_worth_stacking([len(own) for own in candidates]):
-                scores = self._stack(shape).score_positions(list(askers), own_states, own_counts, candidates)
+                scores = self._stack(shape, askers).score_positions(list(askers), own_states, own_counts, candidates)
             else:
                 scores = torch.cat([_q(*own) for own in zip(askers, own_states, own_counts, candidates, strict=True)])
             factors = torch.tensor([parts[i][part] for part, indices in askers.items() for i in indices])
@@ -124,8 +124,12 @@ class HeadStacks:
         assert total is not None, "every position has a Q-head"
         return total
 
-    def _stack(self, shape: tuple[Any, ...]) -> _Stack:
-        return self._stacks.setdefault(shape, _Stack())
+    def _stack(self, shape: tuple[Any, ...], heads: Iterable[MARAHead]) -> _Stack:
+        """Return the stack for heads of a shape, with their weights as they are now."""
+        stack = self._stacks.pop(shape, None) or _Stack()
+        stack.place(list(heads))  # one that fails is not kept: it may be half made
+        self._stacks[shape] = stack
+        return stack
 
 
 def _by_shape(parts: Sequence[Mapping[HeadT, float]]) -> Iterator[tuple[tuple[Any, ...], dict[HeadT, list[int]]]]:
@@ -158,7 +162,7 @@ class _Stack:
 
     def score(self, heads: Sequence[AfterstateHead], states: Sequence[Tensor], previous: Sequence[Tensor]) -> Tensor:
         """`AfterstateHead.score` of each head for its rows, (N_i, d) each; all scores in order, float32 (sum N_i,)."""
-        slots = self._place(heads)
+        slots = [self._slots[head] for head in heads]
         out = self._afterstate(slots, states)
         match heads[0].config.form:
             case "paper":
@@ -182,7 +186,7 @@ class _Stack:
             counts: Candidates of each position, (P_i,) each.
             embeddings: Output embeddings of these candidates, (N_i, d) each.
         """
-        slots = self._place(heads)
+        slots = [self._slots[head] for head in heads]
         x, places = self._spread(slots, states)
         x = self._linear("linear2", self._linear("linear1", self._norm(x)).relu())
         of_states = x.flatten(0, 1)[places].repeat_interleave(torch.cat(list(counts)), 0)  # (N, r)
@@ -216,8 +220,8 @@ class _Stack:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
-    def _place(self, heads: Sequence[MARAHead]) -> list[int]:
-        """The slot of each head, its weights there as they are now."""
+    def place(self, heads: Sequence[MARAHead]) -> None:
+        """Give each head a slot, with its weights as they are now."""
         for head in heads:
             if head in self._slots:
                 self._slots.move_to_end(head)
@@ -231,10 +235,9 @@ class _Stack:
                 del self._versions[gone]
         for head in heads:
             if self._versions.get(head) != (version := _version(head)):
-                for name, weight in head.named_parameters():
-                    self._weights[name][self._slots[head]] = weight.detach()
+                for name, weights in self._weights.items():
+                    weights[self._slots[head]] = head.get_parameter(name).detach()
                 self._versions[head] = version
-        return [self._slots[head] for head in heads]
 
     def _restack(self, heads: Sequence[MARAHead]) -> None:
         names = [name for name, _ in heads[0].named_parameters()]

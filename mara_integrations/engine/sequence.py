@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.candidates import Ranking
+from mara_integrations.engine.faults import naming
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
 from mara_integrations.engine.generation import FinishReason, GateStats, Generation, Outcome, TracePosition
 from mara_integrations.engine.request import Request
+from mara_integrations.errors import MaraError
 from mara_integrations.heads.compose import afterstate_parts, q_parts
+
+# The row of a sequence for which none could be opened.
+NO_ROW = -1
+# What a failure is said to be in.
+_CONSTRAINT, _TEXT = "the grammar or logits processors of this request", "following the text of this reply"
 
 
 @dataclass(slots=True)
@@ -64,7 +71,7 @@ class Sequence:
         PENDING   Tokens are taken but not fed: the prompt, or a token that needed no judgement.
         SETTLED   All tokens are fed. The next position can be opened.
         OPEN      The candidates of a position are being fed and judged.
-        FINISHED  `finish_reason` is set.
+        ENDED     `finish_reason` is set, or `error`.
 
                   commit_pending()            open_position(): candidates have to be fed
         PENDING ------------------> SETTLED -----------------------------------------> OPEN
@@ -89,7 +96,8 @@ class Sequence:
         positions: The judged positions, if the request keeps them.
         trace: The trace, if the request asks for it.
         stats: Counts of what the gate did.
-        finish_reason: Why the reply has ended; None while it goes on.
+        finish_reason: Why the reply is finished; None while it goes on.
+        error: Why the request has failed; None unless it has.
         is_cancelled: Nobody waits for the reply any more.
     """
 
@@ -113,6 +121,7 @@ class Sequence:
         self.trace: list[TracePosition] = []
         self.stats = GateStats()
         self.finish_reason: FinishReason | None = None
+        self.error: MaraError | None = None
         self.is_cancelled = False
         self._random = random.Random(request.sampling.seed)
 
@@ -130,12 +139,17 @@ class Sequence:
     @property
     def is_settled(self) -> bool:
         """All tokens are fed, and the reply goes on: the next position can be opened."""
-        return self.position is None and not self.pending and self.finish_reason is None
+        return self.position is None and not self.pending and not self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """No more tokens will be taken."""
+        return self.finish_reason is not None or self.error is not None
 
     @property
     def needs_forward(self) -> bool:
         """Something still has to be fed; a finished reply feeds its last token only for its hidden state."""
-        if self.is_cancelled:
+        if self.is_cancelled or self.error is not None:
             return False
         return self.finish_reason is None or (self.request.keep_states and bool(self.pending))
 
@@ -213,6 +227,10 @@ class Sequence:
         assert score is not None, "a gated sequence has its drafts scored"
         return self.judge([score], state[None]) is not None
 
+    def fail(self, error: MaraError) -> None:
+        """End the request with an error; the first one counts."""
+        self.error = self.error or error
+
     def result(self) -> Generation:
         """Return the finished reply."""
         assert self.finish_reason is not None, "the reply goes on"
@@ -225,6 +243,12 @@ class Sequence:
             stats=self.stats,
             trace=tuple(self.trace) if self.request.gate.trace else None,
         )
+
+    def mask(self, logits: Tensor) -> None:
+        """Let the request's constraint, if it has one, forbid tokens of the next position, in place, (V,)."""
+        if self.request.constraint is not None:
+            with naming(_CONSTRAINT):
+                self.request.constraint.mask(logits)
 
     def _take_scored(self, ranking: Ranking, position: Position, verdict: Verdict) -> None:
         """Take a candidate of a position whose candidates were all scored before any was fed."""
@@ -258,7 +282,11 @@ class Sequence:
     def _take_certain(self) -> None:
         """Take the tokens that the constraint leaves no choice in; they are fed together with the one before."""
         constraint = self.request.constraint
-        for token_id in constraint.certain() if constraint and self.finish_reason is None else ():
+        if constraint is None or self.finish_reason is not None:
+            return
+        with naming(_CONSTRAINT):
+            certain = list(constraint.certain())
+        for token_id in certain:
             self._take(Position([token_id], [0.0], [0.0], self._random.random()), 0, "single")
             self.pending.append(token_id)
             if self.finish_reason is not None:
@@ -274,8 +302,10 @@ class Sequence:
             seen = (tuple(position.token_ids), tuple(position.log_probs), tuple(position.accept_logits))
             self.trace.append(TracePosition(*seen, taken, outcome))
         if self.request.constraint is not None:
-            self.request.constraint.accept(token_id)
-        self._follow_text(token_id)
+            with naming(_CONSTRAINT):
+                self.request.constraint.accept(token_id)
+        with naming(_TEXT):
+            self._follow_text(token_id)
 
     def _follow_text(self, token_id: int) -> None:
         """Pass the token on to the text, and end the reply if this token ends it."""

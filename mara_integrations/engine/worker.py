@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
+import logging
 import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
+from typing_extensions import override
+
 from mara_integrations.engine.decoder import Decoder
+from mara_integrations.engine.faults import described
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
-from mara_integrations.errors import EngineClosedError
+from mara_integrations.errors import EngineClosedError, MaraError, in_one_line
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
 _IDLE_S = 5.0
 # At the end of the process, a thread gets this long to finish its step.
-_EXIT_S = 10.0
+_EXIT_S = 60.0
+_log = logging.getLogger(__name__)
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
@@ -43,47 +49,67 @@ class Update:
 
 
 _Ticket = TypeVar("_Ticket", bound="Ticket")
-News: TypeAlias = "Update | BaseException"
+News: TypeAlias = "Update | MaraError"
 
 
-class Ticket(ABC):
-    """A submitted request, seen by the one who waits for it.
-
-    Leaving the loop over it early, closing the iterator or cancelling the task stops the generation at its next token.
-    """
+class Mailbox(ABC):
+    """Where the worker leaves the updates of one reply, and looks whether anybody still waits for them."""
 
     def __init__(self) -> None:
         self.is_cancelled = False
 
-    def cancel(self) -> None:
-        """Stop at the next token; no more updates come."""
-        self.is_cancelled = True
-
     @abstractmethod
     def deliver(self, news: News) -> None:
-        """Pass on an update, or what went wrong; called in the decoder's thread."""
+        """Leave an update, or the error that ended the request; called in the decoder's thread."""
+
+
+class Ticket(ABC):
+    """A submitted request, in the hands of the caller who waits for its reply.
+
+    Leaving the loop over it early, closing the iterator, cancelling the task or dropping the ticket stops the
+    generation at its next token.
+    """
+
+    mailbox: Mailbox
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Nobody waits for the reply any more."""
+        return self.mailbox.is_cancelled
+
+    def cancel(self) -> None:
+        """Stop the generation at its next token; no more updates come."""
+        self.mailbox.is_cancelled = True
+
+    def __del__(self) -> None:  # the worker holds the mailbox only, so this runs when the caller has gone
+        self.cancel()
+
+
+class _ThreadMailbox(Mailbox):
+    def __init__(self) -> None:
+        super().__init__()
+        self.news: queue.SimpleQueue[News] = queue.SimpleQueue()
+
+    @override
+    def deliver(self, news: News) -> None:
+        self.news.put(news)
 
 
 class ThreadTicket(Ticket):
     """A ticket to wait for with `for`."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
-
-    def deliver(self, news: News) -> None:
-        """See `Ticket`."""
-        self._inbox.put(news)
+        self.mailbox: _ThreadMailbox = _ThreadMailbox()
 
     def __iter__(self) -> Generator[Update, None, None]:
         """Wait for updates, blocking.
 
         Raises:
-            Exception: What went wrong in the model, as raised there.
+            Exception: What went wrong while the request was decoded.
         """
         try:
             while True:
-                update = _checked(self._inbox.get())
+                update = _checked(self.mailbox.news.get())
                 yield update
                 if update.generation is not None:
                     return
@@ -91,31 +117,36 @@ class ThreadTicket(Ticket):
             self.cancel()
 
 
-class LoopTicket(Ticket):
-    """A ticket to wait for with `async for`, in the event loop that runs when it is submitted."""
-
+class _LoopMailbox(Mailbox):
     def __init__(self) -> None:
         super().__init__()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: asyncio.Queue[News] = asyncio.Queue()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.news: asyncio.Queue[News] = asyncio.Queue()
+
+    @override
+    def deliver(self, news: News) -> None:
+        assert self.loop is not None, "the ticket is bound to a loop first"
+        try:
+            self.loop.call_soon_threadsafe(self.news.put_nowait, news)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self.is_cancelled = True
+
+
+class LoopTicket(Ticket):
+    """A ticket to wait for with `async for`, in the event loop that it was bound to."""
+
+    def __init__(self) -> None:
+        self.mailbox: _LoopMailbox = _LoopMailbox()
 
     def bind(self) -> None:
-        """Deliver to the running event loop."""
-        self._loop = asyncio.get_running_loop()
-
-    def deliver(self, news: News) -> None:
-        """See `Ticket`."""
-        assert self._loop is not None, "bind it first"
-        try:
-            self._loop.call_soon_threadsafe(self._inbox.put_nowait, news)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            self.cancel()
+        """Have updates delivered to the running event loop."""
+        self.mailbox.loop = asyncio.get_running_loop()
 
     async def __aiter__(self) -> AsyncGenerator[Update, None]:
         """Wait for updates without blocking the event loop; raises as `ThreadTicket.__iter__` does."""
         try:
             while True:
-                update = _checked(await self._inbox.get())
+                update = _checked(await self.mailbox.news.get())
                 yield update
                 if update.generation is not None:
                     return
@@ -198,42 +229,56 @@ class AsyncStream(AsyncGenerator[Item, None]):
 
 
 def _checked(news: News) -> Update:
-    if isinstance(news, BaseException):
-        raise news
-    return news
+    """Return an update; raise an error, as an object of the caller's own: several may hear of the same failure."""
+    if isinstance(news, Update):
+        return news
+    raise copy.copy(news) from news.__cause__
 
 
 @dataclass(slots=True)
 class _Delivery:
-    """How much of a reply its ticket has heard."""
+    """The part of a reply that its mailbox has received."""
 
-    ticket: Ticket
+    mailbox: Mailbox
     sent_chars: int = 0
     sent_tokens: int = 0
 
     def update(self, sequence: Sequence) -> None:
+        """Deliver what has come since the last update, or the error that ended the request."""
+        if sequence.error is not None:
+            self.mailbox.deliver(sequence.error)
+            return
         text = sequence.request.text.text if sequence.request.text else ""
         new_text, new_tokens = text[self.sent_chars :], sequence.token_ids[self.sent_tokens :]
         generation = sequence.result() if sequence.finish_reason is not None else None
         if new_tokens or generation is not None:
-            self.ticket.deliver(Update(new_text, tuple(new_tokens), generation))
+            self.mailbox.deliver(Update(new_text, tuple(new_tokens), generation))
             self.sent_chars, self.sent_tokens = len(text), len(sequence.token_ids)
 
 
 class Worker:
-    """Runs a decoder in a thread of its own while there is work; requests are begun in the order they were submitted.
+    """Runs a decoder in a thread of its own while there is work; requests begin in the order they were submitted.
+
+    Every caller gets an answer: the reply, or an error. A failure of one request is told to its caller. A failure of
+    the decoder is told to all callers at that time; if the decoder can't be cleaned up, the worker has failed for good,
+    and later callers hear of it too.
 
     Args:
         decoder: Used by no one else.
         max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is what the
             decoder's limits say.
+
+    Attributes:
+        decoder: The decoder; only the worker's thread may call it.
+        failure: What ended the worker for good; None while it works.
     """
 
     def __init__(self, decoder: Decoder, max_waiting: int | None = None) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
+        self.failure: BaseException | None = None
         self._max_waiting = max_waiting or decoder.limits.max_waiting
-        self._inbox: queue.SimpleQueue[tuple[Request, Ticket] | None] = queue.SimpleQueue()  # None wakes the thread
-        self._deliveries: dict[int, _Delivery] = {}  # by id of the request
+        self._inbox: queue.SimpleQueue[tuple[Request, Mailbox] | None] = queue.SimpleQueue()  # None wakes the thread
+        self._deliveries: dict[int, _Delivery] = {}  # by id of the request; the thread's own
         self._lock = threading.Lock()
         self._has_moved = threading.Condition(self._lock)  # requests were begun or dropped
         self._is_running = self._is_closed = False
@@ -242,39 +287,44 @@ class Worker:
 
     @property
     def limits(self) -> EngineLimits:
-        """How much memory and work its decoder takes on."""
-        return self._decoder.limits
+        """How much memory and work the decoder takes on."""
+        return self.decoder.limits
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can expect an answer: the worker is open, has not failed, and its forwards succeed."""
+        return not self._is_closed and self.failure is None and not self.decoder.is_failing
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the decoder's thread is at work."""
+        return self._is_running
 
     def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
         """Queue a request, waiting for room unless its ticket is cancelled; its updates go to the ticket.
 
         Raises:
-            EngineClosedError: If the worker was closed.
+            ConfigError: If the request can never be decoded, see `Decoder.check`.
+            EngineClosedError: If the worker is closed or has failed.
         """
+        self.decoder.check(request)
         with self._lock:
-            while self._num_waiting >= self._max_waiting and not (self._is_closed or ticket.is_cancelled):
+            while self._num_waiting >= self._max_waiting and self._is_open and not ticket.is_cancelled:
                 self._has_moved.wait()
-            if self._is_closed:
-                raise EngineClosedError("the engine is closed", hint="make a new one")
-            self._inbox.put((request, ticket))
+            if not self._is_open:
+                raise self._closed_error()
+            self._inbox.put((replace(request), ticket.mailbox))  # a copy: the same request may be submitted twice
             if not self._is_running:
                 self._is_running = True
                 self._thread = threading.Thread(target=self._run, name="mara-decoder", daemon=True)
                 self._thread.start()
         return ticket
 
-    @property
-    def _num_waiting(self) -> int:
-        return self._inbox.qsize() + len(self._decoder.scheduler.waiting)
-
     def close(self) -> None:
-        """Take no more requests, and end what runs at its next token; whoever waits for it gets `EngineClosedError`."""
+        """Take no more requests and decode no more tokens; whoever waits gets `EngineClosedError`."""
         with self._lock:
             self._is_closed = True
             self._has_moved.notify_all()
-        for delivery in list(self._deliveries.values()):
-            delivery.ticket.cancel()
-            delivery.ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))
         self._inbox.put(None)
 
     def join(self, timeout: float | None = _EXIT_S) -> None:
@@ -283,55 +333,121 @@ class Worker:
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
+    @property
+    def _is_open(self) -> bool:
+        return not self._is_closed and self.failure is None
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._inbox.qsize() + len(self.decoder.scheduler.waiting)
+
+    def _closed_error(self) -> EngineClosedError:
+        if self.failure is not None:
+            error = EngineClosedError(f"the engine has failed: {in_one_line(self.failure)}", hint="load it anew")
+            error.__cause__ = self.failure
+            return error
+        return EngineClosedError("the engine is closed", hint="make a new one")
+
+    # --- in the thread
+
     def _run(self) -> None:
-        while self._receive():
-            self._drop_cancelled()
-            if self._decoder.is_idle:
-                continue
-            try:
-                done = self._decoder.step()
-            except Exception as error:  # the model failed: everybody waiting hears it, and the decoder starts clean
-                self._decoder.abort()
-                failed, self._deliveries = self._deliveries, {}
-                for delivery in failed.values():
-                    delivery.ticket.deliver(error)
-                continue
-            for sequence in (*self._decoder.scheduler.live, *done):
-                delivery = self._deliveries[id(sequence.request)]
-                if not delivery.ticket.is_cancelled:
-                    delivery.update(sequence)
-            for sequence in done:
-                del self._deliveries[id(sequence.request)]
+        try:
+            while self._receive():
+                self._advance()
+        except BaseException as error:
+            self._fail(error)
 
     def _receive(self) -> bool:
-        """Take in new requests, waiting for one when there is nothing to do; False: the thread may end."""
+        """Take in new requests, waiting for one when there is nothing to do; False: the thread ends."""
         try:
-            wait_s = _IDLE_S if self._decoder.is_idle and not self._is_closed else 0.0
+            wait_s = _IDLE_S if self.decoder.is_idle and not self._is_closed else 0.0
             item = self._inbox.get(timeout=wait_s)
-            while item is not None:
-                request, ticket = item
-                self._deliveries[id(request)] = _Delivery(ticket)
-                self._decoder.submit(request)
+            while True:
+                if item is not None:
+                    request, mailbox = item
+                    self._deliveries[id(request)] = _Delivery(mailbox)
+                    self.decoder.submit(request)
                 item = self._inbox.get_nowait()
         except queue.Empty:
             pass
+        if self._is_closed:
+            self._tell_all(EngineClosedError("the engine was closed before the reply was finished"))
+            self.decoder.abort()
         with self._lock:  # nobody can submit between this look and the end of the thread
             self._has_moved.notify_all()
-            self._is_running = not self._decoder.is_idle or not self._inbox.empty()
+            self._is_running = not self.decoder.is_idle or not self._inbox.empty()
             return self._is_running
 
+    def _advance(self) -> None:
+        """Run one step of the decoder and deliver its news."""
+        self._drop_cancelled()
+        if self.decoder.is_idle:
+            return
+        try:
+            done = self.decoder.step()
+        except Exception as error:
+            self._tell_all(described(error, "the engine"))
+            self.decoder.abort()  # it starts clean, or fails for good
+            return
+        for sequence in (*self.decoder.scheduler.live, *done):
+            delivery = self._deliveries[id(sequence.request)]
+            if not delivery.mailbox.is_cancelled:
+                self._update(delivery, sequence)
+        for sequence in done:
+            del self._deliveries[id(sequence.request)]
+
+    def _update(self, delivery: _Delivery, sequence: Sequence) -> None:
+        try:
+            delivery.update(sequence)
+        except Exception as error:  # a text that can't be read, a mailbox that takes nothing: this request's own
+            sequence.fail(described(error, "delivering this reply"))
+            _deliver(delivery.mailbox, sequence.error)
+            delivery.mailbox.is_cancelled = True
+
     def _drop_cancelled(self) -> None:
-        scheduler = self._decoder.scheduler
+        scheduler = self.decoder.scheduler
         for sequence in scheduler.live:
-            sequence.is_cancelled |= self._deliveries[id(sequence.request)].ticket.is_cancelled
-        for request in [r for r in scheduler.waiting if self._deliveries[id(r)].ticket.is_cancelled]:
+            sequence.is_cancelled |= self._deliveries[id(sequence.request)].mailbox.is_cancelled
+        for request in [r for r in scheduler.waiting if self._deliveries[id(r)].mailbox.is_cancelled]:
             scheduler.waiting.remove(request)
             del self._deliveries[id(request)]
+
+    def _tell_all(self, error: MaraError) -> None:
+        """End every request that was received with an error."""
+        deliveries, self._deliveries = self._deliveries, {}
+        for delivery in deliveries.values():
+            _deliver(delivery.mailbox, error)
+            delivery.mailbox.is_cancelled = True
+
+    def _fail(self, error: BaseException) -> None:
+        """End the worker for good: tell everybody who waits, now and later."""
+        _log.error("the decoder has failed for good: %s", in_one_line(error))
+        with self._lock:
+            self.failure = error
+            self._is_running = False
+            self._has_moved.notify_all()
+        self._tell_all(self._closed_error())
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None:
+                _deliver(item[1], self._closed_error())
+
+
+def _deliver(mailbox: Mailbox, news: News | None) -> None:
+    """Deliver news that must not keep the worker from telling others."""
+    try:
+        if news is not None:
+            mailbox.deliver(news)
+    except Exception:
+        _log.exception("a mailbox takes no news")
 
 
 @atexit.register
 def _end_threads() -> None:
-    """A thread that is inside torch when the interpreter goes would abort the process."""
+    """Wait for the threads: one that is inside torch when the interpreter ends would abort the process."""
     workers = list(_workers)
     for worker in workers:
         worker.close()

@@ -182,4 +182,4 @@ class ModelLease:
 
     def _end(self, ticket: Ticket) -> None:
         ticket.cancel()
-        ticket.deliver(EngineClosedError("the engine was closed before the reply was finished"))
+        ticket.mailbox.deliver(EngineClosedError("the engine was closed before the reply was finished"))

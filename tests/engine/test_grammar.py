@@ -145,7 +145,7 @@ def scripted(written: str) -> Any:
         return [20.0 if token_id == following else float(token_id == 24) for token_id in range(256)]  # else: an 8
 
     engine = MARAEngine((tiny_model(max_position_embeddings=2048), tokenizer))
-    worker_for(engine.model)._decoder = Decoder(ScriptedBackend(script, 256))
+    worker_for(engine.model).decoder = Decoder(ScriptedBackend(script, 256))
     return engine
 
 
@@ -176,7 +176,7 @@ def test_certain_text_costs_no_forward_a_token() -> None:
 
     assert reply.text == '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n</tool_call>'
     assert reply.stats.single == len(reply.token_ids) == len(reply.text) + 1
-    assert len(worker_for(engine.model)._decoder.backend.fed) <= 4  # the prompt, the text, its last character, its end
+    assert len(worker_for(engine.model).decoder.backend.fed) <= 4  # the prompt, the text, its last character, its end
 
 
 def test_the_state_after_certain_text_is_that_of_the_text(engine: MARAEngine) -> None:

@@ -86,5 +86,5 @@ def test_a_cancelled_request_waits_no_longer_and_takes_no_turn(full, gate):
     thread.join(30)
     assert not thread.is_alive()
     assert all(list(ticket)[-1].generation is not None for ticket in tickets)
-    backend = worker._decoder.backend
+    backend = worker.decoder.backend
     assert max(segment.row for fed in backend.fed for segment in fed) == 2, "three rows were ever opened"

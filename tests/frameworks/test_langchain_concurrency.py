@@ -12,7 +12,7 @@ import torch
 from langchain_core.messages import AIMessage
 
 from mara_integrations import ChatMARA
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.runtime import worker_for
 
 LONG = 300  # tokens
@@ -145,8 +145,8 @@ def test_an_error_in_the_model_reaches_the_caller_and_leaves_the_engine_clean(
         raise RuntimeError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker_for(llm.engine.model)._decoder.backend, "feed", broken)
-        with pytest.raises(RuntimeError, match="no memory left"):
+        patch.setattr(worker_for(llm.engine.model).decoder.backend, "feed", broken)
+        with pytest.raises(ModelError, match="no memory left"):
             llm.invoke("hi")
 
     assert llm.invoke("hi").content == answer

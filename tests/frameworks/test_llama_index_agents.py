@@ -51,7 +51,7 @@ def scripted(reply: Callable[[str], str], **settings: Any) -> GatedLLM:
         assert wanted[: len(done)] == done, f"the script was left: {written!r}"
         return [50.0 if token_id == wanted[len(done)] else 0.0 for token_id in range(256)]
 
-    worker_for(llm.engine.model)._decoder = Decoder(ScriptedBackend(script, 256))
+    worker_for(llm.engine.model).decoder = Decoder(ScriptedBackend(script, 256))
     return llm
 
 

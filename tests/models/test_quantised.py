@@ -47,7 +47,7 @@ def test_weights_of_few_bits_are_decoded_packed_to_the_tokens_of_generate(folder
     engine = quantised(folder, settings)
     prompt = engine.encode("Say what you will: ")
 
-    backend = worker_for(engine.model)._decoder.backend
+    backend = worker_for(engine.model).decoder.backend
     tokens = engine.generate(prompt, max_new_tokens=16).token_ids
 
     assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
@@ -62,7 +62,7 @@ def test_weights_of_few_bits_are_decoded_packed_to_the_tokens_of_generate(folder
 def test_layers_that_round_states_are_decoded_packed_as_exactly_as_they_are(folder, settings):
     engine = quantised(folder, settings, random_head(64))
 
-    assert isinstance(worker_for(engine.model)._decoder.backend, PackedBackend)
+    assert isinstance(worker_for(engine.model).decoder.backend, PackedBackend)
     assert engine.verify("Say what you will: ", max_new_tokens=16).holds
 
 

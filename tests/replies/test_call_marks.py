@@ -58,7 +58,7 @@ def model(
         following = [*wanted, 0][len(done)] if done == wanted[: len(done)] else 0
         return [20.0 if token_id == following else float(token_id == 24) for token_id in range(size)]
 
-    worker_for(llm.engine.model)._decoder = Decoder(ScriptedBackend(script, size))
+    worker_for(llm.engine.model).decoder = Decoder(ScriptedBackend(script, size))
     return llm
 
 

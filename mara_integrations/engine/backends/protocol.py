@@ -41,10 +41,10 @@ class Backend(Protocol):
         """Forget a row."""
 
     def feed(self, segments: Sequence[Segment]) -> Tensor:
-        """Run all segments through the model.
+        """Run all segments, of one row each, through the model.
 
         A chain is part of its row afterwards. Siblings are held, numbered from 0 in feeding order over any number of
-        calls, until `commit`.
+        calls, until `commit`. If it raises, no row has changed.
 
         Returns:
             Hidden states after the final norm, of every token in order, shape (T, d).

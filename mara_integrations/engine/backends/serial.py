@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,17 +74,19 @@ class SerialBackend(Backend):
 
     @override
     def feed(self, segments: Sequence[Segment]) -> Tensor:
-        hidden = []
+        hidden, grown = [], []  # rows change only when all have been run: a failure leaves them as they were
         for segment in segments:
             row = self._rows[segment.row]
             if segment.siblings:
-                for token_id in segment.token_ids:
-                    branch = _snapshot(row.cache)
+                branches = [_snapshot(row.cache) for _ in segment.token_ids]
+                for branch, token_id in zip(branches, segment.token_ids, strict=True):
                     hidden.append(self._run(branch, [token_id], row.length))
-                    row.branches.append(branch)
+                grown.append(replace(row, branches=[*row.branches, *branches]))
             else:
-                hidden.append(self._run(row.cache, segment.token_ids, row.length))
-                row.length += len(segment.token_ids)
+                cache = _snapshot(row.cache)
+                hidden.append(self._run(cache, segment.token_ids, row.length))
+                grown.append(replace(row, cache=cache, length=row.length + len(segment.token_ids)))
+        self._rows.update(zip((segment.row for segment in segments), grown, strict=True))
         return torch.cat(hidden)
 
     @override

@@ -72,7 +72,8 @@ def decide_reference(
     weights = [prob * math.exp(score - largest) for prob, score in zip(probs, scores, strict=True)]
     accept_logits = []
     for k, candidate in enumerate(candidates):
-        hazard = min(max(weights[k] / sum(weights[k:]), 1e-13), 1 - 1e-13)
+        left = sum(weights[k:])  # 0 where a small temperature makes it too small for a float
+        hazard = min(max(weights[k] / left if left else 0.5, 1e-13), 1 - 1e-13)
         z = math.log(hazard / (1 - hazard))
         if head is not None and len(candidates) > 1 and afterstate_parts(head):
             seen = _run(model, [*context, candidate])[0]

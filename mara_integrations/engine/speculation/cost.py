@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -14,6 +15,8 @@ from mara_integrations.engine.backends.protocol import Backend, Segment
 
 # Widths to choose from; kernels have steps after 4, 6 or 8 rows.
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 32)
+# Candidates that a choice looks ahead at; what comes after so many rejections hardly counts.
+HORIZON = 64
 _PREFIX_TOKENS = 16
 # A model too large to be measured in this time is judged by the widths that were; the first pass makes the kernels.
 _MEASURE_S, _PASSES = 1.2, 3
@@ -44,32 +47,32 @@ class CostCurve:
 
 @lru_cache(maxsize=4096)
 def best_width(cost: CostCurve, num_rows: int, num_left: int, first: float, later: float) -> int:
-    """How many candidates to feed next, for the least expected cost until one is accepted or all are fed.
+    """Choose how many candidates to feed next, for the least expected cost until one is accepted or all are fed.
 
     Args:
-        cost: Of a forward; a row is charged an equal share of one in which all rows do the same.
+        cost: The cost of a forward; a row is charged an equal share of one in which all rows do the same.
         num_rows: Rows in a forward.
-        num_left: Candidates not fed yet, at least 1.
+        num_left: Candidates that are not fed yet, at least 1; more than `HORIZON` count as that many.
         first: Probability that the first of them is accepted.
-        later: Of each other one.
+        later: Probability that each other one is accepted.
     """
     return _least(cost, num_rows, num_left, first, later)[1]
 
 
 @lru_cache(maxsize=4096)
 def best_draft(cost: CostCurve, num_rows: int, num_left: int, first: float, later: float, right: float) -> int:
-    """How many drafted tokens to feed behind the next candidate, for the least expected cost a token taken.
+    """Choose how many drafted tokens to feed behind the next candidate, for the least expected cost a token taken.
 
     Args:
         cost: As in `best_width`.
         num_rows: As in `best_width`.
-        num_left: As in `best_width`; a token that is certain is the only one left.
-        first: As in `best_width`; 1 for a token that is certain.
+        num_left: As in `best_width`; 1 where the next token is already taken.
+        first: As in `best_width`; 1 where the next token is already taken.
         later: As in `best_width`.
-        right: Probability that a drafted token is what is taken, if those before it are.
+        right: Probability that a drafted token is the one taken, if those before it are.
 
     Returns:
-        0 where siblings of the candidate are the better company.
+        0 where it is better to feed siblings of the candidate.
     """
     after_rejection = (1 - first) * _least(cost, num_rows, num_left - 1, later, later)[0] if num_left > 1 else 0.0
     options = [(_least(cost, num_rows, num_left, first, later)[0], 0)]
@@ -79,16 +82,27 @@ def best_draft(cost: CostCurve, num_rows: int, num_left: int, first: float, late
     return min(options)[1]
 
 
-@lru_cache(maxsize=4096)
 def _least(cost: CostCurve, num_rows: int, num_left: int, first: float, later: float) -> tuple[float, int]:
-    options = []
+    """Return the least expected cost with so many candidates left, and the width that has it."""
+    return min(_options(cost, num_rows, min(num_left, HORIZON), first, later, _least_later(cost, num_rows, later)))
+
+
+@lru_cache(maxsize=1024)
+def _least_later(cost: CostCurve, num_rows: int, later: float) -> list[tuple[float, int]]:
+    """Return the least expected cost and its width for 0 to `HORIZON` - 1 candidates, all accepted alike."""
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for num_left in range(1, HORIZON):
+        best.append(min(_options(cost, num_rows, num_left, later, later, best)))
+    return best
+
+
+def _options(
+    cost: CostCurve, num_rows: int, num_left: int, first: float, later: float, best: list[tuple[float, int]]
+) -> Iterator[tuple[float, int]]:
+    """Yield the expected cost of each width and the width, given the `best` ones for fewer candidates."""
     for width in {min(width, num_left) for width in WIDTHS} | {num_left}:
-        expected = cost(num_rows * width) / num_rows
-        if width < num_left:
-            rejected = (1 - first) * (1 - later) ** (width - 1)
-            expected += rejected * _least(cost, num_rows, num_left - width, later, later)[0]
-        options.append((expected, width))
-    return min(options)
+        all_rejected = (1 - first) * (1 - later) ** (width - 1)
+        yield cost(num_rows * width) / num_rows + all_rejected * best[num_left - width][0], width
 
 
 @torch.inference_mode()

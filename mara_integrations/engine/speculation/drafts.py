@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 from typing_extensions import override
 
 from mara_integrations.engine.batch import BatchEntry
-from mara_integrations.engine.candidates import Ranking
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.engine.speculation.ngrams import NgramTable
 
@@ -55,28 +54,28 @@ class NgramSpeculation(Speculation):
 
 def num_draftable(sequence: Sequence) -> int:
     """Return how many tokens may be drafted behind those that a sequence feeds next."""
-    if sequence.is_prefilling or sequence.finish_reason is not None:
+    if sequence.is_prefilling or sequence.has_ended:
         return 0
     if sequence.position is not None and sequence.position.states:  # its first candidate was rejected
         return 0
     return max(0, sequence.request.sampling.max_new_tokens - len(sequence.token_ids) - 1)
 
 
-def verify(entry: BatchEntry, ranking_after: Callable[[BatchEntry, int], Ranking]) -> int:
+def verify(entry: BatchEntry, open_after: Callable[[BatchEntry, int], None]) -> int:
     """Commit drafted tokens as long as each is the token that its sequence takes next.
 
     Args:
         entry: A sequence that has opened its next position, and its draft.
-        ranking_after: Returns the candidates that follow the first k drafted tokens, once these are committed.
+        open_after: Opens the position after the first k drafted tokens, once these are committed.
 
     Returns:
         The number of tokens committed.
     """
     sequence, num_kept = entry.sequence, 0
     for token_id, score, state in zip(entry.draft, entry.draft_scores, entry.draft_states, strict=True):
-        if sequence.finish_reason is not None or not sequence.commit_if_next(token_id, score, state):
+        if sequence.has_ended or not sequence.commit_if_next(token_id, score, state):
             break
         num_kept += 1
         if sequence.is_settled:
-            sequence.open_position(ranking_after(entry, num_kept))
+            open_after(entry, num_kept)
     return num_kept

@@ -156,7 +156,7 @@ def test_the_published_procedure_gives_the_reference_tokens():
 def test_a_failed_forward_leaves_the_decoder_clean():
     backend = ScriptedBackend(lambda tokens: [1.0] * 5 if len(tokens) < 4 else [][1], vocab_size=5)
     decoder = Decoder(backend)
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="logits of this request failed: IndexError"):
         decoder.run([Request([1], SamplingParams(max_new_tokens=9))])
     assert decoder.is_idle and backend.open_rows == 0
     assert len(decoder.run([Request([1], SamplingParams(max_new_tokens=2))])[0].token_ids) == 2

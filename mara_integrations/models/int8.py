@@ -9,6 +9,7 @@ two batches, where they now differ by 0.05 %. Sums are of integers, so a row's r
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -100,10 +101,6 @@ class Int8Linear(nn.Module):
         """The same, added to `residual` (…, out)."""
         return self.forward(x).add_(residual)
 
-    @override
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 def quantize(model: nn.Module) -> None:
     """Put int8 layers in the place of a model's linear ones, one by one; whatever else it has becomes float32.
@@ -140,11 +137,11 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def check_int8(quantization: str, device: torch.device, dtype: torch.dtype, model_kwargs: Mapping[str, Any]) -> None:
-    """Whether a model can be had this way here, before it is loaded.
+    """Check before a model is loaded that it can be quantised here, and warn where that makes it slower.
 
     Raises:
-        ConfigError: If it can't: another quantisation is asked for, another device or number format, or the processor
-            has no instructions for it.
+        ConfigError: If it can't: another quantisation, device or number format was named, or the processor does not
+            compute exact sums of int8 products.
     """
     asked = f"quantization={quantization!r}"
     others = sorted(_OTHER_LOADERS & model_kwargs.keys())
@@ -158,23 +155,39 @@ def check_int8(quantization: str, device: torch.device, dtype: torch.dtype, mode
         raise ConfigError(f"{asked} goes with float32, not with {dtype}", hint="leave dtype out")
     if problem := _processor_problem():
         raise ConfigError(f"{asked} is not for this machine: {problem}", hint="float32 is better here")
+    if (slowdown := processor_slowdown()) > _TOO_LONG:
+        warnings.warn(
+            f"{asked} saves memory here, but takes {slowdown:.1f} times as long as float32: the processor has no fast "
+            "instructions for it",
+            stacklevel=3,
+        )
 
 
 @lru_cache(maxsize=1)
 def _processor_problem() -> str:
-    """What keeps it from multiplying bytes exactly and fast, or ''.
+    """Return what keeps the processor from multiplying bytes exactly, or ''.
 
-    Without instructions for it, sums of two products are cut off at 16 bits, or the kernels are plain loops.
+    Without instructions for it, sums of two products are cut off at 16 bits.
     """
     try:
-        largest = Int8Linear(torch.full((_PROBE_WIDTH, _PROBE_WIDTH), 127, dtype=torch.int8), torch.ones(_PROBE_WIDTH))
-        x = torch.full((_PROBE_ROWS, _PROBE_WIDTH), _LEVELS)
-        if not torch.equal(largest(x), torch.full_like(x, _LEVELS**2 * _PROBE_WIDTH)):
-            return "its sums of int8 products are not exact"
-        longer = _seconds(largest, x) / _seconds(nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False), x)
+        layer, x = _probe()
+        is_exact = torch.equal(layer(x), torch.full_like(x, _LEVELS**2 * _PROBE_WIDTH))
     except (AttributeError, RuntimeError) as error:  # a build of torch without oneDNN
         return f"{error}".splitlines()[0]
-    return f"it takes {longer:.1f} times as long as float32" if longer > _TOO_LONG else ""
+    return "" if is_exact else "its sums of int8 products are not exact"
+
+
+@lru_cache(maxsize=1)
+def processor_slowdown() -> float:
+    """Return how many times as long a layer takes in int8 as in float32; without instructions it is plain loops."""
+    layer, x = _probe()
+    return _seconds(layer, x) / _seconds(nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False), x)
+
+
+def _probe() -> tuple[Int8Linear, Tensor]:
+    """A layer of the largest weights, and inputs for it."""
+    weight = torch.full((_PROBE_WIDTH, _PROBE_WIDTH), 127, dtype=torch.int8)
+    return Int8Linear(weight, torch.ones(_PROBE_WIDTH)), torch.full((_PROBE_ROWS, _PROBE_WIDTH), _LEVELS)
 
 
 @torch.inference_mode()

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mara_integrations.evaluation.evaluate import Evaluation, evaluate
+from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval, paired_bootstrap
+from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.files import write_atomically
 from mara_integrations.heads.folder import CONFIG_FILE
 from mara_integrations.heads.head import MARAHead

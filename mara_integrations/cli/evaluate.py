@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,12 +145,20 @@ def evaluate_head(
             on_progress=advance,
         )
     if report is not None:
-        reports.write_report(evaluation, report)
+        provenance = reports.Provenance.now(_command(), str(data), prompts.fingerprint)
+        reports.write_report(evaluation, report, provenance)
     if examples:
         reports.print_examples(console, evaluation, examples)
+        reports.print_regressions(console, evaluation)
     reports.print_summary(console, evaluation)
     if report is not None:
         say(console, "Report", str(report))
+
+
+def _command() -> str:
+    """The command line, where this process is `mara-tools`."""
+    is_ours = Path(sys.argv[0]).name in ("mara-tools", "__main__.py")
+    return shlex.join(["mara-tools", *sys.argv[1:]]) if is_ours else ""
 
 
 def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:

@@ -89,7 +89,7 @@ def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = N
 
 def show_verdicts(engine: MARAEngine, prompt: Prompt, generation: Generation) -> None:
     """Print a traced reply with what the head rejected, and how often it did."""
-    from mara_integrations.evaluation.evaluate import token_marks
+    from mara_integrations.evaluation.marks import token_marks
     from mara_integrations.evaluation.report import gated_text, stats_line
 
     console = Console(soft_wrap=True)

@@ -5,9 +5,11 @@ Whatever a model wrote is shown as text, never interpreted: escaped in HTML, wit
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
 
@@ -18,21 +20,71 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mara_integrations import __version__
 from mara_integrations.engine.generation import GateStats
 from mara_integrations.errors import ConfigError
-from mara_integrations.evaluation.evaluate import Comparison, Evaluation, Mark, Rejected, Reply
+from mara_integrations.evaluation.marks import Mark, Rejected
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.results import Comparison, Evaluation, Example, Reply
 from mara_integrations.files import check_writable, write_atomically
 
 FORMATS = (".html", ".json")
 
 _MOST_REJECTED = 3  # shown before one token; a reply must stay readable
+_MOST_REGRESSIONS = 5
 
 FOOTNOTE = (
     "In brackets: 95 % intervals, Wilson's for shares, a bootstrap over prompts for differences between the two sides. "
     "An interval without width says that all prompts agree, not that there are enough of them. "
     "Speed depends on the machine and its load."
 )
+# Every word that the table and the line below it use, by the beginning or the end of a measure.
+GLOSSARY = {
+    "complies": "share of replies that the reward scores 1",
+    "mean": "mean score of the reward",
+    "preference": "(wins - losses) / prompts: how much more often the gated reply scores higher than lower; -1 to 1",
+    "fine replies changed": (
+        "of the base replies that were fine already (score 1, or at least the median), the share that the head changed "
+        "all the same; an edit there can only harm"
+    ),
+    "perplexity": "how unlikely the replies are to the base model itself; much above × 1 means less fluent text",
+    "distinct-2": "distinct pairs of tokens over all pairs: low where replies repeat themselves",
+    "forwards a token": "tokens the model is run on for one token of a reply; what exceeds 1 is the cost of the gate",
+    "accepted": "the head let the candidate pass",
+    "forced": "all candidates before it were rejected, so the last one was taken",
+    "fallback": "all candidates were rejected, and the gate's fallback was taken",
+    "single": "there was one candidate, so the head was not asked",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an evaluation comes from.
+
+    Attributes:
+        date: Day and time in UTC.
+        version: Version of this package.
+        command: The command line; empty where there was none.
+        data: The data file; empty where there was none.
+        data_fingerprint: Hash of the prompts; empty where there was none.
+    """
+
+    date: str
+    version: str
+    command: str = ""
+    data: str = ""
+    data_fingerprint: str = ""
+
+    @classmethod
+    def now(cls, command: str = "", data: str = "", data_fingerprint: str = "") -> Provenance:
+        """Return the provenance of an evaluation that ends now."""
+        date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        return cls(date, __version__, command, data, data_fingerprint)
+
+    def line(self) -> str:
+        """Return it in a line, without the command."""
+        data = f" · {self.data} ({self.data_fingerprint[:12]})" if self.data else ""
+        return f"{self.date} · mara_integrations {self.version}{data}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +127,34 @@ def summary_rows(evaluation: Evaluation) -> list[SummaryRow]:
     ]
 
 
+def verdict(evaluation: Evaluation) -> str:
+    """Return what was found, in a sentence or two."""
+    parts = []
+    for name, comparison in list(evaluation.rewards.items())[:1]:
+        if comparison.difference is None:
+            parts.append(f"{name} has no opinion on these replies")
+            continue
+        low, high = comparison.difference.low, comparison.difference.high
+        finding = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
+        if comparison.base_compliance is not None and comparison.gated_compliance is not None:
+            figures = f"{comparison.base_compliance.mean:.0%} -> {comparison.gated_compliance.mean:.0%} comply"
+        else:
+            figures = f"mean {comparison.base_mean:.3g} -> {comparison.gated_mean:.3g}"
+        parts.append(f"{name}: {finding} with the head ({figures}, {comparison.num_pairs} prompts)")
+        if comparison.fine_changed is not None:
+            count = round(comparison.fine_changed.mean * comparison.num_fine)
+            parts.append(f"{count} of {comparison.num_fine} base replies that were fine were changed")
+    ratio = evaluation.perplexity_ratio.mean
+    parts.append(f"perplexity × {ratio:.2f}, speed × {evaluation.speed_ratio:.2f}")
+    return "; ".join(parts) + "."
+
+
+def glossary(evaluation: Evaluation) -> dict[str, str]:
+    """Return what the words of the table and of the gate's line mean, those that occur."""
+    text = " ".join([*(row.measure for row in summary_rows(evaluation)), gate_line(evaluation)])
+    return {word: meaning for word, meaning in GLOSSARY.items() if word in text}
+
+
 def settings_line(evaluation: Evaluation) -> str:
     """What was compared, in a line."""
     sampling = evaluation.sampling
@@ -93,13 +173,13 @@ def gate_line(evaluation: Evaluation) -> str:
 
 def stats_line(gate: GateStats, total: int) -> str:
     """What the gate did in `total` tokens, in a line."""
-    taken = {"accepted": gate.accepted, "forced": gate.forced, "fallback": gate.fallbacks, "unasked": gate.single}
+    taken = {"accepted": gate.accepted, "forced": gate.forced, "fallback": gate.fallbacks, "single": gate.single}
     shares = ", ".join(f"{count} {name} ({count / total:.0%})" for name, count in taken.items() if count)
     return f"{total} tokens: {shares or 'the gate was not asked'}; {gate.rejected} candidates visited and not taken"
 
 
-def render_html(evaluation: Evaluation) -> str:
-    """The page: one file, no script, nothing loaded from elsewhere."""
+def render_html(evaluation: Evaluation, provenance: Provenance | None = None) -> str:
+    """Return the page: one file, no script, nothing loaded from elsewhere."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_finalize
     )
@@ -110,6 +190,11 @@ def render_html(evaluation: Evaluation) -> str:
         rows=summary_rows(evaluation),
         settings=settings_line(evaluation),
         gate=gate_line(evaluation),
+        verdict=verdict(evaluation),
+        glossary=glossary(evaluation),
+        provenance=provenance or Provenance.now(),
+        regressions=evaluation.regressions(_MOST_REGRESSIONS),
+        losses={number for number, example in enumerate(evaluation.examples) if _is_loss(evaluation, example)},
         footnote=FOOTNOTE,
         most_rejected=_MOST_REJECTED,
     )
@@ -130,11 +215,19 @@ def check_report_path(path: str | Path) -> None:
     check_writable(path.parent)
 
 
-def write_report(evaluation: Evaluation, path: str | Path) -> None:
+def write_report(evaluation: Evaluation, path: str | Path, provenance: Provenance | None = None) -> None:
     """Write the report in the form its name ends in; raises as `check_report_path`."""
     check_report_path(path)
-    is_json = Path(path).suffix.lower() == ".json"
-    write_atomically(path, evaluation.to_json() if is_json else render_html(evaluation))
+    provenance = provenance or Provenance.now()
+    if Path(path).suffix.lower() == ".json":
+        whole = {"provenance": asdict(provenance), **json.loads(evaluation.to_json())}
+        write_atomically(path, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+    else:
+        write_atomically(path, render_html(evaluation, provenance))
+
+
+def _is_loss(evaluation: Evaluation, example: Example) -> bool:
+    return any(example.gain(name) < 0 for name in evaluation.rewards)
 
 
 def print_summary(console: Console, evaluation: Evaluation) -> None:
@@ -146,7 +239,32 @@ def print_summary(console: Console, evaluation: Evaluation) -> None:
         table.add_row(*(Text(visible(cell)) for cell in (row.measure, row.base, row.gated, row.change)))
     console.print(table)
     console.print(Text(gate_line(evaluation)))
+    console.print(Text(visible(verdict(evaluation)), style="bold"))
+    for word, meaning in glossary(evaluation).items():
+        console.print(Text(f"{word}: {meaning}", style="dim"))
     console.print(Text(FOOTNOTE, style="dim"))
+
+
+def print_regressions(console: Console, evaluation: Evaluation, count: int = 3) -> None:
+    """Print the prompts on which the head did most harm, with both replies."""
+    worst = evaluation.regressions(count)
+    if not worst:
+        return
+    console.print(
+        Text("Worst regressions: lower scores first, then the least likely replies of equal score", style="bold")
+    )
+    for number in worst:
+        example = evaluation.examples[number]
+        console.print(Text(visible(f"  {_shortened(example.prompt[-1].content)}")))
+        for side, reply in (("base", example.base), ("gated", example.gated)):
+            console.print(
+                Text.assemble((f"    {side:<6}", "dim"), visible(_shortened(reply.text)), " ", _scores(reply))
+            )
+
+
+def _shortened(text: str, length: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]}…"
 
 
 def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None:
@@ -221,7 +339,7 @@ def _tooltip(item: Mark | Rejected) -> str:
 
 _OUTCOMES = {
     "base": "base model, no gate",
-    "single": "only candidate, taken unasked",
+    "single": "the only candidate, so the head was not asked",
     "accepted": "accepted",
     "forced": "last candidate left, forced",
     "fallback": "all candidates rejected, fallback",
@@ -262,7 +380,11 @@ def _reward_rows(name: str, comparison: Comparison) -> list[SummaryRow]:
         first = SummaryRow(f"{name}: mean", *means, _interval(comparison.difference, "+.3g"))
     dropped = f", {comparison.num_dropped} without opinion" if comparison.num_dropped else ""
     record = f"{comparison.wins} wins, {comparison.ties} ties, {comparison.losses} losses{dropped}"
-    return [first, SummaryRow(f"{name}: preference", "", record, _interval(comparison.preference, "+.2f"))]
+    rows = [first, SummaryRow(f"{name}: preference", "", record, _interval(comparison.preference, "+.2f"))]
+    if comparison.fine_changed is not None:
+        of = f"of {comparison.num_fine}, {comparison.fine_worse} now worse"
+        rows.append(SummaryRow(f"{name}: fine replies changed", "", of, _share(comparison.fine_changed)))
+    return rows
 
 
 def _share(interval: Interval) -> str:

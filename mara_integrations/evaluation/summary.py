@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mara_integrations.evaluation.evaluate import Evaluation
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.heads.card import Results
 
 

@@ -11,8 +11,9 @@ import torch
 from rich.markup import escape
 
 from mara_integrations.data import Row, preview, prompt_row
-from mara_integrations.evaluation.evaluate import Evaluation, evaluate
+from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.evaluation.summary import card_results, figures
 from mara_integrations.files import write_atomically
 from mara_integrations.heads.card import model_card

@@ -16,8 +16,8 @@ from mara_integrations.data import PromptRow, read_prompts
 from mara_integrations.engine.gate import accept_logit
 from mara_integrations.engine.generation import TracePosition
 from mara_integrations.errors import ConfigError, DataError, OutputError, RewardError
-from mara_integrations.evaluation import evaluate as module
-from mara_integrations.evaluation.evaluate import Mark, Rejected, evaluate
+from mara_integrations.evaluation.evaluate import evaluate
+from mara_integrations.evaluation.marks import Mark, Rejected, hazard_logits, rejected_candidates
 from mara_integrations.evaluation.metrics import wilson
 from mara_integrations.evaluation.report import (
     check_report_path,
@@ -156,14 +156,16 @@ def test_the_push_is_what_the_head_added_to_the_hazard():
         weights = [math.exp(value / temperature) for value in log_probs]
         hazards = [weights[k] / sum(weights[k:]) for k in range(2)]
         want = [pytest.approx(accept_logit("residual", 0.0, math.log(h / (1 - h)), 1.0)) for h in hazards]
-        assert module._hazard_logits(log_probs, temperature) == [*want, 30.0]
+        assert hazard_logits(log_probs, temperature) == [*want, 30.0]
 
 
 def test_where_all_were_rejected_all_but_the_one_taken_are_marked():
     position = TracePosition((5, 6, 7), (-1.0, -2.0, -3.0), (-1.0, -0.5, -2.0), 1, "fallback")
-    assert module._rejected(position) == [0, 2]
-    assert module._rejected(dataclasses.replace(position, outcome="accepted", accept_logits=(-1.0, 0.5, -2.0))) == [0]
-    assert module._rejected(dataclasses.replace(position, outcome="single", accept_logits=(), taken=0)) == []
+    assert rejected_candidates(position) == [0, 2]
+    assert rejected_candidates(dataclasses.replace(position, outcome="accepted", accept_logits=(-1.0, 0.5, -2.0))) == [
+        0
+    ]
+    assert rejected_candidates(dataclasses.replace(position, outcome="single", accept_logits=(), taken=0)) == []
 
 
 def test_rewards_compare_pairs_and_only_yes_or_no_has_a_compliance(sampled):
@@ -241,7 +243,7 @@ def test_costs_are_counted_in_forwards(nothing_fed_ahead):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_generated(engines, monkeypatch, prompts, settings, error, words):
-    monkeypatch.setattr(module, "_decode", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr("mara_integrations.evaluation.evaluate._decode", lambda *_: pytest.fail("generated"))
     with pytest.raises(error, match=words):
         run(engines["paper"], prompts=prompts, **settings)
 
@@ -285,7 +287,7 @@ def test_the_page_escapes_everything_and_loads_nothing(nasty):
     page = render_html(nasty)
     assert "<script" not in page and "\x1b" not in page
     assert page.count("&lt;script&gt;") > 10
-    assert not re.search(r"<link|\b(src|href)\s*=|@import|url\(", page)
+    assert not re.search(r"<link|\bsrc\s*=|\bhref\s*=\s*.(?!#reply-)|@import|url\(", page)
     assert re.search(r"default-src 'none'", page)
     tags = re.findall(r"<(\w+)", page.split("<body>")[1])
     allowed = {
@@ -305,13 +307,21 @@ def test_the_page_escapes_everything_and_loads_nothing(nasty):
         "article",
         "label",
         "input",
+        "strong",
+        "dl",
+        "dt",
+        "dd",
+        "ol",
+        "li",
+        "a",
+        "br",
     }
     assert set(tags) <= allowed
 
 
 def test_the_page_strikes_what_was_rejected_before_what_was_taken(nasty):
     page = render_html(nasty).split('<div class="reply">')[2]
-    assert page.count("<del title=") == 3, "the rest is counted"
+    assert page.count("<del tabindex=") == 3, "the rest is counted"
     assert page.index('class="more"') < page.index('class="instead"') < page.index('class="forced"')
     assert "+2</span>" in page
     assert 'class="chance"' in page

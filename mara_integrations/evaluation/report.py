@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import jinja2
@@ -20,7 +20,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mara_integrations import __version__
 from mara_integrations.engine.generation import GateStats
 from mara_integrations.errors import ConfigError
 from mara_integrations.evaluation.marks import Mark, Rejected
@@ -79,7 +78,11 @@ class Provenance:
     def now(cls, command: str = "", data: str = "", data_fingerprint: str = "") -> Provenance:
         """Return the provenance of an evaluation that ends now."""
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        return cls(date, __version__, command, data, data_fingerprint)
+        try:
+            version = metadata.version("mara-integrations")
+        except metadata.PackageNotFoundError:  # run from its sources
+            version = "from sources"
+        return cls(date, version, command, data, data_fingerprint)
 
     def line(self) -> str:
         """Return it in a line, without the command."""

@@ -7,17 +7,20 @@ from mara_integrations.cli.chat import chat
 from mara_integrations.cli.evaluate import evaluate_head
 from mara_integrations.cli.generate import explain, generate
 from mara_integrations.cli.heads import convert, inspect_head, merge
+from mara_integrations.cli.help import Command
 from mara_integrations.cli.serve import serve
 from mara_integrations.cli.train import train
 
 __all__ = ["app", "main"]
 
-app.command("train")(train)
-app.command("eval")(evaluate_head)
-app.command("generate")(generate)
-app.command("explain")(explain)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("inspect")(inspect_head)
-app.command("convert")(convert)
-app.command("merge")(merge)
+_MAKE, _USE, _KEEP = "Make a head and measure it", "Use a model, with or without a head", "Look after heads"
+
+app.command("train", cls=Command, rich_help_panel=_MAKE)(train)
+app.command("eval", cls=Command, rich_help_panel=_MAKE)(evaluate_head)
+app.command("chat", cls=Command, rich_help_panel=_USE)(chat)
+app.command("generate", cls=Command, rich_help_panel=_USE)(generate)
+app.command("explain", cls=Command, rich_help_panel=_USE)(explain)
+app.command("serve", cls=Command, rich_help_panel=_USE)(serve)
+app.command("inspect", cls=Command, rich_help_panel=_KEEP)(inspect_head)
+app.command("merge", cls=Command, rich_help_panel=_KEEP)(merge)
+app.command("convert", cls=Command, rich_help_panel=_KEEP)(convert)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from mara_integrations import __version__
+from mara_integrations.cli.help import write_commands, write_panels, write_text
 from mara_integrations.errors import MaraError, printable
 from mara_integrations.models import ranks
 
@@ -20,20 +25,20 @@ INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 class _Commands(TyperGroup):
-    """Tells what goes wrong in any command: one line and a hint on stderr, no traceback without `--debug`."""
+    """The commands of `mara-tools`. An error is one line and a hint on stderr; `--debug` adds its traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Understand `--debug` behind a command too."""
-        if "--debug" in (args[: args.index("--")] if "--" in args else args):
-            args = args.copy()
-            args.remove("--debug")
-            args = ["--debug", *args]
-        parsed: list[str] = super().parse_args(ctx, args)
+        """Understand `--debug` and `--verbose` behind a command too."""
+        ours = args[: args.index("--")] if "--" in args else args
+        flags = [flag for flag in ("--debug", "--verbose") if flag in ours]
+        args = [*flags, *(arg for arg in ours if arg not in flags), *args[len(ours) :]]
+        with _usage_errors_shown():
+            parsed: list[str] = super().parse_args(ctx, args)
         return parsed
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _usage_errors_shown():
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
@@ -47,13 +52,46 @@ class _Commands(TyperGroup):
                 show_error(error)
                 raise typer.Exit(1) from None
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write what `mara-tools` is, its commands by purpose, and its own options."""
+        self.format_usage(ctx, formatter)
+        write_text(formatter, self.help or "")
+        write_commands(self, ctx, formatter)
+        write_panels(self, ctx, formatter)
+
+
+@contextmanager
+def _usage_errors_shown() -> Iterator[None]:
+    """Print a mistake in the command line as every other error: one line, and a hint."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f"`{context.command_path} --help` lists what there is" if context is not None else None
+        message = str(error.format_message()).partition(" (Possible options")[0].partition(" Did you mean")[0]
+        near = getattr(error, "possibilities", None)
+        if type(error).__name__ == "NoSuchOption" and context is not None:
+            known = [name for parameter in context.command.get_params(context) for name in parameter.opts]
+            near = difflib.get_close_matches(error.option_name, known, n=2)  # type: ignore[attr-defined]
+        elif "No such command" in message and context is not None:
+            near = difflib.get_close_matches(message.split("'")[1], context.command.list_commands(context), n=2)
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
+        print_err(f"error: {message[:1].lower()}{message[1:].removesuffix('.')}", "bold red")
+        if hint:
+            print_err(f"hint: {hint}", "dim")
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
 
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -64,7 +102,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     if ranks.has_others():  # now: a command reads standard input and speaks before it loads a model, and one does so
         ranks.join()
-    app()
+    app(prog_name="mara-tools")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -78,9 +116,26 @@ def _mara_tools(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log to stderr what is loaded and chosen.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log every detail, and show the whole traceback of an error.")
+    ] = False,
 ) -> None:
-    """Align the model you already run: train a tiny head that accepts or rejects each token, measure it, use it."""
+    """Align the model you already run: train a tiny head that accepts or rejects each token, measure it, use it.
+
+    `mara-tools COMMAND --help` explains a command and shows examples. --verbose and --debug may stand behind it, too.
+    """
+    if verbose or debug:
+        _log_to_stderr(logging.DEBUG if debug else logging.INFO)
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("mara_integrations")
+    logger.setLevel(level)
+    logger.handlers = [handler]
+    logger.propagate = False
 
 
 # --- what goes to the console ---
@@ -102,7 +157,7 @@ def print_err(text: str, style: str = "") -> None:
 
 
 def show_error(error: Exception) -> None:
-    """What was wrong, and what to do about it."""
+    """Print what was wrong, and what to do about it."""
     if isinstance(error, MaraError):
         message, hint = error.message, error.hint
     else:

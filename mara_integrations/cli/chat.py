@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @asks_a_model
 def chat(*, asking: dict[str, Any]) -> None:
-    """Talk with the model; /help lists what can be asked of the chat itself."""
+    """Talk with the model. In the chat, /help lists the commands.
+
+    Examples:
+      mara-tools chat --head runs/house-style
+      mara-tools chat --model Qwen/Qwen3-0.6B --head heads/a --head heads/b=0.5
+    """
     from mara_integrations.heads.source import head_name
 
     strength = asking.pop("strength")

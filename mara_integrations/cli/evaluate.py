@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mara_integrations.cli.app import say
 from mara_integrations.cli.options import (
+    REPLIES,
     Column,
     DataFormat,
     Device,
@@ -41,10 +42,15 @@ if TYPE_CHECKING:
     from mara_integrations.heads.config import HeadConfig
     from mara_integrations.rewards import Reward
 
+_SCORES = "Scores and report"
+
 
 def evaluate_head(
     head: Heads,
-    data: Annotated[Path, typer.Option(help="Prompts, or pairs or labelled replies, whose prompts are taken.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="File of prompts; pairs and labelled replies have prompts, too.", rich_help_panel="Data"),
+    ],
     model: Model = None,
     format: DataFormat = "auto",
     column: Column = None,
@@ -53,16 +59,19 @@ def evaluate_head(
         list[str] | None,
         typer.Option(
             metavar="REWARD",
-            help="module:function with TRL's signature, hf:MODEL, or one by name; may be repeated.",
+            help="Score to compare by: module:function with TRL's signature, hf:MODEL, or a built-in reward such as "
+            "sentiment. May be repeated.",
             show_default="the head's own",
+            rich_help_panel=_SCORES,
         ),
     ] = None,
     forbid: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WORD",
-            help="A word or phrase that must not appear; may be repeated.",
+            help="Word or phrase that must not appear in replies. May be repeated.",
             show_default="the head's own",
+            rich_help_panel=_SCORES,
         ),
     ] = None,
     trust_head_code: Annotated[
@@ -70,25 +79,44 @@ def evaluate_head(
         typer.Option(
             "--trust-head-code",
             help="Import functions and load models that the head records as its rewards. Only for heads of your own.",
+            rich_help_panel=_SCORES,
         ),
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="A page to look at (.html), or everything for other programs (.json).")
+        Path | None,
+        typer.Option(
+            help="File to write: a page to look at (.html), or everything for other programs (.json).",
+            rich_help_panel=_SCORES,
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first prompts only.", show_default="all")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Pairs of replies to show.")] = 3,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of prompts to use.", show_default="all", rich_help_panel="Data"),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Number of prompts whose replies are printed.", rich_help_panel=_SCORES)
+    ] = 3,
     strength: Strength = None,
     temperature: Temperature = 0.0,
     max_new_tokens: MaxNewTokens = 128,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the intervals.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 16,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling and of the bootstrap intervals.", rich_help_panel=REPLIES)
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of prompts decoded together.", rich_help_panel=REPLIES)
+    ] = 16,
     system_prompt: SystemPrompt = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
-    """Compare base model and head on the same prompts with the same random numbers."""
+    """Compare the base model with and without a head, on the same prompts and the same random numbers.
+
+    Examples:
+      mara-tools eval --head heads/brand --data prefs.jsonl --report report.html
+      mara-tools eval --head heads/brand --data prefs.jsonl --reward sentiment
+    """
     from mara_integrations.data import column_mapping, read_prompts
     from mara_integrations.rewards import ForbiddenWords, parse_reward
 

@@ -12,33 +12,52 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mara_integrations.cli.options import asks_a_model, engine_for
+from mara_integrations.cli.options import REPLIES, asks_a_model, engine_for
 from mara_integrations.messages import Prompt
 
 if TYPE_CHECKING:
     from mara_integrations.engine.generation import Generation
     from mara_integrations.runtime import MARAEngine
 
+_OUTPUT = "Output"
 
-Question = Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+Question = Annotated[str, typer.Argument(help="Message to the model; - reads it from standard input.")]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Continue the prompt as it is, without the chat template.", rich_help_panel=REPLIES),
+]
 
 
 @asks_a_model
 def generate(
     prompt: Question,
     raw: Raw = False,
-    stream: Annotated[bool, typer.Option(help="Print each token as soon as it is certain.")] = True,
+    stream: Annotated[
+        bool, typer.Option(help="Print each token as soon as it is certain.", rich_help_panel=_OUTPUT)
+    ] = True,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: text, tokens, and what the gate did.")
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object: text, tokens, and what the gate did.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Add to it what the gate saw and did at each position.")
+        bool,
+        typer.Option(
+            "--trace",
+            help="Print that object with the gate's candidates and decisions at each position.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
     *,
     asking: dict[str, Any],
 ) -> None:
-    """Write one reply to standard output."""
+    """Write one reply to standard output.
+
+    Examples:
+      mara-tools generate "How do I keep bread fresh?" --head runs/house-style
+      mara-tools generate - --json --temperature 0.7 --seed 1 < question.txt
+    """
     engine, said = engine_for(asking, trace=trace), _read(prompt, raw)
     if as_json or trace:
         from mara_integrations.frameworks.answers import answer_report
@@ -58,7 +77,12 @@ def generate(
 
 @asks_a_model
 def explain(prompt: Question, raw: Raw = False, *, asking: dict[str, Any]) -> None:
-    """Write one reply with the candidates that the head rejected struck through, and count what it did."""
+    """Write one reply, strike through the candidates that the head rejected, and count its decisions.
+
+    Examples:
+      mara-tools explain "How do I repot a cactus?" --head runs/house-style
+      mara-tools explain "Who are you?" --head heads/brand --strength 2
+    """
     if not asking["head"]:
         raise typer.BadParameter("without a head there is nothing to explain", param_hint="--head")
     engine, said = engine_for(asking, trace=True), _read(prompt, raw)
@@ -90,9 +114,11 @@ def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = N
 def show_verdicts(engine: MARAEngine, prompt: Prompt, generation: Generation) -> None:
     """Print a traced reply with what the head rejected, and how often it did."""
     from mara_integrations.evaluation.marks import token_marks
-    from mara_integrations.evaluation.report import gated_text, stats_line
+    from mara_integrations.evaluation.report import gated_text, legend, stats_line
 
     console = Console(soft_wrap=True)
     marks = token_marks(engine.model.tokenizer, engine.request(prompt), generation)
-    console.print(gated_text(marks, is_styled=console.color_system is not None))
+    is_styled = console.color_system is not None
+    console.print(gated_text(marks, is_styled=is_styled))
+    console.print(legend(is_styled=is_styled), style="dim")
     console.print(Text(stats_line(generation.stats, len(generation.token_ids)), style="dim"))

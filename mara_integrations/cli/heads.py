@@ -25,7 +25,12 @@ def inspect_head(
     head: Annotated[str, typer.Argument(help="Head: its folder, a published .pth actor, or a Hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
-    """Say what a head is, what it was trained on and for, and how that went."""
+    """Show what a head is, what it was trained on, and how well it did.
+
+    Examples:
+      mara-tools inspect runs/house-style
+      mara-tools inspect heads/brand --json
+    """
     from mara_integrations.heads.head import MARAHead
 
     loaded = MARAHead.from_pretrained(head)
@@ -55,9 +60,14 @@ def inspect_head(
 def convert(
     actor: Annotated[str, typer.Argument(help="A published .pth actor.")],
     output: Output,
-    base_model: Annotated[str | None, typer.Option(help="The model it was trained on, where that is known.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model that the actor was trained on, if known.")] = None,
 ) -> None:
-    """Turn a published actor into a head's folder: safetensors, json, a model card."""
+    """Convert an actor of the paper's code (.pth) into a head's folder: safetensors, JSON, a model card.
+
+    Examples:
+      mara-tools convert actor.pth --output heads/published
+      mara-tools convert actor.pth --output heads/published --base-model org/name
+    """
     from mara_integrations.heads.head import MARAHead
 
     if Path(actor).is_dir():
@@ -69,12 +79,20 @@ def convert(
 
 
 def merge(
-    heads: Annotated[list[str], typer.Argument(metavar="HEAD[=WEIGHT]...", help="Two heads or more.")],
+    heads: Annotated[
+        list[str],
+        typer.Argument(metavar="HEAD[=WEIGHT]...", help="Two heads or more."),
+    ],
     output: Output,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Where the heads differ in it.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Top-k of the new head, if theirs differ.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Top-p of the new head, if theirs differ.")] = None,
 ) -> None:
-    """Make one head that judges as the weighted sum of several."""
+    """Merge several heads into one that adds up their weighted corrections.
+
+    Examples:
+      mara-tools merge heads/voice heads/safety --output heads/both
+      mara-tools merge heads/voice heads/safety=0.5 --output heads/both --top-k 40
+    """
     from mara_integrations.heads.head import MARAHead
     from mara_integrations.heads.merge import merge_heads
     from mara_integrations.training.scoring.reward_files import copy_rewards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mara_integrations.data import Format
+from mara_integrations.errors import MissingExtraError
 from mara_integrations.models.options import Quantization, keyword_arguments
 
 if TYPE_CHECKING:
@@ -21,57 +23,116 @@ if TYPE_CHECKING:
 
 _AS_TRAINED = "as the head was trained"
 
+BASE_MODEL, HEAD, REPLIES = "Base model", "Head", "Replies"
+
 Model = Annotated[
     str | None,
-    typer.Option(help="Base model: Hub id, folder, .gguf file or alias.", show_default="what the head was trained on"),
+    typer.Option(
+        help="Base model: Hub id, folder, .gguf file or alias.",
+        show_default="the one that the head was trained on",
+        rich_help_panel=BASE_MODEL,
+    ),
 ]
-_A_HEAD = "Head: its folder, a published .pth actor, or a Hub id"
-_REPEATED = "may be repeated, heads/x=0.5 weighs one, their corrections add"
-Heads = Annotated[list[str], typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; {_REPEATED}.")]
+_A_HEAD = "Folder of a head, a published .pth actor, or a Hub id."
+_SEVERAL = "May be repeated: corrections of several heads are added, and heads/x=0.5 weights one."
+Heads = Annotated[list[str], typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD} {_SEVERAL}", rich_help_panel=HEAD)]
 AnyHeads = Annotated[
     list[str] | None,
-    typer.Option("--head", metavar="HEAD", help=f"{_A_HEAD}; without one, the base model; {_REPEATED}."),
+    typer.Option(
+        "--head",
+        metavar="HEAD",
+        help=f"{_A_HEAD} {_SEVERAL}",
+        rich_help_panel=HEAD,
+        show_default="base model alone",
+    ),
 ]
-DataFormat = Annotated[Format, typer.Option(help="What the rows are, or whose export; auto goes by the columns.")]
+DataFormat = Annotated[
+    Format,
+    typer.Option(
+        help="Kind of the rows, or the platform that exported them; auto goes by the columns.", rich_help_panel="Data"
+    ),
+]
 Column = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=COLUMN", help="A column of another name, as prompt=question; may be repeated."),
+    typer.Option(
+        metavar="NAME=COLUMN",
+        help="Column of another name, such as prompt=question. May be repeated.",
+        rich_help_panel="Data",
+    ),
 ]
 SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Go on without the rows that can't be read, and tell of them.")
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave out rows that can't be read, and report them.", rich_help_panel="Data"),
 ]
 Strength = Annotated[
     float | None,
-    typer.Option(help="Dial on the head: 0 is the base model, 1 what it was trained to.", show_default="1"),
+    typer.Option(
+        help="Dial on the head: 0 is the base model, 1 the strength it was trained to.",
+        show_default="1",
+        rich_help_panel=HEAD,
+    ),
 ]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(help="Candidates kept by probability.", show_default=_AS_TRAINED)]
+Temperature = Annotated[
+    float, typer.Option(help="Temperature of sampling; 0 decodes greedily.", rich_help_panel=REPLIES)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of most probable tokens that are candidates.", show_default=_AS_TRAINED, rich_help_panel=REPLIES
+    ),
+]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Of those, the smallest set with this share of the probability.", show_default=_AS_TRAINED),
+    typer.Option(
+        help="Of those, the smallest set that holds this share of the probability.",
+        show_default=_AS_TRAINED,
+        rich_help_panel=REPLIES,
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of a reply, in tokens.")]
-Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends the reply; may be repeated.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-SystemPrompt = Annotated[str | None, typer.Option(help="Put before every conversation that brings none.")]
-Device = Annotated[str, typer.Option(help="auto is CUDA, then MPS, then CPU.")]
-Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on GPUs that have it, float32 on CPU.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of a reply, in tokens.", rich_help_panel=REPLIES)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that ends the reply. May be repeated.", rich_help_panel=REPLIES),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.", rich_help_panel=REPLIES)]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(help="System prompt for conversations that have none.", rich_help_panel=REPLIES),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device of the model, such as cpu or cuda:1; auto is CUDA, then MPS, then CPU.", rich_help_panel=BASE_MODEL
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU.",
+        rich_help_panel=BASE_MODEL,
+    ),
+]
 Quantise = Annotated[
     Quantization | None,
-    typer.Option("--quantization", help="int8 is for the CPU: a quarter of the memory for linear layers, and faster."),
+    typer.Option(
+        "--quantization",
+        help="On the CPU, int8 runs linear layers faster and in a quarter of the memory.",
+        rich_help_panel=BASE_MODEL,
+    ),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=VALUE",
-        help="For from_pretrained, as device_map=auto or quantization_config={quant_method: bitsandbytes, "
-        "load_in_4bit: true}; may be repeated.",
+        help="Argument of from_pretrained, such as device_map=auto or quantization_config={quant_method: "
+        "bitsandbytes, load_in_4bit: true}. May be repeated.",
+        rich_help_panel=BASE_MODEL,
     ),
 ]
 
 
 def head_source(values: Sequence[str] | None) -> dict[str, float] | None:
-    """What `--head` names, each with its weight; None without one."""
+    """Return the heads that `--head` names with their weights; None without one."""
     weights: dict[str, float] = {}
     for value in values or ():
         name, _, number = value.rpartition("=")
@@ -82,12 +143,25 @@ def head_source(values: Sequence[str] | None) -> dict[str, float] | None:
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """The settings that were given; the others are left to the head and the engine."""
+    """Return the settings that were given; the head and the engine decide the others."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def require_extra(extra: str, *modules: str) -> None:
+    """Find out before anything slow is imported that an optional dependency is missing.
+
+    Raises:
+        MissingExtraError: If one of its modules is not installed.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(
+                f"this command needs the package {module}", hint=f"pip install 'mara-integrations[{extra}]'"
+            )
+
+
 def asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of whoever asks a model, in the place of its parameter `asking`, which gets them."""
+    """Replace the parameter `asking` of a command by the options of a request; `asking` gets their values."""
     shared = inspect.signature(_asked_model, eval_str=True).parameters
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "asking"]
 
@@ -103,7 +177,6 @@ def asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _asked_model(
-    model: Model = None,
     head: AnyHeads = None,
     strength: Strength = None,
     temperature: Temperature = 0.0,
@@ -113,16 +186,17 @@ def _asked_model(
     stop: Stop = None,
     seed: Seed = None,
     system_prompt: SystemPrompt = None,
+    model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
-    """The options; nothing is ever called."""
+    """Declare the options of a request; never called."""
 
 
 def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
-    """The engine that the options of `asks_a_model` describe, with more settings."""
+    """Return the engine that the options of `asks_a_model` describe, with more settings."""
     from mara_integrations.runtime import MARAEngine
 
     read = {"head": head_source(asking["head"]), "model_kwargs": keyword_arguments(asking["model_kwargs"] or ())}

@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from mara_integrations.cli.app import print_err, say
-from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt
+from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt, require_extra
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import keyword_arguments
@@ -126,7 +126,13 @@ def serve(
     """Serve the model and its heads over HTTP, as OpenAI's API does.
 
     Ctrl-C takes no more requests and waits for the replies that are running; a second Ctrl-C stops them.
+
+    Examples:
+      mara-tools serve --model smollm2 --head brand=heads/brand-voice
+      mara-tools serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key secret
     """
+    require_extra("serve", "starlette", "uvicorn", "prometheus_client")
+
     from mara_integrations.heads.source import base_model_of, heads
     from mara_integrations.models.resolve import alias_of
     from mara_integrations.runtime import MARAEngine

@@ -33,7 +33,12 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words."""
+    """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words.
+
+    Examples:
+      mara-tools train --data prefs.jsonl --output heads/brand-voice
+      mara-tools train --data prompts.jsonl --forbid refund --output heads/no-refund
+    """
     config = _settings(config_file, options)
     if dry_run:
         from mara_integrations.training.dry_run import rehearse

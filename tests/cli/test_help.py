@@ -71,9 +71,8 @@ def test_what_a_command_needs_is_called_required(name):
     for parameter in GROUP.commands[name].params:
         if parameter.required:
             names = [parameter.metavar, parameter.name] if parameter.param_type_name == "argument" else parameter.opts
-            row = re.search(
-                rf"^  ({'|'.join(re.escape(name) for name in names if name)})(?=\W).*?(?=^  \S|^\S)", said, FLAGS
-            )
+            either = "|".join(re.escape(word) for word in names if word)
+            row = re.search(rf"^  ({either})(?=\W).*?(?=^  \S|^\S)", said, FLAGS)
             assert row is not None and "[required]" in row[0]
 
 

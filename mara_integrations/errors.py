@@ -66,6 +66,10 @@ class EngineClosedError(MaraError, RuntimeError):
     """A request came after the engine was closed, or its worker has died."""
 
 
+class CutReplyError(MaraError, ValueError):
+    """A reply that had to be whole, as an object of a schema has, was cut by `max_tokens`."""
+
+
 class MissingExtraError(MaraError, ImportError):
     """An optional dependency is absent; the hint names the extra that brings it."""
 

@@ -329,13 +329,12 @@ class MARAEngine:
             head=resolved.head,
             eos_token_ids=self.model.eos_token_ids,
             text=TextStream(self.model.tokenizer, stop, shown),
-            constraint=self._constraint(form, sampling.max_new_tokens),
+            constraint=self._constraint(form),
         )
 
-    def _constraint(self, form: ReplyForm, budget: int) -> Grammar | None:
+    def _constraint(self, form: ReplyForm) -> Grammar | None:
         model = self.model
-        thoughts = thoughts_of(model)
-        grammar = form.grammar(self._syntax, thoughts)
+        grammar = form.grammar(self._syntax, thoughts_of(model))
         if grammar is None:
             return None
         vocab_size = model.model.get_output_embeddings().out_features
@@ -344,8 +343,6 @@ class MARAEngine:
             tokenizer=model.tokenizer,
             vocab_size=vocab_size,
             eos_token_ids=model.eos_token_ids,
-            budget=budget,
-            thoughts=thoughts,
         )
 
     @property

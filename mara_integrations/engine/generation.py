@@ -61,8 +61,7 @@ class Generation:
         log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
             `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
         prompt_tokens: Length of the prompt.
-        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens`, also where a
-            `Constraint` brought the reply to an end that fits them.
+        finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens` cut the reply.
         stats: What the gate did.
         trace: Position by position, on request.
     """

@@ -18,17 +18,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mara_integrations.errors import ConfigError, MissingExtraError
-from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 
 if TYPE_CHECKING:
     import xgrammar
 
-# What closes something open in JSON, goes on to what is still missing, or is the shortest value, in the order in which
-# they are tried: a number has no end of its own, so what may follow it comes before another digit.
-_CLOSERS = ('"', "}", "]", ",", "0", "null", "[", "{", ":")
-_WATCHED = 64  # tokens before the end of the budget from which on the way out is looked for
-_MARGIN = 16  # tokens kept beside it: the next token may open something more
-_LONGEST_WAY_OUT = 500  # steps
 # by tokenizer, and by width and end of the models that use it
 _vocabularies: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], _Vocabulary]] = weakref.WeakKeyDictionary()
 
@@ -36,18 +29,13 @@ _vocabularies: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], _Vocabulary]
 class Grammar:
     """The state of one reply in a grammar.
 
-    A budget is kept for the end: when the tokens left just suffice for the shortest way out, that way is taken.
-
-    Attributes:
-        is_cut_short: On that way, the model would have written something else.
+    It says what may come next, and nothing about how long a reply may be: one that `max_tokens` cuts stays cut.
 
     Args:
         structural_tag: Of xgrammar, as plain JSON.
         tokenizer: Of the model.
         vocab_size: Width of the logits.
         eos_token_ids: Allowed where the grammar may end.
-        budget: Tokens the reply may have.
-        thoughts: What the structural tag allows before the reply itself.
 
     Raises:
         ConfigError: If the grammar can't be compiled.
@@ -61,8 +49,6 @@ class Grammar:
         tokenizer: Any,
         vocab_size: int,
         eos_token_ids: Collection[int],
-        budget: int,
-        thoughts: Thoughts = "none",
     ) -> None:
         try:
             import xgrammar
@@ -87,12 +73,6 @@ class Grammar:
         has_control = self._vocabulary.has_control
         self._forbidden = torch.zeros_like(has_control) if is_free_text else has_control  # (V,)
         self._tokenizer = tokenizer
-        self._left = budget
-        self.is_cut_short = False
-        self._written = b""
-        self._open_thoughts = {"none": None, "possible": OPEN.encode(), "begun": b""}[thoughts]
-        self._margin = min(_MARGIN, 1 + budget // 8)
-        self._watch_from = len(self._way_out() or ()) + _WATCHED
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
@@ -102,16 +82,10 @@ class Grammar:
         certain = self.certain()
         if certain:
             allowed = torch.arange(len(allowed)) == certain[0]
-        way_out = self._way_out() if self._left <= self._watch_from else None
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
-        if way_out and self._left <= len(way_out) + self._margin and allowed[way_out[0]]:
-            self.is_cut_short |= int(logits.argmax()) != way_out[0]
-            logits.masked_fill_(torch.arange(len(logits), device=logits.device) != way_out[0], -torch.inf)
 
     def accept(self, token_id: int) -> None:
         """The gate took this token."""
-        self._left -= 1
-        self._written += self._vocabulary.texts[token_id]
         self._matcher.accept_token(token_id)
 
     def certain(self) -> list[int]:
@@ -132,29 +106,6 @@ class Grammar:
         matcher.fill_next_token_bitmask(self._bitmask)
         bits = self._bitmask[0][:, None] >> torch.arange(32, dtype=torch.int32)
         return (bits & 1).bool().flatten()[: len(self._forbidden)] & ~self._forbidden
-
-    def _way_out(self) -> list[int] | None:
-        """Tokens that complete the reply, few if not the fewest; None where there are too many."""
-        matcher, token_ids, written = self._matcher.fork(), list[int](), self._written
-        for _ in range(_LONGEST_WAY_OUT):
-            if matcher.is_completed():
-                return token_ids
-            certain = _certain_text(matcher)
-            closers = (CLOSE,) if self._is_thinking(written) else _CLOSERS
-            step = next((text for text in (certain, *closers) if text and matcher.accept_string(text)), None)
-            if step is not None:
-                token_ids += self._tokenizer(step, add_special_tokens=False)["input_ids"]
-                written += step.encode()
-            else:  # inside an enum, a pattern, a character of several bytes
-                token_ids.append(int(self._allowed(matcher).int().argmax()))
-                written += self._vocabulary.texts[token_ids[-1]]
-                if not matcher.accept_token(token_ids[-1]):
-                    return None
-        return None
-
-    def _is_thinking(self, written: bytes) -> bool:
-        begin = self._open_thoughts
-        return begin is not None and written.startswith(begin) and CLOSE.encode() not in written
 
 
 @dataclass(frozen=True, slots=True)

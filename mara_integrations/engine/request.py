@@ -25,11 +25,6 @@ class Constraint(Protocol):
         """Tokens that come next whatever the model says, where that is known ahead."""
         return ()
 
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the reply was brought to its end before `max_new_tokens`, other than the model would have."""
-        return False
-
 
 class TextFollower(Protocol):
     """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""

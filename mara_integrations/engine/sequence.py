@@ -313,8 +313,7 @@ class Sequence:
         if text is not None and not is_eos:
             text.push(token_id)
         if is_eos or (text is not None and text.stopped):
-            is_cut_short = self.request.constraint is not None and self.request.constraint.is_cut_short
-            self.finish_reason = "length" if is_cut_short else "stop"
+            self.finish_reason = "stop"
         elif len(self.token_ids) >= self.request.sampling.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and text is not None:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.faults import described
-from mara_integrations.engine.generation import Generation
+from mara_integrations.engine.generation import FinishReason, Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
@@ -46,6 +46,11 @@ class Update:
     text: str
     token_ids: tuple[int, ...]
     generation: Generation | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the reply ended; None while it goes on."""
+        return None if self.generation is None else self.generation.finish_reason
 
 
 _Ticket = TypeVar("_Ticket", bound="Ticket")

@@ -9,7 +9,8 @@ from typing import Any
 
 from mara_integrations.engine.generation import Generation, TracePosition
 from mara_integrations.models.load import LoadedModel
-from mara_integrations.replies.forms import syntax_of
+from mara_integrations.replies.forms import ReplyForm, syntax_of
+from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.replies.reasoning import ThoughtSplitter
 from mara_integrations.replies.tool_calls import CallParser
 from mara_integrations.runtime import thoughts_of
@@ -34,17 +35,15 @@ def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
     return report
 
 
-def call_parser(settings: Mapping[str, Any], model: LoadedModel) -> CallParser | None:
-    """Parts the calls from a reply to a request with these settings; None where it had no tools."""
-    form = settings.get("form")
-    if form is None or not form.tools:
-        return None
-    return CallParser(syntax_of(getattr(model.tokenizer, "chat_template", None)), [tool.name for tool in form.tools])
-
-
-def thought_splitter(model: LoadedModel) -> ThoughtSplitter:
-    """Parts the thoughts from a reply."""
-    return ThoughtSplitter(is_open=thoughts_of(model) == "begun")
+def reply_reader(settings: Mapping[str, Any], model: LoadedModel) -> ReplyReader:
+    """Return what reads the reply to a request with these settings."""
+    form = settings.get("form") or ReplyForm()
+    parser = None
+    if form.tools:
+        syntax = syntax_of(getattr(model.tokenizer, "chat_template", None))
+        parser = CallParser(syntax, [tool.name for tool in form.tools])
+    splitter = ThoughtSplitter(is_open=thoughts_of(model) == "begun")
+    return ReplyReader(splitter, parser, must_call=bool(form.tools) and not form.is_free)
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:

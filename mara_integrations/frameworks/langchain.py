@@ -26,26 +26,25 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.json import parse_partial_json
-from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 from typing_extensions import Self
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError
-from mara_integrations.frameworks.answers import answer_report, call_parser, log_prob_report, thought_splitter
-from mara_integrations.frameworks.schemas import json_schema, named, openai_tool
+from mara_integrations.frameworks.answers import answer_report, log_prob_report, reply_reader
+from mara_integrations.frameworks.schemas import check_schema, json_schema, named, openai_tool
 from mara_integrations.frameworks.settings import EngineSettings
+from mara_integrations.frameworks.structured_output import arguments_parser, object_parser
 from mara_integrations.messages import Message, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import CallParser, Piece
+from mara_integrations.replies.reader import ReplyReader
+from mara_integrations.replies.tool_calls import Call, Piece
 from mara_integrations.runtime import MARAEngine
 
 # Arguments of a call that LangChain gives to itself.
@@ -251,20 +250,25 @@ class ChatMARA(EngineSettings, BaseChatModel):
             include_raw: Return `{"raw": message, "parsed": object, "parsing_error": None or the error}`.
             strict: Always so.
             **kwargs: Settings to bind beside it.
+
+        Raises:
+            ConfigError: If `schema` is none of these. The runnable that is returned raises LangChain's
+                `OutputParserException` where a reply was cut by `max_tokens`, so that there is no whole object.
         """
         schema = named(schema) if isinstance(schema, dict) else schema
-        if method == "function_calling":
-            if schema is None:
-                raise ConfigError("with_structured_output needs a schema", hint="or method='json_mode'")
-            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
-        wanted: dict[str, Any] = {"type": "json_object"}
         if schema is not None:
-            whole = json_schema(schema) or convert_to_json_schema(schema)
-            wanted = {"type": "json_schema", "json_schema": {"name": whole.get("title", "answer"), "schema": whole}}
-            kwargs["ls_structured_output_format"] = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
-        model = self.bind(response_format=wanted, **kwargs)
-        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
-        parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
+            check_schema(schema)
+            told = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+            kwargs["ls_structured_output_format"] = told
+        model: Runnable[LanguageModelInput, AIMessage]
+        if method != "function_calling":
+            model = self.bind(response_format=_response_format(schema), **kwargs)
+            parser = object_parser(schema)
+        elif schema is not None:
+            model = self.bind_tools([schema], tool_choice="any", **kwargs)
+            parser = arguments_parser(schema)
+        else:
+            raise ConfigError("with_structured_output needs a schema", hint="or method='json_mode'")
         if not include_raw:
             return model | parser
         parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
@@ -311,32 +315,27 @@ class _Reply:
             settings["trace"] = True  # the log-probabilities are read from it
 
     @cached_property
-    def _parser(self) -> CallParser | None:
-        return call_parser(self.settings, self._engine.model)
-
-    @cached_property
-    def _splitter(self) -> ThoughtSplitter:
-        return thought_splitter(self._engine.model)
+    def _reader(self) -> ReplyReader:
+        return reply_reader(self.settings, self._engine.model)
 
     def result(self, generation: Generation) -> ChatResult:
         """The whole reply."""
-        thoughts, text = self._splitter.push(generation.text, final=True)
+        pieces = self._reader.push(generation.text, generation.finish_reason)
+        thoughts = "".join(piece.thoughts for piece in pieces)
         message = AIMessage(
-            content=text,
+            content="".join(piece.text for piece in pieces),
             additional_kwargs={"reasoning_content": thoughts} if thoughts else {},
             response_metadata=self._report(generation),
             usage_metadata=_usage(generation),
         )
-        if self._parser is not None:
-            message.content = "".join(piece.text for piece in self._parser.push(text, final=True))
-            for call in self._parser.calls:
-                arguments = call.parsed
-                if arguments is not None:
-                    message.tool_calls.append(tool_call(name=call.name, args=arguments, id=call.id))
-                else:
-                    error = f"{call.error} (finish_reason {generation.finish_reason!r})"
-                    invalid = invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error)
-                    message.invalid_tool_calls.append(invalid)
+        for call in self._reader.calls:
+            arguments = call.parsed
+            if arguments is not None:
+                message.tool_calls.append(tool_call(name=call.name, args=arguments, id=call.id))
+            else:
+                error = f"{call.error} (finish_reason {generation.finish_reason!r})"
+                invalid = invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error)
+                message.invalid_tool_calls.append(invalid)
         generation_info = {"finish_reason": generation.finish_reason}
         return ChatResult(
             generations=[ChatGeneration(message=message, generation_info=generation_info)],
@@ -345,30 +344,14 @@ class _Reply:
 
     def chunks(self, update: Update) -> Iterator[ChatGenerationChunk]:
         """Chunks of one update; usage and report come once, with the last."""
-        is_last = update.generation is not None
-        thoughts, text = self._splitter.push(update.text, final=is_last)
-        if thoughts:
-            message = AIMessageChunk(content="", additional_kwargs={"reasoning_content": thoughts})
-            yield ChatGenerationChunk(message=message)
-        for piece in self._parser.push(text, final=is_last) if self._parser else [Piece(text)]:
-            if piece.call is not None:
-                call = piece.call
-                is_first = not call.arguments
-                chunk = tool_call_chunk(
-                    name=call.name if is_first else None,
-                    args=call.arguments,
-                    id=call.id if is_first else None,
-                    index=call.index,
-                )
-                yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
-            elif piece.text:
-                yield ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
+        for piece in self._reader.push(update.text, update.finish_reason):
+            if piece.call is None or piece.call.name:
+                yield ChatGenerationChunk(message=_chunk(piece))
         if update.generation is None:
             return
-        for call in self._parser.calls if self._parser else ():
+        for call in self._reader.calls:
             if call.error is not None:
-                chunk = tool_call_chunk(name=None, args=_spoiled(call.arguments), id=None, index=call.index)
-                yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
+                yield ChatGenerationChunk(message=_invalid(call))
         message = AIMessageChunk(
             content="",
             response_metadata=self._report(update.generation),
@@ -383,6 +366,40 @@ class _Reply:
         if self._top_logprobs is not None:
             report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
         return report
+
+
+def _chunk(piece: Piece) -> AIMessageChunk:
+    """LangChain's form of a piece; the id and name of a call come with the first of its chunks."""
+    if piece.thoughts:
+        return AIMessageChunk(content="", additional_kwargs={"reasoning_content": piece.thoughts})
+    if piece.call is None:
+        return AIMessageChunk(content=piece.text)
+    call, is_first = piece.call, not piece.call.arguments
+    chunk = tool_call_chunk(
+        name=call.name if is_first else None,
+        args=call.arguments,
+        id=call.id if is_first else None,
+        index=call.index,
+    )
+    return AIMessageChunk(content="", tool_call_chunks=[chunk])
+
+
+def _invalid(call: Call) -> AIMessageChunk:
+    """What makes the chunks of a call add up to an invalid one; all of a call without a name."""
+    spoiled = _spoiled(call.arguments)
+    if call.name:
+        chunk = tool_call_chunk(name=None, args=spoiled, id=None, index=call.index)
+    else:
+        chunk = tool_call_chunk(name="", args=call.arguments + spoiled, id=call.id, index=call.index)
+    return AIMessageChunk(content="", tool_call_chunks=[chunk])
+
+
+def _response_format(schema: Any) -> dict[str, Any]:
+    """The `response_format` of OpenAI's API for a schema; None allows any object."""
+    if schema is None:
+        return {"type": "json_object"}
+    whole = json_schema(schema) or convert_to_json_schema(schema)
+    return {"type": "json_schema", "json_schema": {"name": whole.get("title", "answer"), "schema": whole}}
 
 
 def _top_logprobs(call: dict[str, Any]) -> int | None:

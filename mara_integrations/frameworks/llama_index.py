@@ -36,12 +36,11 @@ from pydantic_core import from_json
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import AsyncStream, Update
-from mara_integrations.errors import ConfigError
-from mara_integrations.frameworks.answers import answer_report, call_parser, thought_splitter
+from mara_integrations.errors import ConfigError, CutReplyError
+from mara_integrations.frameworks.answers import answer_report, reply_reader
 from mara_integrations.frameworks.settings import EngineSettings
 from mara_integrations.messages import Message, Prompt, Role, ToolCall
-from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import CallParser
+from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.sampling import SamplingParams
 
 Answer = TypeVar("Answer", ChatResponse, CompletionResponse)
@@ -178,18 +177,24 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         """Calls of a response, also of one that is still being written: its arguments are then what is there so far.
 
         Raises:
+            CutReplyError: If `max_tokens` cut the response before its call was whole.
             ValueError: If there is none, and `error_on_no_tool_call`.
         """
-        calls = [
-            ToolSelection(
-                tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=_arguments(block.tool_kwargs)
-            )
-            for block in response.message.blocks
-            if isinstance(block, ToolCallBlock)
-        ]
-        if not calls and error_on_no_tool_call:
+        blocks = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        is_last = response.raw is not None  # a stream brings it once, at its end
+        if is_last and any(isinstance(block.tool_kwargs, str) for block in blocks):
+            _check_whole(response, "its call")
+        if not blocks and error_on_no_tool_call:
+            _check_whole(response, "a call")
             raise ValueError(f"the answer calls no tool: {response.message.content!r}")
-        return calls
+        return [
+            ToolSelection(
+                tool_id=block.tool_call_id or "",
+                tool_name=block.tool_name,
+                tool_kwargs={} if is_last and isinstance(block.tool_kwargs, str) else _arguments(block.tool_kwargs),
+            )
+            for block in blocks
+        ]
 
     def _structured_stream_call(
         self,
@@ -269,20 +274,16 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
     def _chat_answers(self, settings: dict[str, Any]) -> Callable[..., ChatResponse]:
         """Makes the responses of one request, each with all that was written so far."""
-        splitter: ThoughtSplitter | None = None  # the model is loaded by the time of the first update
-        parser: CallParser | None = None
+        reader: ReplyReader | None = None  # the model is loaded by the time of the first update
         thoughts = text = ""
 
         def answer(update: Update, is_stream: bool = True) -> ChatResponse:
-            nonlocal splitter, parser, thoughts, text
-            splitter = splitter or thought_splitter(self.engine.model)
-            parser = parser or call_parser(settings, self.engine.model)
-            is_last = update.generation is not None
-            thought, delta = splitter.push(update.text, final=is_last)
-            if parser is not None:
-                delta = "".join(piece.text for piece in parser.push(delta, final=is_last))
+            nonlocal reader, thoughts, text
+            reader = reader or reply_reader(settings, self.engine.model)
+            pieces = reader.push(update.text, update.finish_reason)
+            thought, delta = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("thoughts", "text"))
             thoughts, text = thoughts + thought, text + delta
-            calls = parser.calls if parser else []
+            calls = reader.calls
             blocks: list[Any] = [ThinkingBlock(content=thoughts)] if thoughts else []
             blocks += [TextBlock(text=text)] if text or not calls else []
             for call in calls:
@@ -401,6 +402,19 @@ def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
+def _check_whole(response: ChatResponse, what: str) -> None:
+    """Refuse a response that was cut.
+
+    Raises:
+        CutReplyError: If it ended at `max_tokens`.
+    """
+    about = response.raw if isinstance(response.raw, dict) else {}
+    if about.get("finish_reason") == "length":
+        num_tokens = about["usage"]["completion_tokens"]
+        message = f"the reply was cut after {num_tokens} tokens, before {what} was whole"
+        raise CutReplyError(message, hint="raise max_tokens, or bound its strings with maxLength")
+
+
 def _answering(output_cls: type[Model], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     schema = {"name": output_cls.__name__, "schema": output_cls.model_json_schema()}
     return {**(llm_kwargs or {}), "response_format": {"type": "json_schema", "json_schema": schema}}
@@ -413,6 +427,7 @@ def _objects_of(output_cls: type[Model]) -> Callable[[ChatResponse], BaseModel |
     def as_object(response: ChatResponse) -> BaseModel | None:
         text = response.message.content or ""
         if response.raw is not None:
+            _check_whole(response, f"its {output_cls.__name__}")
             return output_cls.model_validate_json(text)
         fields = _arguments(text)
         return loose(**fields) if fields else None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
+from typing_extensions import is_typeddict
 
 from mara_integrations.errors import ConfigError
 
@@ -21,6 +23,19 @@ def named(schema: dict[str, Any]) -> dict[str, Any]:
     if name in definitions:
         schema = {**definitions[name], "$defs": definitions}
     return schema if {"title", *_OF_TOOLS} & schema.keys() else {"title": "answer", **schema}
+
+
+def check_schema(schema: Any) -> None:
+    """Refuse what LangChain can't make a JSON schema of.
+
+    Raises:
+        ConfigError: If it is a class that is neither of pydantic nor a TypedDict.
+    """
+    if isinstance(schema, type) and not (is_basemodel_subclass(schema) or is_typeddict(schema)):
+        raise ConfigError(
+            f"schema={schema!r} is not allowed: it has no fields",
+            hint="give a pydantic class, a TypedDict, or a JSON schema as a dict",
+        )
 
 
 def json_schema(schema: Any) -> dict[str, Any] | None:

@@ -10,9 +10,6 @@ from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Tool
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 
-# A small model that falls into a string does not come out again: longer ones must be asked for, by `maxLength`.
-_LONGEST_STRING = 1000
-
 
 @dataclass(frozen=True, slots=True)
 class CallSyntax:
@@ -174,7 +171,7 @@ def _after_thoughts(reply: dict[str, Any], thoughts: Thoughts) -> dict[str, Any]
 
 
 def _tag(begin: str, tool: Tool, end: str) -> dict[str, Any]:
-    return {"type": "tag", "begin": begin, "content": _json(tool.parameters, min_length=1), "end": end}
+    return {"type": "tag", "begin": begin, "content": _json(tool.parameters), "end": end}
 
 
 def _tool(tool: Mapping[str, Any]) -> Tool:
@@ -184,19 +181,5 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
     return Tool(function["name"], function.get("description") or "", function.get("parameters") or {})
 
 
-def _json(schema: Mapping[str, Any], min_length: int = 0) -> dict[str, Any]:
-    schema = _bounded(schema, min_length) or {"type": "object", "properties": {}}
-    return {"type": "json_schema", "json_schema": schema}
-
-
-def _bounded(schema: Any, min_length: int) -> Any:
-    """The schema with a bound on every string that has none; a tool's arguments are not left empty either."""
-    if isinstance(schema, list):
-        return [_bounded(item, min_length) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    bounded = {key: _bounded(value, min_length) for key, value in schema.items()}
-    if schema.get("type") == "string" and not {"enum", "const", "pattern", "format"} & schema.keys():
-        bounded.setdefault("maxLength", _LONGEST_STRING)
-        bounded.setdefault("minLength", min(min_length, bounded["maxLength"]))
-    return bounded
+def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema or {"type": "object", "properties": {}}}

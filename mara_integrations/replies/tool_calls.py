@@ -30,10 +30,14 @@ class Call:
 
 @dataclass(slots=True)
 class Piece:
-    """News of a reply: text for the reader, or the next part of a call's arguments."""
+    """The next part of a reply: of its text, of its thoughts, or of a call's arguments."""
 
     text: str = ""
+    thoughts: str = ""
     call: Call | None = None
+
+
+CUT = "max_tokens cut the reply before this call was whole: raise max_tokens"
 
 
 _OPENED = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -67,9 +71,16 @@ class CallParser:
     _is_first: bool = field(default=True, init=False)  # no text was given yet
     _json: _JSONEnd = field(default_factory=lambda: _JSONEnd(), init=False)
     _held: str = field(default="", init=False)
+    _ends_with_call: bool = field(default=False, init=False)
 
-    def push(self, text: str, *, final: bool = False) -> list[Piece]:
-        """Take more text; `final`: there is no more, so what was held back is text after all."""
+    def push(self, text: str, *, final: bool = False, is_cut: bool = False) -> list[Piece]:
+        """Read more text.
+
+        Args:
+            text: The text that was added.
+            final: There is no more, so what was held back is text after all.
+            is_cut: The reply was cut; a call that it ends with is not whole.
+        """
         self._held += text
         pieces: list[Piece] = []
         steps = {"text": self._text, "head": self._head, "arguments": self._arguments}
@@ -78,7 +89,15 @@ class CallParser:
             pieces += new
         if final and self._part == "arguments":
             self.calls[-1].error = "the reply ended inside the call"
+        if is_cut and self._ends_with_call:
+            self.calls[-1].error = CUT
         return pieces
+
+    def cut_before_call(self) -> list[Piece]:
+        """Report a call of which nothing was written before the reply was cut."""
+        piece = self._open("")
+        self.calls[-1].error = CUT
+        return [piece]
 
     # One step of each part; None: it needs more text.
 
@@ -179,6 +198,7 @@ class CallParser:
         self._mark, self._held = self._mark + matched[0], self._held[matched.end() :]
 
     def _open(self, name: str) -> Piece:
+        self._ends_with_call = True
         self.calls.append(Call(len(self.calls), f"call_{uuid4().hex[:24]}", name))
         return Piece(call=replace(self.calls[-1]))
 
@@ -189,6 +209,7 @@ class CallParser:
     def _give(self, end: int) -> list[Piece]:
         text, self._held = self._held[:end], self._held[end:]
         self._is_first = self._is_first and not text.strip()
+        self._ends_with_call = self._ends_with_call and not text.strip()
         return [Piece(text=text)] if text else []
 
 

@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import Update
-from mara_integrations.frameworks.answers import call_parser, log_prob_report, thought_splitter
+from mara_integrations.frameworks.answers import log_prob_report, reply_reader
 from mara_integrations.models.load import LoadedModel
-from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import CallParser, Piece
+from mara_integrations.replies.reader import ReplyReader
+from mara_integrations.replies.tool_calls import Call
 from mara_integrations.server.objects import (
     CallOfReply,
     ChatCompletion,
@@ -42,27 +42,22 @@ class ChatAnswer:
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
 
     @cached_property
-    def _parser(self) -> CallParser | None:
-        return call_parser(self._call.settings, self._model)
-
-    @cached_property
-    def _splitter(self) -> ThoughtSplitter:
-        return thought_splitter(self._model)
+    def _reader(self) -> ReplyReader:
+        return reply_reader(self._call.settings, self._model)
 
     def whole(self, generations: Sequence[Generation]) -> ChatCompletion:
         """Return the answer in one piece."""
         (generation,) = generations
-        thoughts, text = self._splitter.push(generation.text, final=True)
-        message: ReplyMessage = {"role": "assistant", "content": text}
-        if thoughts:
+        pieces = self._reader.push(generation.text, generation.finish_reason)
+        message: ReplyMessage = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+        if thoughts := "".join(piece.thoughts for piece in pieces):
             message["reasoning_content"] = thoughts
-        if self._parser is not None:
-            message["content"] = "".join(piece.text for piece in self._parser.push(text, final=True)) or None
-            if self._parser.calls:
-                message["tool_calls"] = [
-                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                    for call in self._parser.calls
-                ]
+        if calls := [call for call in self._reader.calls if call.name]:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
         reason = self._finish_reason(generation)
         return {
             "id": self._id,
@@ -80,15 +75,13 @@ class ChatAnswer:
         """Return the chunks of one update; finish reason, log-probabilities and usage come with the last."""
         if is_first:
             yield self._chunk({"role": "assistant", "content": ""})
-        is_last = update.generation is not None
-        thoughts, text = self._splitter.push(update.text, final=is_last)
-        if thoughts:
-            yield self._chunk({"reasoning_content": thoughts})
-        for piece in self._parser.push(text, final=is_last) if self._parser else [Piece(text)]:
-            if piece.call is not None:
-                yield self._chunk({"tool_calls": [_part_of_call(piece)]})
+        for piece in self._reader.push(update.text, update.finish_reason):
+            if piece.thoughts:
+                yield self._chunk({"reasoning_content": piece.thoughts})
             elif piece.text:
                 yield self._chunk({"content": piece.text})
+            elif piece.call is not None and piece.call.name:
+                yield self._chunk({"tool_calls": [_part_of_call(piece.call)]})
         if update.generation is not None:
             last = self._chunk({}, self._finish_reason(update.generation))
             last["choices"][0]["logprobs"] = self._log_probs(update.generation)
@@ -107,9 +100,10 @@ class ChatAnswer:
         }
 
     def _finish_reason(self, generation: Generation) -> FinishReason:
-        calls = self._parser.calls if self._parser else []
-        is_called = bool(calls) and all(call.error is None for call in calls)
-        return "tool_calls" if is_called else generation.finish_reason
+        calls = self._reader.calls
+        if generation.finish_reason == "stop" and calls and all(call.error is None for call in calls):
+            return "tool_calls"
+        return generation.finish_reason
 
     def _log_probs(self, generation: Generation) -> dict[str, Any] | None:
         if self._call.top_logprobs is None:
@@ -173,10 +167,8 @@ def usage(generations: Sequence[Generation]) -> Usage:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _part_of_call(piece: Piece) -> CallOfReply:
+def _part_of_call(call: Call) -> CallOfReply:
     """Return the next part of a call; its id and name come with the first."""
-    assert piece.call is not None
-    call = piece.call
     if not call.arguments:
         function = {"name": call.name, "arguments": ""}
         return {"index": call.index, "id": call.id, "type": "function", "function": function}  # type: ignore[typeddict-item]

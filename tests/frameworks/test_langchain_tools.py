@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -20,14 +20,17 @@ from mara_integrations.errors import ConfigError
 total = partial(reduce, operator.add)  # of the chunks of a stream
 
 
+Digit = Annotated[int, Field(ge=0, le=9)]  # a model that writes nonsense comes to its end
+
+
 @tool
-def add(a: int, b: int) -> int:
+def add(a: Digit, b: Digit) -> int:
     """Add two numbers."""
     return a + b
 
 
 @tool
-def sub(a: int, b: int) -> int:
+def sub(a: Digit, b: Digit) -> int:
     """Subtract two numbers."""
     return a - b
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import llama_index.core
 import pytest
 from llama_index.core import Document, Settings, SummaryIndex
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent, ToolCall, ToolCallResult
 from llama_index.core.llms import ChatMessage
+from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 
 from mara_integrations import MARALLM
@@ -109,6 +110,14 @@ async def test_parallel_calls_are_all_made() -> None:
     assert str(await handler) == "3 and 1."
 
 
+class First(BaseModel):
+    count: Literal[1, 2]  # a model that writes nonsense comes to its end
+
+
+class Second(BaseModel):
+    word: Literal["x", "y"]
+
+
 async def test_calls_are_forced_on_a_model_that_would_write_nonsense() -> None:
     class Guided(GatedLLM):
         """Says at each turn which tool it must call; after both, that it must answer."""
@@ -127,8 +136,9 @@ async def test_calls_are_forced_on_a_model_that_would_write_nonsense() -> None:
         return word
 
     model = (tiny_model(max_position_embeddings=WINDOW), tiny_tokenizer())
-    llm = Guided(model, head=random_head(32), max_tokens=60)
-    handler = FunctionAgent(llm=llm, tools=[first, second]).run("hi")
+    llm = Guided(model, head=random_head(32), max_tokens=100)
+    tools = [FunctionTool.from_defaults(first, fn_schema=First), FunctionTool.from_defaults(second, fn_schema=Second)]
+    handler = FunctionAgent(llm=llm, tools=tools).run("hi")
     called = [(e.tool_name, list(e.tool_kwargs)) async for e in handler.stream_events() if type(e) is ToolCall]
 
     assert (await handler).response.content

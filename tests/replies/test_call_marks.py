@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import operator
 from functools import partial, reduce
-from typing import Any
 
 import pytest
 from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel
+from scripted import TEMPLATE, writes
 
-from mara_integrations import MARALLM
-from mara_integrations.engine.decoder import Decoder
-from mara_integrations.messages import Message
-from mara_integrations.runtime import worker_for
-from mara_integrations.testing import ScriptedBackend, tiny_model, tiny_tokenizer
-
-TURN = "[assistant] "
-PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}" + TURN
+PLAIN = TEMPLATE
 # What a template says of the family: its marks, and where tools go.
 MISTRAL = "{{ tools }}{# [TOOL_CALLS] #}" + PLAIN
 MISTRAL_V11 = "{{ tools }}{# [TOOL_CALLS] [ARGS] #}" + PLAIN
@@ -37,29 +30,6 @@ ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # of Qwen: token
 def add(a: int, b: int) -> int:
     """Add two numbers."""
     return a + b
-
-
-def model(
-    template: str, reply: str, special: list[str] = SPECIAL, added: list[str] = ADDED, **settings: Any
-) -> MARALLM:
-    """One that writes a reply, as far as it may; where it may not go on, an 8 or what is first."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.add_tokens(added)
-    size = len(tokenizer)
-    llm = MARALLM((tiny_model(vocab_size=size, max_position_embeddings=4096), tokenizer), max_tokens=200, **settings)
-    turn = TURN + llm.engine.model.encoder.render([Message("user", "?")]).rpartition(TURN)[2]
-    begin, wanted = (list(tokenizer(text)["input_ids"]) for text in (turn, reply))
-
-    def script(token_ids: Any) -> list[float]:
-        places = [i + len(begin) for i in range(len(token_ids)) if list(token_ids[i : i + len(begin)]) == begin]
-        done = list(token_ids[max(places, default=len(token_ids)) :])
-        following = [*wanted, 0][len(done)] if done == wanted[: len(done)] else 0
-        return [20.0 if token_id == following else float(token_id == 24) for token_id in range(size)]
-
-    worker_for(llm.engine.model).decoder = Decoder(ScriptedBackend(script, size))
-    return llm
 
 
 total = partial(reduce, operator.add)  # of the chunks of a stream
@@ -82,7 +52,7 @@ def test_a_call_is_read_whether_its_marks_are_special_tokens_or_not(
     template: str, reply: str, is_special: bool
 ) -> None:
     marks = [*SPECIAL, *ADDED]
-    llm = model(template, reply, special=marks if is_special else [], added=[] if is_special else marks)
+    llm = writes(reply, template, special=marks if is_special else [], added=[] if is_special else marks)
     caller = llm.bind_tools([add])
 
     for message in (caller.invoke("hi"), total(caller.stream("hi"))):
@@ -92,12 +62,16 @@ def test_a_call_is_read_whether_its_marks_are_special_tokens_or_not(
     assert [call.tool_kwargs for call in llm.get_tool_calls_from_response(response)] == [{"a": 1, "b": 2}]
 
 
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+ADD_DIGITS = {"title": "add", "type": "object", "properties": {"a": DIGIT, "b": DIGIT}, "required": ["a", "b"]}
+
+
 @pytest.mark.parametrize("template", [MISTRAL, MISTRAL_V11, LLAMA, HERMES])
 @pytest.mark.parametrize("choice", ["any", "add"])
 def test_a_forced_call_is_written_in_the_familys_way(template: str, choice: str) -> None:
-    llm = model(template, "I would rather talk.")
+    llm = writes("I would rather talk.", template, SPECIAL, ADDED)
 
-    message = llm.bind_tools([add], tool_choice=choice).invoke("hi", max_tokens=90)
+    message = llm.bind_tools([ADD_DIGITS], tool_choice=choice).invoke("hi", max_tokens=90)
 
     (call,) = message.tool_calls
     assert call["name"] == "add" and set(call["args"]) == {"a", "b"}
@@ -114,7 +88,7 @@ def test_a_forced_call_is_written_in_the_familys_way(template: str, choice: str)
 
 
 def test_other_special_tokens_stay_out_of_the_text() -> None:
-    llm = model(MISTRAL, "<|im_start|>Well.[TOOL_CALLS]<|im_start|> me")
+    llm = writes("<|im_start|>Well.[TOOL_CALLS]<|im_start|> me", MISTRAL, SPECIAL, ADDED)
 
     assert llm.bind_tools([add]).invoke("hi").text == "Well.[TOOL_CALLS] me"
     assert llm.invoke("hi").text == "Well. me"  # without tools there are no calls to be read
@@ -136,7 +110,7 @@ def test_a_model_thinks_before_it_is_held_to_a_form(template: str, thoughts: str
     marks = {"special": ADDED, "added": []} if is_special else {"special": [], "added": ADDED}
     call = f'<tool_call>\n{{"name": "Answer", "arguments": {JSON}}}\n</tool_call>'
 
-    json_llm, call_llm = (model(template, thoughts + end, **marks) for end in (JSON, call))
+    json_llm, call_llm = (writes(thoughts + end, template, **marks) for end in (JSON, call))
 
     raw = json_llm.with_structured_output(Answer, include_raw=True).invoke("hi")
     assert raw["parsed"] == Answer(is_cat=True)
@@ -151,11 +125,12 @@ def test_a_model_thinks_before_it_is_held_to_a_form(template: str, thoughts: str
 
 
 @pytest.mark.parametrize(("template", "thoughts"), [(THINKING, "<think>\n"), (BEGUN, "")])
-def test_thoughts_without_end_leave_room_for_the_answer(template: str, thoughts: str) -> None:
-    llm = model(template, thoughts + "Hm. " * 200)
+def test_thoughts_without_end_are_cut_and_no_answer_is_made_up(template: str, thoughts: str) -> None:
+    llm = writes(thoughts + "Hm. " * 200, template, SPECIAL, ADDED)
 
     raw = llm.with_structured_output(Answer, include_raw=True).invoke("hi")
 
-    assert isinstance(raw["parsed"], Answer)
+    assert raw["parsed"] is None and "raise max_tokens" in str(raw["parsing_error"])
+    assert raw["raw"].text == ""
     assert raw["raw"].additional_kwargs["reasoning_content"].startswith("Hm. Hm.")
     assert raw["raw"].response_metadata["finish_reason"] == "length"

@@ -115,8 +115,6 @@ def test_kept_states_are_those_of_a_plain_forward_with_drafts():
 class Counting:
     """A grammar of three tokens that may come after the last one, and of one in some places."""
 
-    is_cut_short = False
-
     def __init__(self):
         self.taken = []
 

@@ -31,56 +31,66 @@ _OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "streaming", "timeout
 
 
 class EngineSettings(BaseModel):
-    """Keyword arguments of a gated local model. None means what the head was trained with, else the engine's default.
+    """Keyword arguments of a gated local model, and what follows from them.
 
-    Attributes:
-        model: Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`; the only positional one.
-            None is the model that the head records.
-        head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
-            mapping to weights, are composed: their corrections of the base model add.
-        strength: Dial on the head, 0 is the base model.
-        selection: See `GateParams`.
-        fallback: See `GateParams`.
-        top_k: See `SamplingParams`.
-        top_p: See `SamplingParams`.
-        min_candidates: See `SamplingParams`.
-        temperature: 0 is greedy.
-        max_tokens: Upper bound of a reply; `max_new_tokens` is understood too.
-        stop: Strings that end a reply.
-        seed: Makes sampling repeatable.
-        system_prompt: Put before every conversation that brings no system message. None is the one that the head was
-            trained with; an empty text turns it off.
-        device: `auto` is CUDA, then MPS, then CPU.
-        dtype: `auto` is what the device is fast at.
-        trace: Report what the gate saw and did at each position.
-        revision: Of a model on the Hub.
-        model_kwargs: Passed to `from_pretrained`, as for quantisation or `device_map`.
-        quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-        limits: How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields.
+    ```python
+    llm = MARALLM("smollm2", head="heads/brand-voice", temperature=0.7, max_tokens=100)
+    llm = MARALLM(head="org/brand-voice")  # the model that the head was trained on
+    llm = MARALLM((model, tokenizer), head={"heads/voice": 1.0, "heads/safety": 0.5})
+    ```
+
+    What a call says goes before these settings, and these before what the head was trained with; see
+    `resolve_settings`. Nothing is looked up or loaded before the first use, or `load`. Fields can be assigned at any
+    time, and hold from the next call on.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
     model: Any = None
+    """Hub id, local folder, `.gguf` file, alias, or a loaded `(model, tokenizer)`. None is the model that the head was
+    trained on."""
     head: Any = None
+    """A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
+    mapping to weights, are composed: their corrections of the base model add."""
     strength: float | None = None
+    """Dial on the head: 0 is the base model, 1 (the default) the strength that the head was trained to."""
     selection: Selection | None = None
+    """Rule by which the gate takes a candidate: `auto` (the default), `first`, `greedy` or `sample`; see
+    `GateParams`."""
     fallback: Fallback | None = None
+    """Candidate that is taken when all are rejected: `first` (the default), `last` or `best`; see `GateParams`."""
     top_k: int | None = None
+    """Number of candidates kept by probability. None is what the head was trained with, else 40."""
     top_p: float | None = None
+    """Share of the probability that the candidates have together. None is what the head was trained with, else 0.95."""
     min_candidates: int | None = None
+    """Least number of candidates, whatever `top_p` says. None is what the head was trained with, else 1."""
     temperature: float = 0.0
+    """Temperature of sampling; 0 is greedy."""
     max_tokens: int | None = None
+    """Most tokens of a reply, 512 by default; `max_new_tokens` is another name for it. A reply that it cuts has the
+    `finish_reason` "length"."""
     stop: list[str] | None = None
+    """Strings that end a reply; they are not part of it."""
     seed: int | None = None
+    """Seed of sampling; None draws fresh random numbers for each call."""
     system_prompt: str | None = None
+    """Text put before every conversation that brings no system message. None is the one that the head was trained with;
+    an empty text turns it off."""
     device: Any = "auto"
+    """Device of the model; `auto` is CUDA, then MPS, then CPU."""
     dtype: Any = "auto"
+    """Number format of the model; `auto` is what the device is fast at."""
     trace: bool = False
+    """Whether answers report what the gate saw and did at each position."""
     revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
     model_kwargs: dict[str, Any] | None = None
+    """Arguments for `from_pretrained`, as for quantisation or `device_map`."""
     quantization: Quantization | None = None
+    """Format of the weights of linear layers; `int8` is for the CPU: a quarter of the memory, and faster."""
     limits: EngineLimits | None = None
+    """How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields."""
 
     _engine: MARAEngine | None = PrivateAttr(default=None)
 

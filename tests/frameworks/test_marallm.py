@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -205,3 +207,26 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
     subprocess.run([sys.executable, "-c", block + code], check=True)
+
+
+def test_langchains_cache_and_callbacks_are_carried_along(loaded: tuple[Any, Any]) -> None:
+    usage, cache = UsageMetadataCallbackHandler(), InMemoryCache()
+    llm = MARALLM(loaded, max_tokens=3, cache=cache, callbacks=[usage])
+
+    first, second = llm.invoke("hi"), llm.invoke("hi")
+
+    assert first.content == second.content
+    (answer,) = cache._cache.values()
+    assert answer[0].text == first.content
+    (counts,) = usage.usage_metadata.values()
+    assert counts["output_tokens"] >= 3
+
+
+def test_the_chat_model_is_made_once_until_a_setting_changes(llm: MARALLM) -> None:
+    chat = llm.as_langchain()
+
+    assert llm.as_langchain() is chat
+    llm.stop = ["x"]
+    assert llm.as_langchain() is not chat and llm.as_langchain().stop == ["x"]
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        llm.no_such_thing  # noqa: B018

@@ -127,6 +127,7 @@ def evaluate_head(
 
     from mara_integrations.evaluation import report as reports
     from mara_integrations.evaluation.evaluate import evaluate
+    from mara_integrations.evaluation.provenance import Provenance
     from mara_integrations.runtime import MARAEngine
 
     if report is not None:
@@ -173,7 +174,7 @@ def evaluate_head(
             on_progress=advance,
         )
     if report is not None:
-        provenance = reports.Provenance.now(_command(), str(data), prompts.fingerprint)
+        provenance = Provenance.now(_command(), str(data), prompts.fingerprint)
         reports.write_report(evaluation, report, provenance)
     if examples:
         reports.print_examples(console, evaluation, examples)
@@ -184,13 +185,13 @@ def evaluate_head(
 
 
 def _command() -> str:
-    """The command line, where this process is `mara-tools`."""
+    """Return the command line where this process is `mara-tools`, else an empty text."""
     is_ours = Path(sys.argv[0]).name in ("mara-tools", "__main__.py")
     return shlex.join(["mara-tools", *sys.argv[1:]]) if is_ours else ""
 
 
 def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:
-    """By name; of several that share one, as reward models of several heads do, those after the first get a number."""
+    """Return the rewards by name; where several share one, those after the first get a number."""
     from mara_integrations.rewards import reward_name
 
     named: dict[str, Reward] = {}
@@ -202,7 +203,7 @@ def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:
 
 
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
-    """Where a file is the one that a head was trained on: the prompts that it was not fitted on."""
+    """Return the prompts that a head was not fitted on, if it was trained on this very file, else None."""
     from mara_integrations.data import column_mapping, read_dataset, split
 
     trained = config.training

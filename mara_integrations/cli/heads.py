@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from mara_integrations.cli.app import say
 from mara_integrations.cli.options import head_source
-from mara_integrations.errors import HeadError
+from mara_integrations.errors import HeadError, printable
 from mara_integrations.files import check_writable
 from mara_integrations.training.records.trackers import numbers
 
@@ -44,17 +47,27 @@ def inspect_head(
     wide, narrow = config.inner_sizes
     last = {"q": " features of state and candidate", "paper": " -> 2"}.get(config.form, " -> 1")
     shape = f"{config.hidden_size} -> {wide} -> {narrow}{last}"
-    say(console, "Head", f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters")
-    say(console, "Model", config.base_model or "unknown")
-    say(console, "Scale", f"strength 1 multiplies its score by {config.scale:.3g}")
-    say(console, "Takes", f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates} candidates")
-    say(console, "Method", config.method or "unknown")
-    for reward in config.rewards:
-        say(console, "Reward", _reward_line(reward))
-    say(console, "Data", config.data_fingerprint or "unknown")
-    for name, value in numbers(config.metrics).items():
-        say(console, "", f"{name} {value:.4g}")
-    say(console, "Weights", loaded.fingerprint)
+    metrics = config.metrics
+    rows = f", {metrics['rows']} rows and {metrics.get('held_out_rows', 0)} held out" if "rows" in metrics else ""
+    about = {
+        "Head": f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters",
+        "Model": config.base_model or "unknown",
+        "Scale": f"{config.scale:.3g}: at strength 1 the score is multiplied by it",
+        "Candidates": f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}",
+        "Method": config.method or "unknown",
+        "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",
+        "System prompt": str(config.training.get("system_prompt") or "none"),
+        "Data": f"{(config.data_fingerprint or 'unknown')[:16]}{rows}",
+        "Trained": f"{metrics.get('date', 'unknown')}, with mara_integrations {metrics.get('version', '?')}",
+        "Weights": loaded.fingerprint[:16],
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in about.items():
+        table.add_row(name, Text(printable(text)))
+    console.print(table)
+    _print_scores(console, metrics)
 
 
 def convert(
@@ -108,6 +121,38 @@ def merge(
 def _written(head: MARAHead, output: Path) -> None:
     head.save_pretrained(output)
     say(Console(), "Head", f"{output}: form {head.config.form}, hidden size {head.config.hidden_size}")
+
+
+def _print_scores(console: Console, metrics: Mapping[str, Any]) -> None:
+    """Print what the training measured: per reward, then the figures of both sides, then what is left."""
+    evaluation = metrics.get("evaluation")
+    if isinstance(evaluation, Mapping):
+        table = Table(title="On held-out prompts")
+        for name in ("", "base", "gated"):
+            table.add_column(name, justify="right" if name else "left", overflow="fold")
+        rewards = evaluation.get("rewards")
+        for name, found in rewards.items() if isinstance(rewards, Mapping) else ():
+            values = found if isinstance(found, Mapping) else {}
+            table.add_row(
+                *(
+                    Text(printable(t))
+                    for t in (name, *map(_number, (values.get("base_mean"), values.get("gated_mean"))))
+                )
+            )
+        base, gated = (side if isinstance(side := evaluation.get(key), Mapping) else {} for key in ("base", "gated"))
+        for key in base:
+            label = {"distinct_2": "distinct-2", "ended": "share of replies that came to an end"}.get(
+                key, key.replace("_", " ")
+            )
+            table.add_row(*(Text(printable(t)) for t in (label, _number(base[key]), _number(gated.get(key)))))
+        console.print(table)
+    rest = {name: value for name, value in metrics.items() if name not in ("evaluation", "rows", "held_out_rows")}
+    for name, value in numbers(rest).items():
+        console.print(Text(printable(f"{name.replace('_', ' ')}: {value:.4g}")))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
 def _reward_line(spec: dict[str, Any]) -> str:

@@ -1,1 +1,4 @@
-"""Is the head worth it: metrics, base against gate on the same prompts, and the report that shows it."""
+"""Evaluation of a head: both replies to the same prompts, metrics and intervals, the report.
+
+Rewards are in `rewards`; what training measures while it runs is in `training.scoring`.
+"""

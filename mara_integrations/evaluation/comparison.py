@@ -29,7 +29,7 @@ def compare(
         base_scores: One a prompt; None where the reward has no opinion.
         gated_scores: The same for the gated replies.
         changed: Whether the two replies to each prompt differ.
-        seed: Of the intervals.
+        seed: Seed of the intervals.
     """
     base, gated, num_dropped = opinions(base_scores, gated_scores)
     n = len(base)

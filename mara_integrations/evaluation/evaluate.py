@@ -148,7 +148,7 @@ def _named(rewards: Reward | Mapping[str, Reward] | None) -> dict[str, Reward]:
 
 
 def _requests(engine: MARAEngine, row: PromptRow, settings: dict[str, Any]) -> tuple[Request, Request]:
-    """The base and the gated request for one prompt."""
+    """Return the base and the gated request for one prompt."""
     _check(settings)
     try:
         prompt = Conversation(row.prompt, row.tools)

@@ -1,4 +1,4 @@
-"""What the gate did in a reply, token by token, for people to read."""
+"""Marks of a gated reply, token by token: what was rejected, what was taken, and why."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Rejected:
     """A candidate that was passed over for the token taken.
 
     Attributes:
-        text: Of the token.
+        text: Text of the token.
         log_prob: Under the base model, in nats.
-        accept_logit: What the gate made of it.
-        push: What the head added to the base model's own accept logit; None for heads that replace it (`paper`).
-        is_by_head: Whether the head was against it. Where tokens are drawn, the base model too passes candidates over.
+        accept_logit: Accept logit under the gate.
+        push: Amount by which the head moved the base model's accept logit, in nats; None for the form `paper`.
+        is_by_head: Whether the head caused the rejection. Where tokens are drawn, chance passes candidates over too.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Mark:
 
 
 def token_marks(tokenizer: Any, request: Request, generation: Generation) -> tuple[Mark, ...]:
-    """What the gate did, token by token, in a reply generated with a head and `trace=True`."""
+    """Return the marks of a reply that was generated with a head and `trace=True`, one a token."""
     assert generation.trace is not None
     assert request.head is not None
     form, temperature = request.head.config.form, request.sampling.temperature
@@ -95,7 +95,7 @@ def hazard_logits(log_probs: Sequence[float], temperature: float) -> list[float]
 
 
 def _pieces(tokenizer: Any, generation: Generation) -> list[str]:
-    """What each token added to the text: joined, they are the text."""
+    """Return the text that each token added; joined, the pieces are the whole text."""
     stream, pieces, length = TextStream(tokenizer), [], 0
     for token_id in generation.token_ids:
         piece = stream.push(token_id)[: len(generation.text) - length]  # of a stop string nothing is left
@@ -106,7 +106,7 @@ def _pieces(tokenizer: Any, generation: Generation) -> list[str]:
 
 
 def _token_text(tokenizer: Any, before: Sequence[int], token_id: int) -> str:
-    """A token's text as it would read there; special tokens by their names."""
+    """Return a token's text as it reads after `before`; special tokens by their names."""
     alone: str = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if not before:
         return alone

@@ -1,4 +1,4 @@
-"""Measures of replies and honest intervals around them: pure functions over numbers and tokens.
+"""Measures of replies and intervals around them: pure functions over numbers and tokens.
 
 Every comparison is paired by prompt: base and gated replies to one prompt stay together when prompts are resampled.
 Knows nothing of models or rewards.
@@ -33,7 +33,7 @@ class Interval:
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """A share of successes, with an interval that stays honest near 0 and 1 and for few trials.
+    """Return the share of successes, with an interval that stays honest near 0 and 1 and for few trials.
 
     Raises:
         ShapeError: Unless 0 <= successes <= n and n >= 1.
@@ -51,7 +51,7 @@ def wilson(successes: int, n: int) -> Interval:
 def opinions(
     base: Sequence[float | None], gated: Sequence[float | None]
 ) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """The pairs in which a reward has an opinion on both replies: base scores, gated scores, how many were dropped.
+    """Return the pairs in which a reward scores both replies: base scores, gated scores, number of pairs dropped.
 
     Raises:
         ShapeError: If the lengths differ.
@@ -69,8 +69,8 @@ def paired_bootstrap(base: Sequence[float], gated: Sequence[float], seed: int = 
     Args:
         base: One number a prompt.
         gated: One number a prompt, in the same order.
-        seed: Of the resampling.
-        resamples: How many.
+        seed: Seed of the resampling.
+        resamples: Number of resampled data sets.
 
     Raises:
         ShapeError: If the lengths differ or there is no pair.
@@ -115,10 +115,10 @@ def preference_interval(
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
-    """The exponential of the mean surprise of all tokens of all replies, pooled: a long reply weighs more.
+    """Return the perplexity of all tokens of all replies, pooled: a long reply weighs more.
 
     Args:
-        log_probs: Of every token, in nats.
+        log_probs: Log-probability of every token, in nats.
 
     Raises:
         ShapeError: If there is no token.
@@ -136,8 +136,8 @@ def perplexity_ratio(
     Args:
         base: Log-probabilities of the tokens of each reply, in nats.
         gated: The same for the gated replies, in the same order.
-        seed: Of the resampling.
-        resamples: How many.
+        seed: Seed of the resampling.
+        resamples: Number of resampled data sets.
 
     Raises:
         ShapeError: If the lengths differ, there is no pair, or a reply has no token.

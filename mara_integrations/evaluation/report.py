@@ -1,4 +1,4 @@
-"""An evaluation for the eye: an HTML page that needs nothing else, tables for the console, JSON for other programs.
+"""Reports of an evaluation: an HTML page of one file, tables for the console, JSON for other programs.
 
 Whatever a model wrote is shown as text, never interpreted: escaped in HTML, without control characters in a terminal.
 """
@@ -9,8 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 
 import jinja2
@@ -24,6 +23,7 @@ from mara_integrations.engine.generation import GateStats
 from mara_integrations.errors import ConfigError
 from mara_integrations.evaluation.marks import Mark, Rejected
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.provenance import Provenance
 from mara_integrations.evaluation.results import Comparison, Evaluation, Example, Reply
 from mara_integrations.files import check_writable, write_atomically
 
@@ -57,40 +57,6 @@ GLOSSARY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where an evaluation comes from.
-
-    Attributes:
-        date: Day and time in UTC.
-        version: Version of this package.
-        command: The command line; empty where there was none.
-        data: The data file; empty where there was none.
-        data_fingerprint: Hash of the prompts; empty where there was none.
-    """
-
-    date: str
-    version: str
-    command: str = ""
-    data: str = ""
-    data_fingerprint: str = ""
-
-    @classmethod
-    def now(cls, command: str = "", data: str = "", data_fingerprint: str = "") -> Provenance:
-        """Return the provenance of an evaluation that ends now."""
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        try:
-            version = metadata.version("mara-integrations")
-        except metadata.PackageNotFoundError:  # run from its sources
-            version = "from sources"
-        return cls(date, version, command, data, data_fingerprint)
-
-    def line(self) -> str:
-        """Return it in a line, without the command."""
-        data = f" · {self.data} ({self.data_fingerprint[:12]})" if self.data else ""
-        return f"{self.date} · mara_integrations {self.version}{data}"
-
-
-@dataclass(frozen=True, slots=True)
 class SummaryRow:
     """One measure, in words and numbers ready to show."""
 
@@ -101,7 +67,7 @@ class SummaryRow:
 
 
 def summary_rows(evaluation: Evaluation) -> list[SummaryRow]:
-    """The table that every form of the report shows."""
+    """Return the rows of the table that every form of the report shows."""
     base, gated = evaluation.base, evaluation.gated
     rows = [row for name, comparison in evaluation.rewards.items() for row in _reward_rows(name, comparison)]
     return [
@@ -159,7 +125,7 @@ def glossary(evaluation: Evaluation) -> dict[str, str]:
 
 
 def settings_line(evaluation: Evaluation) -> str:
-    """What was compared, in a line."""
+    """Return the settings of the comparison, in a line."""
     sampling = evaluation.sampling
     decoding = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
     candidates = f"top-k {sampling.top_k}, top-p {sampling.top_p:g}"
@@ -170,12 +136,12 @@ def settings_line(evaluation: Evaluation) -> str:
 
 
 def gate_line(evaluation: Evaluation) -> str:
-    """What the gate did in all replies, in a line."""
+    """Return the counts of the gate's decisions in all replies, in a line."""
     return stats_line(evaluation.gate, evaluation.gated.num_tokens)
 
 
 def stats_line(gate: GateStats, total: int) -> str:
-    """What the gate did in `total` tokens, in a line."""
+    """Return the counts of the gate's decisions in `total` tokens, in a line."""
     taken = {"accepted": gate.accepted, "forced": gate.forced, "fallback": gate.fallbacks, "single": gate.single}
     shares = ", ".join(f"{count} {name} ({count / total:.0%})" for name, count in taken.items() if count)
     return f"{total} tokens: {shares or 'the gate was not asked'}; {gate.rejected} candidates visited and not taken"
@@ -204,7 +170,7 @@ def render_html(evaluation: Evaluation, provenance: Provenance | None = None) ->
 
 
 def check_report_path(path: str | Path) -> None:
-    """Find out before the work whether a report can be written there.
+    """Check before the work that a report can be written there.
 
     Raises:
         ConfigError: If its name ends in neither `.html` nor `.json`.
@@ -287,10 +253,10 @@ def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None
 
 
 def gated_text(marks: Sequence[Mark], *, is_styled: bool = True) -> Text:
-    """A gated reply with its marks, for a console; rejections that were the base model's own dice are left out.
+    """Return a gated reply with its marks, for a console; rejections by chance alone are left out.
 
     Args:
-        marks: Of the reply's tokens.
+        marks: Marks of the reply's tokens.
         is_styled: Whether the console shows styles; else, as in a file, rejected tokens stand in brackets: `[-a|b-]`.
     """
     text = Text()
@@ -315,7 +281,7 @@ def visible(text: str) -> str:
 
 
 def _finalize(value: object) -> object:
-    """What the page does to every value before it is escaped; markup is the template's own."""
+    """Make a value's control characters visible before it is escaped; markup comes from the template alone."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -329,7 +295,7 @@ def _struck_text(item: Rejected) -> str:
 
 
 def _tooltip(item: Mark | Rejected) -> str:
-    """What the numbers of one candidate were."""
+    """Return the numbers of one candidate, in words."""
     parts = [f"base probability {math.exp(item.log_prob):.3g}"]
     if item.accept_logit is not None:
         parts.append(f"accept logit {item.accept_logit:+.2f}")
@@ -350,7 +316,7 @@ _OUTCOMES = {
 
 
 def legend(*, is_styled: bool = True) -> Text:
-    """How to read `gated_text`."""
+    """Return the legend of `gated_text`."""
     if not is_styled:
         return Text("[-struck|out-] rejected by the head, for what follows")
     return Text.assemble(

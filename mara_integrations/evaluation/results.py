@@ -1,4 +1,4 @@
-"""What an evaluation found: both replies to every prompt, and the figures of the two sides."""
+"""Results of an evaluation: both replies to every prompt, and the figures of the two sides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Example:
     Attributes:
         prompt: The conversation.
         source: The prompt's file and line, or its number.
-        seed: Of both replies' random numbers.
+        seed: Seed of both replies.
         base: At strength 0.
         gated: With the head.
         marks: Token by token of the gated reply.
@@ -65,11 +65,11 @@ class Side:
     """Measures of one side's replies.
 
     Attributes:
-        num_tokens: Of all replies.
-        mean_length: In tokens.
+        num_tokens: Number of tokens of all replies.
+        mean_length: Mean length of a reply, in tokens.
         ended: Share of replies that came to their own end before `max_new_tokens`.
         perplexity: Under the base model, pooled over tokens.
-        distinct_2: Of token pairs, pooled over replies.
+        distinct_2: Share of token pairs that are distinct, pooled over replies.
         forwards_per_token: Tokens the model was run on for one token of a reply; what exceeds 1 is the cost of
             the gate, and of drafts that were wrong.
         tokens_per_s: Replies' tokens over wall time, all batches.
@@ -86,7 +86,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What one reward says of the two sides; the measures are None where it has no opinion on any pair.
+    """Scores of one reward on the two sides; the measures are None where it has no opinion on any pair.
 
     Attributes:
         num_pairs: Prompts on which it has an opinion on both replies; all else counts only these.
@@ -138,8 +138,8 @@ class Evaluation:
         perplexity_ratio: Gated over base.
         speed_ratio: Median over batches of the gated side's tokens/s over the base side's, timed in turns in this run.
             Noisy: replies differ in length, and the machine may be busy.
-        gate: What the gate did, summed over the gated replies.
-        rewards: By name; of a sum of rewards, the sum and each of them.
+        gate: Counts of the gate's decisions, summed over the gated replies.
+        rewards: Comparison by reward; of a sum of rewards, the sum and each part.
         examples: Every prompt, in order.
     """
 

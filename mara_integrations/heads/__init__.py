@@ -1,4 +1,4 @@
-"""What a head is: the network and its config, composing, its folder on disk and on the Hub, caching, merging.
+"""Heads: networks and their config, composing and merging, the folder on disk, the Hub, the cache in memory.
 
-Knows no base model and no decoding.
+A head is data from anyone, so whatever is read is checked here. Base models are in `models`, decoding in `engine`.
 """

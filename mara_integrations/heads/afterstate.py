@@ -36,7 +36,7 @@ class AfterstateHead(MARAHead):
         return out
 
     def score(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """What the gate needs of each candidate, see `gate.accept_logit`.
+        """Return the score of each candidate, which `gate.accept_logit` takes.
 
         Args:
             hidden: State of the candidate, after the final norm, shape (N, d).

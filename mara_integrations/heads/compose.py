@@ -21,12 +21,12 @@ class ComposedHead:
     """Several heads as one: their corrections of the base model's hazard add.
 
     Args:
-        weights: What each head's correction is multiplied by, above 0, beside the scale that its own calibration
+        weights: Factor of each head's correction, above 0, beside the scale that its own calibration
             recorded; at least one head.
 
     Attributes:
         parts: Each head, and the factor of its score.
-        config: What the sum is to the gate, and what the parts were trained for together.
+        config: Config of the sum; it lists the rewards of all parts.
 
     Raises:
         ConfigError: If a head has nothing to add: one of the `paper` form.

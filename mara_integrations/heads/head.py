@@ -47,12 +47,12 @@ class MARAHead(nn.Module):
 
     @property
     def parts(self) -> dict[MARAHead, float]:
-        """Itself, and the factor of its score at strength 1; see `heads.ComposedHead`."""
+        """The head itself with the factor of its score at strength 1; a composition has several, see `ComposedHead`."""
         return {self: 1.0 if self.config.form == "paper" else self.config.scale}
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property

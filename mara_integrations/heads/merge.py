@@ -27,7 +27,7 @@ def merge_heads(
     Args:
         weighted: The heads and their weights, at least two heads. A weight below 0 turns a head round.
         top_k: Candidate setting of the result, where the heads differ in it.
-        top_p: As `top_k`.
+        top_p: Candidate setting of the result, where the heads differ in it.
 
     Raises:
         ConfigError: If a weight is 0 or no number, there is one head alone, or the heads differ in a candidate setting

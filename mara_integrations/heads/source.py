@@ -101,7 +101,7 @@ def base_model_of(source: HeadSource) -> str:
 
 
 def head_name(source: HeadSource | None) -> str | None:
-    """What is named, in words, without loading anything."""
+    """Return the names of the heads that are named, without loading them."""
     names = []
     for one, weight in head_weights(source).items():
         name = f"{one.config.form} head of {one.config.base_model}" if isinstance(one, MARAHead) else str(one)

@@ -1,4 +1,4 @@
-"""The base model: resolving a name, loading, `.gguf` files, int8 weights, options for `from_pretrained`, processes.
+"""Base models: what a name means, loading, devices, `.gguf` files, int8 weights, several processes (experimental).
 
-Knows no heads.
+Heads are in `heads`, running a model in `engine.backends`.
 """

@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
 
     Args:
         weight: Shape (out, in), int8, in -127 to 127.
-        scale: What a step of each output's weights is worth, shape (out,).
+        scale: Size of one step of each output's weights, shape (out,).
         bias: Shape (out,), float32.
     """
 
@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def of(cls, linear: nn.Linear) -> Int8Linear:
-        """The nearest int8 weights, each output's largest being 127."""
+        """Round a linear layer to int8; the largest weight of each output becomes 127."""
         weight = linear.weight.float()
         scale = (weight.abs().amax(1) / _LEVELS).clamp_min_(_LEAST)
         bias = None if linear.bias is None else linear.bias.detach().float()
@@ -98,7 +98,7 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same, added to `residual` (…, out)."""
+        """Return `forward(x)` added to `residual`, (…, out)."""
         return self.forward(x).add_(residual)
 
 
@@ -126,12 +126,12 @@ def quantize(model: nn.Module) -> None:
 
 
 def is_int8(model: nn.Module) -> bool:
-    """Whether any of its layers is."""
+    """Return whether any layer has int8 weights."""
     return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Memory of all weights."""
+    """Return the memory of all weights, in bytes."""
     packed = sum(module.num_bytes for module in model.modules() if isinstance(module, Int8Linear))
     return packed + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
@@ -192,7 +192,7 @@ def _probe() -> tuple[Int8Linear, Tensor]:
 
 @torch.inference_mode()
 def _seconds(layer: nn.Module, x: Tensor) -> float:
-    """The best of several, in time of this thread, in which nobody else takes part."""
+    """Return the shortest of several runs, in seconds of this thread's own processor time."""
     best = float("inf")
     for _ in range(_PROBE_TIMES):
         start = time.thread_time()

@@ -41,7 +41,7 @@ _UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALi
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a user says about a base model; nothing is looked up or loaded before `load_model`.
+    """A base model as a user names it; nothing is looked up or loaded before `load_model`.
 
     Attributes:
         model: Hub id, local folder, `.gguf` file, alias, a loaded `(model, tokenizer)`, or a `LoadedModel`.
@@ -80,8 +80,8 @@ class LoadedModel:
         name: The Hub id where there is one (also of an alias), else the folder or file as it was given.
         revision: Commit on the Hub, where known.
         device: Where token ids go.
-        dtype: Of the weights that are not quantised.
-        quantization: Of the others, if by us.
+        dtype: Number format of the weights that are not quantised.
+        quantization: Name of our quantisation of the linear layers; None without.
         hidden_size: Width of the last layer's hidden state.
         context_window: Most tokens of prompt and reply together.
         eos_token_ids: End a reply; the same ones as in `generate` of transformers.
@@ -106,13 +106,13 @@ class LoadedModel:
 
     @property
     def number_format(self) -> str:
-        """Of most weights, in a word."""
+        """Number format of most weights, in a word."""
         return self.quantization or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """What is known of a base model without its weights; see `LoadedModel` for the attributes."""
+    """A base model without its weights; see `LoadedModel` for the attributes."""
 
     tokenizer: Any
     context_window: int
@@ -190,7 +190,7 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
 
 
 def _adopt(spec: ModelSpec) -> LoadedModel:
-    """A user's own objects; all who pass the same two share one `LoadedModel`."""
+    """Wrap a user's own objects; all callers that pass the same two share one `LoadedModel`."""
     if len(spec.model) != 2 or not hasattr(spec.model[0], "config") or not callable(spec.model[1]):
         parts = ", ".join(type(part).__name__ for part in spec.model) or "nothing"
         raise ModelError(
@@ -331,7 +331,7 @@ def _described(
 
 
 def _device_of(model: Any) -> torch.device:
-    """Where the first layer is: with a device map, the others may be elsewhere."""
+    """Return the device of the first layer; a device map may put other layers elsewhere."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
 
@@ -344,7 +344,7 @@ def _context_window(config: Any, tokenizer: Any) -> int:
 
 
 def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The first source that names any. Not their union: where they differ, `generate` follows the first."""
+    """Return the end tokens of the first source that names any: where sources differ, `generate` follows the first."""
     for holder in (getattr(model, "generation_config", None), config, tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         if ids is not None:

@@ -1,4 +1,4 @@
-"""How a model is to be loaded, as a command line or a file of settings says it."""
+"""Options for loading a model, as a command line or a file of settings gives them."""
 
 from __future__ import annotations
 

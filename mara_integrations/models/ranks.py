@@ -1,4 +1,4 @@
-"""Processes that torchrun started to hold one model together: the first works, the others follow it.
+"""Experimental: several processes, started by torchrun, hold one model. Rank 0 runs the program, the others follow.
 
 The first does all that a single process would: it reads, decides, trains, answers and writes. What has to happen in all
 of them, because each holds a part of the model, it has them do by `everywhere`. So nothing rests on all deciding alike,
@@ -36,8 +36,8 @@ class Shared(Generic[Value]):
     """An object that was made in every process; given to `everywhere`, each process uses its own.
 
     Attributes:
-        number: Its name in all of them.
-        value: The one of this process.
+        number: Number of the object, the same in all processes.
+        value: The object of this process.
     """
 
     number: int
@@ -49,13 +49,13 @@ class Shared(Generic[Value]):
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What the others are to do.
+    """A call that the other processes have to make.
 
     Attributes:
-        function: To call; None: the work is over.
-        arguments: Of the function.
-        kept_as: Keep what it returns under this number.
-        released: Numbers of what the first process has let go of.
+        function: Function to call; None ends the process.
+        arguments: Arguments of the function.
+        kept_as: Number under which the result is kept; None drops it.
+        released: Numbers of kept results that rank 0 no longer uses.
     """
 
     function: Callable[..., Any] | None = None
@@ -72,7 +72,7 @@ _kept: dict[int, Any] = {}  # in a process that follows
 
 
 def has_others() -> bool:
-    """Whether torchrun started more processes than this one."""
+    """Return whether torchrun started more processes than this one."""
     return {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -110,7 +110,7 @@ def everywhere(function: Callable[..., Value], *arguments: Any) -> Value:
 
 
 def shared(function: Callable[..., Value], *arguments: Any) -> Shared[Value]:
-    """As `everywhere`, and every process keeps what its call returns until what is returned here is let go of."""
+    """Call a function in every process and keep each result until the returned object is garbage-collected."""
     with _in_step():
         number = next(_numbers)
         _send(_Message(function, arguments, number, _take_released()))
@@ -120,12 +120,12 @@ def shared(function: Callable[..., Value], *arguments: Any) -> Shared[Value]:
 
 
 def own_part(tensor: Any) -> Any:
-    """Of a tensor that is spread over processes the part of this one; another tensor as it is."""
+    """Return this process' part of a tensor that is spread over processes; another tensor is returned as it is."""
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def is_spread(tensor: Any) -> bool:
-    """Whether other processes hold parts of a tensor."""
+    """Return whether other processes hold parts of a tensor."""
     return hasattr(tensor, "to_local")  # a DTensor; to import its class takes long
 
 

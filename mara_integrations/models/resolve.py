@@ -62,7 +62,7 @@ def alias_of(name: str) -> str:
 
 
 def _packaged(alias: _Alias) -> Path | None:
-    """The alias' file inside its package, which is not imported: that would start another inference engine."""
+    """Return the alias' file inside its package. The package is not imported: that would start another engine."""
     package = importlib.util.find_spec(alias.package)
     for folder in (package.submodule_search_locations or ()) if package else ():
         if (file := Path(folder, alias.file)).is_file():
@@ -80,7 +80,7 @@ def _hint(name: str) -> str:
 
 
 def is_cached(source: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the Hub's cache has this model. It then wins without a look at the network: quick, and works offline."""
+    """Return whether the Hub's cache has this model; it is then used without asking the network."""
     name = f"{settings['subfolder']}/config.json" if settings.get("subfolder") else "config.json"
     found = huggingface_hub.try_to_load_from_cache(
         source, name, cache_dir=settings.get("cache_dir"), revision=settings.get("revision")

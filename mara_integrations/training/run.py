@@ -13,6 +13,7 @@ from rich.markup import escape
 from mara_integrations.data import Row, preview, prompt_row
 from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.evaluation.provenance import Provenance
 from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.evaluation.summary import card_results, figures
 from mara_integrations.files import write_atomically
@@ -185,7 +186,10 @@ def _named(reward: Reward | None) -> dict[str, Reward]:
 
 def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Learned, kl: float) -> None:
     """The head with its figures and its card."""
-    metrics: dict[str, Any] = {"kl_per_token": kl, "seconds": round(run.metrics.elapsed_s, 1)}
+    made = Provenance.now()
+    metrics: dict[str, Any] = {"date": made.date, "version": made.version}
+    metrics |= {"rows": len(run.plan.train.rows), "held_out_rows": len(run.plan.held_out.rows)}
+    metrics |= {"kl_per_token": kl, "seconds": round(run.metrics.elapsed_s, 1)}
     if learned.held_out_accuracy is not None:
         metrics["held_out_accuracy"] = asdict(learned.held_out_accuracy)
     if evaluation is not None:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mara_integrations.evaluation.comparison import compare
 from mara_integrations.evaluation.evaluate import evaluate
+from mara_integrations.evaluation.provenance import Provenance
 from mara_integrations.evaluation.report import (
-    Provenance,
     glossary,
     print_regressions,
     print_summary,

@@ -27,7 +27,7 @@ from mara_integrations.engine.settings import (
     resolve_settings,
 )
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, Stream, ThreadTicket, Ticket, Update
-from mara_integrations.engine.workers import ModelLease, backend_of, worker_for
+from mara_integrations.engine.workers import EngineStatus, ModelLease, backend_of, worker_for
 from mara_integrations.errors import ConfigError, ContextLengthError
 from mara_integrations.heads.compose import Head
 from mara_integrations.heads.head import MARAHead
@@ -184,6 +184,11 @@ class MARAEngine:
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
         return self._lease is not None and self._lease.is_loaded
+
+    @property
+    def status(self) -> EngineStatus:
+        """What the engine is doing now; loads nothing."""
+        return EngineStatus(is_loaded=False, is_healthy=True) if self._lease is None else self._lease.status
 
     @property
     def head_source(self) -> HeadSource | None:

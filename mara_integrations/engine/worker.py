@@ -301,6 +301,16 @@ class Worker:
         return not self._is_closed and self.failure is None and not self.decoder.is_failing
 
     @property
+    def num_live(self) -> int:
+        """Requests that are being decoded."""
+        return len(self.decoder.scheduler.live)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be decoded."""
+        return self._inbox.qsize() + len(self.decoder.scheduler.waiting)
+
+    @property
     def is_running(self) -> bool:
         """Whether the decoder's thread is at work."""
         return self._is_running
@@ -314,7 +324,7 @@ class Worker:
         """
         self.decoder.check(request)
         with self._lock:
-            while self._num_waiting >= self._max_waiting and self._is_open and not ticket.is_cancelled:
+            while self.num_waiting >= self._max_waiting and self._is_open and not ticket.is_cancelled:
                 self._has_moved.wait()
             if not self._is_open:
                 raise self._closed_error()
@@ -341,10 +351,6 @@ class Worker:
     @property
     def _is_open(self) -> bool:
         return not self._is_closed and self.failure is None
-
-    @property
-    def _num_waiting(self) -> int:
-        return self._inbox.qsize() + len(self.decoder.scheduler.waiting)
 
     def _closed_error(self) -> EngineClosedError:
         if self.failure is not None:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,23 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     return worker
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What an engine is doing now.
+
+    Attributes:
+        is_loaded: Whether the model is in memory.
+        is_healthy: Whether requests can expect an answer; also before the model is loaded.
+        num_live: Requests that are being decoded.
+        num_waiting: Requests that wait to be decoded.
+    """
+
+    is_loaded: bool
+    is_healthy: bool
+    num_live: int = 0
+    num_waiting: int = 0
+
+
 class ModelLease:
     """An engine's hold on a base model and its worker, both loaded on first use; thread-safe.
 
@@ -90,6 +108,15 @@ class ModelLease:
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
         return self._model is not None
+
+    @property
+    def status(self) -> EngineStatus:
+        """What the worker is doing; loads nothing."""
+        worker = None if self._model is None else _workers.get(self._model)
+        if worker is None:
+            return EngineStatus(self.is_loaded, is_healthy=not self.is_closed)
+        is_healthy = worker.is_healthy and not self.is_closed
+        return EngineStatus(self.is_loaded, is_healthy, worker.num_live, worker.num_waiting)
 
     @property
     def model(self) -> LoadedModel:

@@ -79,7 +79,7 @@ def create_app(
         )
     names = ServedNames(model_name(engine.spec.model) if name is None else name, dict(heads or {}))
     admission = Admission(max_running)
-    metrics = Metrics(lambda: admission.num_running)
+    metrics = Metrics(lambda: admission.num_running, lambda: engine.status)
     routes = _Routes(engine, names, metrics, has_key=api_key is not None)
     endpoint = partial(
         GenerationEndpoint,
@@ -137,9 +137,10 @@ class _Routes:
         return JSONResponse(_model_object(name))
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: whether requests can be answered; also while the model is loading."""
-        health: Health = {"status": "ok", "is_loaded": self._engine.is_loaded}
-        return JSONResponse(health)
+        """`GET /health`: whether requests can expect an answer; also before the model is loaded."""
+        status = self._engine.status
+        health: Health = {"status": "ok" if status.is_healthy else "failed", "is_loaded": status.is_loaded}
+        return JSONResponse(health, status_code=200 if status.is_healthy else 503)
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`, as Prometheus reads it."""

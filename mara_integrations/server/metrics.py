@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mara_integrations.engine.workers import EngineStatus
+
 # Seconds, from a short reply of a small model to a long one of a large model.
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
@@ -15,10 +17,11 @@ class Metrics:
     """The metrics of one application; each has a registry of its own.
 
     Args:
-        num_running: Returns the number of sequences that are being answered.
+        num_admitted: Returns the number of sequences that were let in and are not answered yet.
+        status: Returns what the engine is doing.
     """
 
-    def __init__(self, num_running: Callable[[], int]) -> None:
+    def __init__(self, num_admitted: Callable[[], int], status: Callable[[], EngineStatus]) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "mara_requests", "Requests by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
@@ -33,8 +36,13 @@ class Metrics:
             "mara_time_to_first_token_seconds", "Seconds to the first token.", registry=registry, buckets=_SECONDS
         )
         self._reply_tokens = Histogram("mara_reply_tokens", "Tokens of a reply.", registry=registry, buckets=_TOKENS)
-        running = Gauge("mara_sequences_running", "Sequences that are being answered.", registry=registry)
-        running.set_function(num_running)
+        gauges: dict[str, tuple[str, Callable[[], int]]] = {
+            "admitted": ("Sequences that were let in and are not answered yet.", num_admitted),
+            "running": ("Sequences that the engine is decoding.", lambda: status().num_live),
+            "waiting": ("Sequences that wait in the engine's queue.", lambda: status().num_waiting),
+        }
+        for name, (text, count) in gauges.items():
+            Gauge(f"mara_sequences_{name}", text, registry=registry).set_function(count)
 
     def count_request(self, endpoint: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""

@@ -16,18 +16,17 @@ from pydantic_core import from_json
 
 from mara_integrations.messages import Message, Prompt, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.sampling import GateParams, Params, SamplingParams
+from mara_integrations.sampling import MAX_STOP_CHARS, MAX_STOPS, GateParams, Params, SamplingParams
 from mara_integrations.server.errors import RefusalError, shown
 from mara_integrations.server.names import ServedNames
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128  # as OpenAI
-MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 1000
 MAX_LOGPROBS = 20  # as OpenAI
 
 _Form = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _Name: TypeAlias = Annotated[str, Field(pattern=r"^[\w.:/-]{1,128}$")]
+_MaxTokens: Any = Annotated[(int, *SamplingParams.model_fields["max_new_tokens"].metadata)]
 _Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _Weight: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
 _TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
@@ -146,8 +145,8 @@ class _GenerationBody(BaseModel):
     head: str | Annotated[list[str], Field(min_length=1, max_length=64)] | dict[str, _Weight] | None = Field(
         None, description="A head, several, or several with weights; goes before the one that `model` names."
     )
-    max_tokens: int | None = Field(None, ge=1, description="Upper bound of the reply, in tokens.")
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = Field(
+    max_tokens: _MaxTokens | None = Field(None, description="Upper bound of the reply, in tokens.")
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = Field(
         None, description="Strings that end the reply; they are not part of it."
     )
     stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
@@ -172,7 +171,7 @@ class _GenerationBody(BaseModel):
 
 class _ChatBody(_GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of `max_tokens`; goes first.")
+    max_completion_tokens: _MaxTokens | None = Field(None, description="The newer name of `max_tokens`; goes first.")
     logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives to report at each token."

@@ -16,7 +16,7 @@ from mara_integrations.errors import (
     MissingExtraError,
     ModelError,
 )
-from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.server import create_app
 from mara_integrations.server.errors import RefusalError, refusal_of, shown
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -137,6 +137,15 @@ async def test_a_model_that_fails_is_a_counted_500_of_openais_form(stream):
         assert 'mara_requests_total{endpoint="chat",status="500"} 1.0' in (await client.get("/metrics")).text
 
 
+async def test_health_tells_of_a_model_that_fails_again_and_again():
+    async with client_of(create_app(engine_that_fails(after=0), name="tiny")) as client:
+        assert (await client.get("/health")).status_code == 200
+        for _ in range(8):
+            await post(client, status=500, **CHAT)
+        health = await client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "failed", "is_loaded": True})
+
+
 async def test_a_failure_after_the_first_token_is_told_in_the_stream():
     engine = engine_that_fails(after=4)
     async with client_of(create_app(engine, name="tiny")) as client:
@@ -149,11 +158,13 @@ async def test_a_failure_after_the_first_token_is_told_in_the_stream():
 
 async def test_a_closed_engine_is_a_503_to_try_again():
     engine = MARAEngine((tiny_model(), tiny_tokenizer())).load()
-    worker_for(engine.model).close()
+    engine.close()
     async with client_of(create_app(engine, name="tiny")) as client:
         response: httpx.Response = await client.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 503 and "retry-after" in response.headers
         assert response.json()["error"]["code"] == "engine_closed"
+        health = await client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
 
 
 def engine_that_fails(after):

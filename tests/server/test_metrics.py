@@ -45,14 +45,18 @@ async def test_durations_are_counted(client):
     assert counted["mara_reply_tokens_count"] == 2 and counted["mara_reply_tokens_sum"] == 12
 
 
-async def test_running_sequences_are_shown(app, client):
+async def test_running_sequences_are_shown(app, client, engine):
     caller = Caller(app, {"prompt": ["once", "upon"], "max_tokens": 400}, "/v1/completions")
     call = asyncio.create_task(caller.call())
-    await until(lambda: app.state.admission.num_running)
-    assert (await metrics(client))["mara_sequences_running"] == 2
+    await until(lambda: engine.status.num_live == 2)
+    counted = await metrics(client)
+    assert counted["mara_sequences_running"] == counted["mara_sequences_admitted"] == 2
+    assert counted["mara_sequences_waiting"] == 0
     caller.leaves.set()
     await asyncio.wait_for(call, 20)
-    assert (await metrics(client))["mara_sequences_running"] == 0
+    await until(lambda: engine.status.num_live == 0)
+    counted = await metrics(client)
+    assert counted["mara_sequences_running"] == counted["mara_sequences_admitted"] == 0
 
 
 async def test_two_applications_count_apart(app, client, engine):

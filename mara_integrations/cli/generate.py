@@ -114,11 +114,15 @@ def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = N
 def show_verdicts(engine: MARAEngine, prompt: Prompt, generation: Generation) -> None:
     """Print a traced reply with what the head rejected, and how often it did."""
     from mara_integrations.evaluation.marks import token_marks
-    from mara_integrations.evaluation.report import gated_text, legend, stats_line
+    from mara_integrations.evaluation.report import explained, gated_text, legend, stats_line
 
     console = Console(soft_wrap=True)
     marks = token_marks(engine.model.tokenizer, engine.request(prompt), generation)
     is_styled = console.color_system is not None
     console.print(gated_text(marks, is_styled=is_styled))
     console.print(legend(is_styled=is_styled), style="dim")
-    console.print(Text(stats_line(generation.stats, len(generation.token_ids)), style="dim"))
+    counts = stats_line(generation.stats, len(generation.token_ids))
+    meanings = "; ".join(f"{word}: {meaning}" for word, meaning in explained(counts).items())
+    console.print(Text(counts, style="dim"))
+    if meanings:
+        console.print(Text(meanings, style="dim"))

@@ -120,7 +120,11 @@ def verdict(evaluation: Evaluation) -> str:
 
 def glossary(evaluation: Evaluation) -> dict[str, str]:
     """Return what the words of the table and of the gate's line mean, those that occur."""
-    text = " ".join([*(row.measure for row in summary_rows(evaluation)), gate_line(evaluation)])
+    return explained(" ".join([*(row.measure for row in summary_rows(evaluation)), gate_line(evaluation)]))
+
+
+def explained(text: str) -> dict[str, str]:
+    """Return the words of a text that the glossary has, with their meanings."""
     return {word: meaning for word, meaning in GLOSSARY.items() if word in text}
 
 

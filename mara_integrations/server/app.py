@@ -7,7 +7,9 @@ from functools import partial
 
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError, MissingExtraError
+from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.source import OneHead
+from mara_integrations.heads.source import heads as heads_in_memory
 from mara_integrations.runtime import MARAEngine
 
 try:
@@ -67,6 +69,7 @@ def create_app(
 
     Raises:
         ConfigError: If an argument has a value that is not allowed.
+        HeadError: If one of `heads` is not there: whether a name means a path or a Hub id is settled here, once.
         MissingExtraError: On import, if the extra `serve` is not installed.
     """
     check_api_key(api_key)
@@ -77,6 +80,9 @@ def create_app(
             f"max_running={max_running!r} is more than the engine's max_waiting={max_waiting!r}",
             hint="give the engine limits=EngineLimits(max_waiting=...)",
         )
+    for source in (heads or {}).values():
+        if not isinstance(source, MARAHead):
+            heads_in_memory.locate(source)
     names = ServedNames(model_name(engine.spec.model) if name is None else name, dict(heads or {}))
     admission = Admission(max_running)
     metrics = Metrics(lambda: admission.num_running, lambda: engine.status)

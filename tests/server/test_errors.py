@@ -183,3 +183,12 @@ def engine_that_fails(after):
 
     engine.model.model.get_input_embeddings().register_forward_pre_hook(hook)
     return engine
+
+
+def test_a_head_that_is_not_there_is_refused_when_the_server_is_made(engine, tmp_path, monkeypatch):
+    """Not request by request, when a missing folder could be taken for somebody's repository on the Hub."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **_: asked.append(args))
+    with pytest.raises(HeadError, match="no head at"):
+        create_app(engine, {"brand": str(tmp_path / "nowhere")})
+    assert asked == []

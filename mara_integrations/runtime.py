@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 from typing_extensions import Self, Unpack
 
 from mara_integrations.engine.generation import Generation
-from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.verify import Verification, verify
+from mara_integrations.engine.reply_form import grammar_for, syntax_for
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
     DecodingSettings,
@@ -36,11 +36,10 @@ from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import Quantization
 from mara_integrations.models.resolve import alias_of
-from mara_integrations.replies.forms import CallSyntax, ReplyForm, syntax_of
-from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.replies.reasoning import CLOSE, OPEN
 from mara_integrations.replies.text import TextStream
 
-__all__ = ["MARAEngine", "backend_of", "thoughts_of", "worker_for"]
+__all__ = ["MARAEngine", "backend_of", "worker_for"]
 
 _Ticket = TypeVar("_Ticket", bound=Ticket)
 
@@ -325,7 +324,7 @@ class MARAEngine:
                 hint="shorten the prompt",
             )
         stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
-        shown = (OPEN, CLOSE, *(self._syntax.tags if form.tools else ()))
+        shown = (OPEN, CLOSE, *(syntax_for(self.model).tags if form.tools else ()))
         sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))
         return Request(
             prompt_ids=prompt_ids,
@@ -334,25 +333,8 @@ class MARAEngine:
             head=resolved.head,
             eos_token_ids=self.model.eos_token_ids,
             text=TextStream(self.model.tokenizer, stop, shown),
-            constraint=self._constraint(form),
+            constraint=grammar_for(self.model, form),
         )
-
-    def _constraint(self, form: ReplyForm) -> Grammar | None:
-        model = self.model
-        grammar = form.grammar(self._syntax, thoughts_of(model))
-        if grammar is None:
-            return None
-        vocab_size = model.model.get_output_embeddings().out_features
-        return Grammar(
-            grammar,
-            tokenizer=model.tokenizer,
-            vocab_size=vocab_size,
-            eos_token_ids=model.eos_token_ids,
-        )
-
-    @property
-    def _syntax(self) -> CallSyntax:
-        return syntax_of(getattr(self.model.tokenizer, "chat_template", None))
 
     def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
         if isinstance(prompt, Request) and settings:
@@ -394,16 +376,6 @@ class MARAEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.model_source, {**self._loading, "limits": self.limits, **self.defaults})
-
-
-def thoughts_of(model: LoadedModel) -> Thoughts:
-    """Where the model's chat template leaves a reply when it begins."""
-    if OPEN not in str(getattr(model.tokenizer, "chat_template", None)):
-        return "none"
-    prompt = model.encoder.render([Message("user", "?")]).rstrip()
-    if prompt.endswith(CLOSE):  # it was told not to think
-        return "none"
-    return "begun" if prompt.endswith(OPEN) else "possible"
 
 
 def _check_not_empty(prompt: Prompt) -> None:

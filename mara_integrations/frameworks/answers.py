@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from mara_integrations.engine.generation import Generation, TracePosition
+from mara_integrations.engine.reply_form import syntax_for, thoughts_of
 from mara_integrations.models.load import LoadedModel
-from mara_integrations.replies.forms import ReplyForm, syntax_of
+from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.replies.reasoning import ThoughtSplitter
 from mara_integrations.replies.tool_calls import CallParser
-from mara_integrations.runtime import thoughts_of
 
 
 def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def reply_reader(settings: Mapping[str, Any], model: LoadedModel) -> ReplyReader
     form = settings.get("form") or ReplyForm()
     parser = None
     if form.tools:
-        syntax = syntax_of(getattr(model.tokenizer, "chat_template", None))
+        syntax = syntax_for(model)
         parser = CallParser(syntax, [tool.name for tool in form.tools])
     splitter = ThoughtSplitter(is_open=thoughts_of(model) == "begun")
     return ReplyReader(splitter, parser, must_call=bool(form.tools) and not form.is_free)

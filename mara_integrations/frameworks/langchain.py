@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -18,34 +16,22 @@ from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
     BaseMessage,
-    ChatMessage,
-    FunctionMessage,
-    HumanMessage,
-    SystemMessage,
-    ToolMessage,
 )
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema
-from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 from typing_extensions import Self
 
-from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import AsyncStream, Update
 from mara_integrations.errors import ConfigError
-from mara_integrations.frameworks.answers import answer_report, log_prob_report, reply_reader
+from mara_integrations.frameworks.langchain_messages import as_conversation
+from mara_integrations.frameworks.langchain_replies import LangChainReply, take_top_logprobs
 from mara_integrations.frameworks.schemas import check_schema, json_schema, named, openai_tool
 from mara_integrations.frameworks.settings import EngineSettings
 from mara_integrations.frameworks.structured_output import arguments_parser, object_parser
-from mara_integrations.messages import Message, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.replies.reader import ReplyReader
-from mara_integrations.replies.tool_calls import Call, Piece
-from mara_integrations.runtime import MARAEngine
 
 # Arguments of a call that LangChain gives to itself.
 _LANGCHAINS_OWN = ("stream", "ls_structured_output_format", "structured_output_format")
@@ -296,102 +282,11 @@ class ChatMARA(EngineSettings, BaseChatModel):
         self.profile = self._resolve_model_profile()
         return self
 
-    def _reply(self, stop: list[str] | None, call: dict[str, Any]) -> _Reply:
+    def _reply(self, stop: list[str] | None, call: dict[str, Any]) -> LangChainReply:
         call = {name: value for name, value in call.items() if name not in _LANGCHAINS_OWN}
-        top_logprobs = _top_logprobs(call)
+        top_logprobs = take_top_logprobs(call)
         settings = self._call_settings({**call, "stop": stop})
-        return _Reply(self.engine, settings, top_logprobs)
-
-
-class _Reply:
-    """Makes LangChain's messages of what the engine writes to one request; all of it after the model was loaded."""
-
-    def __init__(self, engine: MARAEngine, settings: dict[str, Any], top_logprobs: int | None) -> None:
-        self.settings = settings
-        self._engine = engine
-        self._top_logprobs = top_logprobs
-        self._has_trace = engine.given(**settings).get("trace", False)
-        if top_logprobs is not None:
-            settings["trace"] = True  # the log-probabilities are read from it
-
-    @cached_property
-    def _reader(self) -> ReplyReader:
-        return reply_reader(self.settings, self._engine.model)
-
-    def result(self, generation: Generation) -> ChatResult:
-        """The whole reply."""
-        pieces = self._reader.push(generation.text, generation.finish_reason)
-        thoughts = "".join(piece.thoughts for piece in pieces)
-        message = AIMessage(
-            content="".join(piece.text for piece in pieces),
-            additional_kwargs={"reasoning_content": thoughts} if thoughts else {},
-            response_metadata=self._report(generation),
-            usage_metadata=_usage(generation),
-        )
-        for call in self._reader.calls:
-            arguments = call.parsed
-            if arguments is not None:
-                message.tool_calls.append(tool_call(name=call.name, args=arguments, id=call.id))
-            else:
-                error = f"{call.error} (finish_reason {generation.finish_reason!r})"
-                invalid = invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error)
-                message.invalid_tool_calls.append(invalid)
-        generation_info = {"finish_reason": generation.finish_reason}
-        return ChatResult(
-            generations=[ChatGeneration(message=message, generation_info=generation_info)],
-            llm_output={"model_name": message.response_metadata["model_name"]},
-        )
-
-    def chunks(self, update: Update) -> Iterator[ChatGenerationChunk]:
-        """Chunks of one update; usage and report come once, with the last."""
-        for piece in self._reader.push(update.text, update.finish_reason):
-            if piece.call is None or piece.call.name:
-                yield ChatGenerationChunk(message=_chunk(piece))
-        if update.generation is None:
-            return
-        for call in self._reader.calls:
-            if call.error is not None:
-                yield ChatGenerationChunk(message=_invalid(call))
-        message = AIMessageChunk(
-            content="",
-            response_metadata=self._report(update.generation),
-            usage_metadata=_usage(update.generation),
-            chunk_position="last",
-        )
-        yield ChatGenerationChunk(message=message, generation_info={"finish_reason": update.generation.finish_reason})
-
-    def _report(self, generation: Generation) -> dict[str, Any]:
-        shown = generation if self._has_trace else replace(generation, trace=None)
-        report = answer_report(shown, self._engine.model)
-        if self._top_logprobs is not None:
-            report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
-        return report
-
-
-def _chunk(piece: Piece) -> AIMessageChunk:
-    """LangChain's form of a piece; the id and name of a call come with the first of its chunks."""
-    if piece.thoughts:
-        return AIMessageChunk(content="", additional_kwargs={"reasoning_content": piece.thoughts})
-    if piece.call is None:
-        return AIMessageChunk(content=piece.text)
-    call, is_first = piece.call, not piece.call.arguments
-    chunk = tool_call_chunk(
-        name=call.name if is_first else None,
-        args=call.arguments,
-        id=call.id if is_first else None,
-        index=call.index,
-    )
-    return AIMessageChunk(content="", tool_call_chunks=[chunk])
-
-
-def _invalid(call: Call) -> AIMessageChunk:
-    """What makes the chunks of a call add up to an invalid one; all of a call without a name."""
-    spoiled = _spoiled(call.arguments)
-    if call.name:
-        chunk = tool_call_chunk(name=None, args=spoiled, id=None, index=call.index)
-    else:
-        chunk = tool_call_chunk(name="", args=call.arguments + spoiled, id=call.id, index=call.index)
-    return AIMessageChunk(content="", tool_call_chunks=[chunk])
+        return LangChainReply(self.engine, settings, top_logprobs)
 
 
 def _response_format(schema: Any) -> dict[str, Any]:
@@ -400,85 +295,6 @@ def _response_format(schema: Any) -> dict[str, Any]:
         return {"type": "json_object"}
     whole = json_schema(schema) or convert_to_json_schema(schema)
     return {"type": "json_schema", "json_schema": {"name": whole.get("title", "answer"), "schema": whole}}
-
-
-def _top_logprobs(call: dict[str, Any]) -> int | None:
-    """Take the wish for log-probabilities out of a call's arguments; None: there is none."""
-    is_wanted, count = call.pop("logprobs", None), call.pop("top_logprobs", None)
-    if is_wanted not in (None, True, False):
-        raise ConfigError(f"logprobs={is_wanted!r} is not allowed", hint="it is True or False; see top_logprobs")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-        raise ConfigError(f"top_logprobs={count!r} is not allowed", hint="it is a number of tokens, 0 or more")
-    if is_wanted is False or (is_wanted is None and count is None):
-        return None
-    return count or 0
-
-
-def _spoiled(arguments: str) -> str:
-    """What to add to the arguments of a call that can't be read, for chunks that add up to an invalid call.
-
-    LangChain completes JSON that is cut short when it adds chunks; half a call would be made. A bracket that does not
-    match is what it does not complete.
-    """
-    for end in ("", "]", "}", '"]', '"}', '""]', '""}'):  # in an object, in a list, in a string, after a backslash
-        try:
-            read = parse_partial_json(arguments + end) if arguments + end else {}
-        except ValueError:
-            return end
-        if not isinstance(read, dict):
-            return end
-    return ""
-
-
-def as_conversation(messages: Sequence[BaseMessage]) -> list[Message]:
-    """LangChain's messages as ours.
-
-    Raises:
-        ConfigError: If a message holds something else than text, or is of an unknown type.
-    """
-    return [_as_message(message) for message in messages]
-
-
-def _as_message(message: BaseMessage) -> Message:
-    text = _text(message.content)
-    match message:
-        case SystemMessage():
-            return Message("system", text)
-        case HumanMessage():
-            return Message("user", text)
-        case AIMessage():
-            calls = (ToolCall(call["id"] or "", call["name"], call["args"]) for call in message.tool_calls)
-            return Message("assistant", text, tool_calls=tuple(calls))
-        case ToolMessage():
-            return Message("tool", text, tool_call_id=message.tool_call_id, name=message.name)
-        case FunctionMessage():
-            return Message("tool", text, name=message.name)
-        case ChatMessage(role="system" | "user" | "assistant" | "tool" as role):
-            return Message(role, text)
-    raise ConfigError(f"a message of type {message.type!r} has no place in a chat template", hint="give it a role")
-
-
-# Parts of a message that are not for the model to read: calls are in `tool_calls`, thoughts are not shown again.
-_UNREAD = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "reasoning", "thinking")
-
-
-def _text(content: str | list[str | dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    parts = []
-    for block in content:
-        if isinstance(block, str):
-            parts.append(block)
-        elif isinstance(block.get("text"), str):
-            parts.append(block["text"])
-        elif block.get("type") not in _UNREAD:
-            raise ConfigError(f"content of type {block.get('type')!r} is not text", hint="the model reads text only")
-    return "".join(parts)
-
-
-def _usage(generation: Generation) -> UsageMetadata:
-    sizes = generation.prompt_tokens, len(generation.token_ids)
-    return UsageMetadata(input_tokens=sizes[0], output_tokens=sizes[1], total_tokens=sum(sizes))
 
 
 def _all_at_once(config: Any, count: int) -> list[RunnableConfig]:

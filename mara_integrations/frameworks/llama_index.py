@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
-from functools import partial
 from typing import Any, TypeVar
 
-import llama_index.core
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
-    CachePoint,
     ChatMessage,
     ChatResponse,
     ChatResponseAsyncGen,
@@ -30,16 +27,15 @@ from llama_index.core.llms.llm import ToolSelection, default_completion_to_promp
 from llama_index.core.program.utils import create_flexible_model
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
-from llama_index.core.utils import set_global_tokenizer
 from pydantic import BaseModel
-from pydantic_core import from_json
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import AsyncStream, Update
-from mara_integrations.errors import ConfigError, CutReplyError
+from mara_integrations.errors import CutReplyError
 from mara_integrations.frameworks.answers import answer_report, reply_reader
+from mara_integrations.frameworks.llama_index_messages import as_conversation, count_with, read_arguments
 from mara_integrations.frameworks.settings import EngineSettings
-from mara_integrations.messages import Message, Prompt, Role, ToolCall
+from mara_integrations.messages import Message, Prompt
 from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.sampling import SamplingParams
 
@@ -69,7 +65,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         Reading this puts the model's own in place of that default, so that packed prompts fit; a choice is left alone.
         """
         outline = self.engine.outline
-        _count_with(outline.tokenizer)
+        count_with(outline.tokenizer)
         return LLMMetadata(
             context_window=outline.context_window,
             num_output=self.max_tokens or SamplingParams.model_fields["max_new_tokens"].default,
@@ -191,7 +187,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
             ToolSelection(
                 tool_id=block.tool_call_id or "",
                 tool_name=block.tool_name,
-                tool_kwargs={} if is_last and isinstance(block.tool_kwargs, str) else _arguments(block.tool_kwargs),
+                tool_kwargs={} if is_last and isinstance(block.tool_kwargs, str) else read_arguments(block.tool_kwargs),
             )
             for block in blocks
         ]
@@ -331,77 +327,6 @@ def _closing(
         inner.close()
 
 
-class TokenCount:
-    """A model's tokenizer as LlamaIndex counts with it: from text to token ids, without special tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _count_with(tokenizer: Any) -> None:
-    """Make this the tokenizer of LlamaIndex, unless the user has chosen one."""
-    current = llama_index.core.global_tokenizer
-    is_default = isinstance(current, partial) and current.keywords == {"allowed_special": "all"}  # `get_tokenizer` sets
-    if isinstance(current, TokenCount):
-        is_default = current.tokenizer is not tokenizer  # another model's
-    if current is None or is_default:
-        set_global_tokenizer(TokenCount(tokenizer))
-
-
-def as_conversation(messages: Sequence[ChatMessage]) -> list[Message]:
-    """LlamaIndex' messages as ours.
-
-    Raises:
-        ConfigError: If a message holds something else than text and calls.
-    """
-    return [_as_message(message) for message in messages]
-
-
-_ROLES: dict[MessageRole, Role] = {
-    MessageRole.SYSTEM: "system",
-    MessageRole.DEVELOPER: "system",
-    MessageRole.USER: "user",
-    MessageRole.ASSISTANT: "assistant",
-    MessageRole.CHATBOT: "assistant",
-    MessageRole.MODEL: "assistant",
-    MessageRole.TOOL: "tool",
-    MessageRole.FUNCTION: "tool",
-}
-
-
-def _as_message(message: ChatMessage) -> Message:
-    for block in message.blocks:
-        if not isinstance(block, TextBlock | ToolCallBlock | ThinkingBlock | CachePoint):
-            raise ConfigError(f"a {type(block).__name__} is not text", hint="the model reads text only")
-    calls = [
-        ToolCall(block.tool_call_id or "", block.tool_name, _arguments(block.tool_kwargs))
-        for block in message.blocks
-        if isinstance(block, ToolCallBlock)
-    ]
-    return Message(
-        _ROLES[message.role],
-        message.content or "",
-        tool_calls=tuple(calls),
-        tool_call_id=message.additional_kwargs.get("tool_call_id"),
-        name=message.additional_kwargs.get("name"),
-    )
-
-
-def _arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
-    """Arguments of a call that may be half-written, or written by another model as text that is no JSON."""
-    if isinstance(arguments, dict):
-        return arguments
-    try:
-        parsed = from_json(arguments, allow_partial="trailing-strings")
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
-
-
 def _check_whole(response: ChatResponse, what: str) -> None:
     """Refuse a response that was cut.
 
@@ -429,7 +354,7 @@ def _objects_of(output_cls: type[Model]) -> Callable[[ChatResponse], BaseModel |
         if response.raw is not None:
             _check_whole(response, f"its {output_cls.__name__}")
             return output_cls.model_validate_json(text)
-        fields = _arguments(text)
+        fields = read_arguments(text)
         return loose(**fields) if fields else None
 
     return as_object

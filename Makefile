@@ -17,7 +17,7 @@ setup:
 	@sh .ci/setup.sh
 
 demo: setup
-	@$(PYTHON_BIN)/python cookbook/demo.py
+	@$(PYTHON_BIN)/mara-tools demo
 
 lint: setup
 	$(PYTHON_BIN)/ruff check .

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from decode import PROMPTS, typical_states
 from measure import Ratios, add_options, seconds
 from serve import QUESTIONS
 
+from mara_integrations import demo
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.request import Request
@@ -30,7 +30,7 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
 from mara_integrations.training.rollouts.writers import Part
 
-TEXTS = Path(__file__).parents[1] / "cookbook" / "data" / "house_style_train.jsonl"
+TEXTS = demo.TRAIN
 
 
 class Contender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mara_integrations.cli.app import app, main
 from mara_integrations.cli.chat import chat
+from mara_integrations.cli.demo import demo
 from mara_integrations.cli.evaluate import evaluate_head
 from mara_integrations.cli.generate import explain, generate
 from mara_integrations.cli.heads import convert, inspect_head, merge
@@ -15,6 +16,7 @@ __all__ = ["app", "main"]
 
 _MAKE, _USE, _KEEP = "Make a head and measure it", "Use a model, with or without a head", "Look after heads"
 
+app.command("demo", cls=Command, rich_help_panel=_MAKE)(demo)
 app.command("train", cls=Command, rich_help_panel=_MAKE)(train)
 app.command("eval", cls=Command, rich_help_panel=_MAKE)(evaluate_head)
 app.command("chat", cls=Command, rich_help_panel=_USE)(chat)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info < (3, 11):
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no tomllib")
+else:
+    import tomllib
 from typer.testing import CliRunner
 
 from mara_integrations.testing import random_head
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(python|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(python|console)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     line[2:] for language, code in BLOCKS if language == "console" for line in code.splitlines() if line[:2] == "$ "
@@ -37,8 +43,29 @@ def workplace(tmp_path, monkeypatch):
     loop.close()
 
 
-def test_the_first_two_commands_are_demo_and_test():
-    assert [command.split()[:2] for command in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
+def test_a_first_user_installs_packages_and_runs_the_demo():
+    installing, *_, demo = (command.split("#")[0].split() for command in COMMANDS[:3])
+    assert installing[:3] == ["pip", "install", "'mara-integrations[embedded]'"] and demo == ["mara-tools", "demo"]
+
+
+def test_links_work_wherever_the_readme_is_shown():
+    links = re.findall(r"\]\(([^)]*)\)", README)
+    assert links and all(link.startswith("https://") for link in links)
+
+
+def test_named_files_are_there():
+    for path in re.findall(r"`((?:cookbook|benchmarks|mara_integrations)/[\w/.]*)`", README):
+        assert (ROOT / path).exists(), path
+    for script in re.findall(r"^\| `(\d\d_\w+\.py)` \|", README, re.MULTILINE):
+        assert (ROOT / "cookbook" / script).exists(), script
+
+
+def test_every_extra_has_a_row():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    table = README[README.index("| extra | brings |") : README.index("From a clone")]
+    rows = set(re.findall(r"`([a-z]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE))
+    assert set(declared) - {"dev", "test"} <= rows
+    assert "ray" not in declared["all"][0], "a laptop needs none"
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
@@ -50,7 +77,7 @@ def test_python_blocks_run(code, workplace, capsys):
 def test_commands_run_one_after_the_other(workplace):
     from mara_integrations.cli import app
 
-    for command in COMMANDS[2:]:
+    for command in COMMANDS[3:]:
         program, *arguments = shlex.split(command)
         assert program == "mara-tools"
         if arguments[0] == "train":
@@ -62,16 +89,3 @@ def test_commands_run_one_after_the_other(workplace):
         result = CliRunner().invoke(app, arguments, input="/exit\n")
         assert result.exit_code == 0, f"{command}\n{result.output}"
     assert Path("report.html").stat().st_size > 1000 and Path("heads/brand-voice/head.safetensors").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_demo_runs_to_its_end(tmp_path, capfd):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "cookbook" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    few = ("--max-replies", "12", "--correction-rounds", "0", "--epochs", "6", "--max-reply-tokens", "16")
-    demo.main(str(tmp_path / "head"), *few, eval_prompts=4)
-    out = capfd.readouterr().out
-    assert (tmp_path / "head" / "report.html").exists() and "complies" in out
-    assert re.search(r"LangChain\s+\S", out) and re.search(r"LlamaIndex\s+\S", out)

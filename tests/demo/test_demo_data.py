@@ -1,20 +1,20 @@
-"""The laws of the demo's preference data: house style "impersonal voice" (see cookbook/data/README.md)."""
+"""The laws of the demo's preference data: house style "impersonal voice" (see mara_integrations/demo/README.md)."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[2] / "cookbook" / "data"
-ADDRESSES_READER = re.compile(r"\b(?:you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
+from mara_integrations.demo import TRAIN, WORDS
+
+ADDRESSES_READER = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
-    lines = (DATA / name).read_text(encoding="utf-8").splitlines()
+    lines = (TRAIN.parent / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -27,7 +27,6 @@ from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval, paired_bootstrap
 from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.files import write_atomically
-from mara_integrations.heads.folder import CONFIG_FILE
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
@@ -171,8 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
             **{"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, **settings},
         )
         start = time.monotonic()
-        if not (output / CONFIG_FILE).exists():
-            train(config, ConsoleReporter(Console()))
+        train(config, reporter=ConsoleReporter(Console()))  # one that is finished is not trained again
         minutes = (time.monotonic() - start) / 60
         engine = MARAEngine(model, MARAHead.from_pretrained(output))
         for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):

@@ -28,7 +28,7 @@ from mara_integrations.models.int8 import weight_bytes
 from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head
-from mara_integrations.training.rollouts.writers import Part
+from mara_integrations.training.rollouts.workers import RolloutBatch
 
 TEXTS = demo.TRAIN
 
@@ -51,8 +51,8 @@ class Contender:
     def write(self, texts: tuple[str, ...], num_tokens: int, head: MARAHead, seed: int) -> float:
         """Tokens/s of replies that training learns from."""
         prompts = [Conversation((Message("user", text),)) for text in texts]
-        part = Part(prompts, SamplingParams(max_new_tokens=num_tokens, temperature=1.0), seed, 2, head)
-        taken_s, replies = seconds(lambda: part.write(self.model, self.backend))
+        batch = RolloutBatch(prompts, SamplingParams(max_new_tokens=num_tokens, temperature=1.0), seed, 2, head)
+        taken_s, replies = seconds(lambda: batch.generate(self.model, self.backend))
         return sum(len(reply.token_ids) for reply in replies) / taken_s
 
 

@@ -48,7 +48,10 @@ def inspect_head(
     last = {"q": " features of state and candidate", "paper": " -> 2"}.get(config.form, " -> 1")
     shape = f"{config.hidden_size} -> {wide} -> {narrow}{last}"
     metrics = config.metrics
-    rows = f", {metrics['rows']} rows and {metrics.get('held_out_rows', 0)} held out" if "rows" in metrics else ""
+    origin = config.origin
+    data = f"{(config.data_fingerprint or 'unknown')[:16]}"
+    if origin is not None:
+        data = f"{origin.data}, {origin.num_rows} rows and {origin.num_held_out_rows} held out, hash {data}"
     about = {
         "Head": f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters",
         "Model": config.base_model or "unknown",
@@ -56,9 +59,10 @@ def inspect_head(
         "Candidates": f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}",
         "Method": config.method or "unknown",
         "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",
-        "System prompt": str(config.training.get("system_prompt") or "none"),
-        "Data": f"{(config.data_fingerprint or 'unknown')[:16]}{rows}",
-        "Trained": f"{metrics.get('date', 'unknown')}, with mara_integrations {metrics.get('version', '?')}",
+        "System prompt": config.system_prompt or "none",
+        "Data": data,
+        "Trained": f"{origin.date}, with {_versions(origin.versions)}" if origin is not None else "unknown",
+        "Command": origin.command if origin is not None else "unknown",
         "Weights": loaded.fingerprint[:16],
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -68,6 +72,10 @@ def inspect_head(
         table.add_row(name, Text(printable(text)))
     console.print(table)
     _print_scores(console, metrics)
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def convert(

@@ -6,9 +6,9 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -207,51 +207,55 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 _METAVARS = {
     "forbid": "WORD",
     "reward": "REWARD",
+    "judge": "REWARD",
     "column": "NAME=COLUMN",
     "track": "TRACKER",
     "model_kwargs": "NAME=VALUE",
 }
 
 
-def takes(settings: type[BaseModel], common: Sequence[str]) -> Callable[[_Command], _Command]:
-    """Give a command the fields of a settings class as options, with the help texts of its docstring.
+def takes(
+    settings: type[BaseModel], groups: Mapping[str, Sequence[str]], required: Sequence[str] = ()
+) -> Callable[[_Command], _Command]:
+    """Give a command the fields of a settings class as options, with the descriptions of the fields as help.
 
-    What is not given is None: the settings' own default holds then, or what a file says.
+    An option that is not given is None: then a file's setting holds, or the default of the class.
 
     Args:
-        settings: The class; a tuple or a dict becomes an option that may be repeated.
-        common: Fields to show first; the others are shown in a panel of their own.
+        settings: The class; a field that is a tuple or a dict becomes an option that may be repeated.
+        groups: Names of fields by the panel of the help that shows them.
+        required: Names of options that the help calls required.
     """
-    helps = _attributes(settings)
 
-    def option(name: str) -> inspect.Parameter:
+    def option(panel: str, name: str) -> inspect.Parameter:
         declared = settings.model_fields[name]
         annotation: Any = declared.annotation
+        choices = [choice for part in (annotation, *get_args(annotation)) for choice in _choices(part)]
         if get_origin(annotation) in (tuple, dict):
-            annotation = list[str]  # the settings know which are allowed
-        default = "needed" if declared.is_required() else declared.default
-        is_nothing = default in (None, False, (), PydanticUndefined)
+            annotation, choices = list[str], []  # the settings know which are allowed
+        help_text = declared.description or ""
+        if choices:  # in the help, not beside the name, where they take the width of a terminal
+            help_text += f" One of {', '.join(choices)}."
+        default = declared.default
+        has_default = not declared.is_required() and default not in (None, False, (), PydanticUndefined)
         info = typer.Option(
-            help=helps.get(name),
-            metavar=_METAVARS.get(name),
-            show_default=False if is_nothing else str(default),
-            rich_help_panel="Options" if name in common else "Fine tuning",
+            *([f"--{name.replace('_', '-')}"] if default is False else []),  # a flag without its opposite
+            help=f"Required. {help_text}" if name in required else help_text,
+            metavar=_METAVARS.get(name) or (name.rpartition("_")[2].upper() if choices else None),
+            show_default=str(default) if has_default else False,
+            rich_help_panel=panel,
         )
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, info])
 
     def declare(command: _Command) -> _Command:
-        names = [*common, *(name for name in settings.model_fields if name not in common)]
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        options = [option(name) for name in names]
+        options = [option(panel, name) for panel, names in groups.items() for name in names]
         command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return command
 
     return declare
 
 
-def _attributes(documented: type) -> dict[str, str]:
-    """The texts of a docstring's `Attributes:` section by name, each in one line."""
-    section = (inspect.getdoc(documented) or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()

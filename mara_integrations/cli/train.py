@@ -15,25 +15,27 @@ from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
 from mara_integrations.models import ranks
 from mara_integrations.progress import ConsoleReporter
-from mara_integrations.training.config import TrainConfig, read_settings
+from mara_integrations.training.config import GROUPS, TrainConfig, read_settings
 
 
-@takes(
-    TrainConfig,
-    common=("model", "data", "output", "reward", "forbid", "system_prompt", "method", "seed", "device", "dtype"),
-)
+@takes(TrainConfig, GROUPS, required=("data", "output"))
 def train(
     *,
     config_file: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="YAML with any of these settings; those given here win."),
+        typer.Option(
+            "--config", metavar="FILE", help="YAML file with any of these settings; options given here replace them."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, and stop; writes nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, write nothing.")
     ] = False,
     **options: Any,
 ) -> None:
     """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words.
+
+    Of every prompt in the data, some are held out: the head is not fitted on them, and is evaluated on them at the end.
+    An interrupted run continues where it was when the same command is given again.
 
     Examples:
       mara-tools train --data prefs.jsonl --output heads/brand-voice
@@ -41,9 +43,9 @@ def train(
     """
     config = _settings(config_file, options)
     if dry_run:
-        from mara_integrations.training.dry_run import rehearse
+        from mara_integrations.training import dry_run as trial
 
-        rehearse(config, ConsoleReporter(Console()))
+        trial.dry_run(config, ConsoleReporter(Console()))
         print("Everything is in order; nothing was written.")
         return
     print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
@@ -52,9 +54,9 @@ def train(
         from mara_integrations.evaluation.report import print_summary
         from mara_integrations.training import run
 
-        result = run.train(config, ConsoleReporter(console))
+        result = run.train(config, reporter=ConsoleReporter(console))
     except KeyboardInterrupt:
-        print_err("interrupted: the replies gathered so far are kept, and the same command goes on from there")
+        print_err("interrupted: finished work is stored, and the same command continues from there")
         raise typer.Exit(INTERRUPTED) from None
     if result.evaluation is not None:
         print_summary(console, result.evaluation)
@@ -63,11 +65,11 @@ def train(
 
 
 def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
-    """What the flags say, and of the rest what the file says."""
+    """Return the settings of the options, and of the file where there is no option."""
     settings = read_settings(file) if file is not None else {}
     settings |= {name: value for name, value in options.items() if value not in (None, [])}
     for name in ("data", "output"):
-        if name not in settings:
+        if settings.get(name) is None:
             raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
     return TrainConfig.of(**settings)
 

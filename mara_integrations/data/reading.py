@@ -6,37 +6,38 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from mara_integrations.data import trl
 from mara_integrations.data.columns import parse_columns, renamed
 from mara_integrations.data.exports import Export, check_has_runs, export_of, rows_of_export
 from mara_integrations.data.mixture import SUFFIXES, Source, read_mixture
-from mara_integrations.data.records import BadRowError, Fields, Record, read_records
+from mara_integrations.data.records import BadRowError, Fields, Record, read_records, records_of
 from mara_integrations.data.rows import Dataset, Kind, PromptRow, Row, prompt_key, prompt_row
 from mara_integrations.errors import ConfigError, DataError
 
 Format = Literal["auto", "pairs", "labelled", "prompts", "langsmith", "langfuse"]
+ROWS = Path("<rows>")  # stands for a file in messages about Python objects
 _SHOWN_SKIPS = 3
 
 
 def read_dataset(
-    path: str | os.PathLike[str],
+    source: Any,
     format: Format = "auto",
     *,
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Dataset:
-    """Read rows from a file, a folder that `datasets` saved, the Hub or a YAML mixture, and check every one.
+    """Read rows from a file, a folder that `datasets` saved, the Hub, a YAML mixture or Python objects; check each row.
 
     A field that is null, or an empty CSV cell, is absent. A string prompt becomes one user message. A string reply
     loses its leading white space: TRL's standard form writes the space between prompt and reply there, and here a
     chat template parts them. In CSV, messages are JSON text. Rows are numbered as editors and spreadsheets show them.
 
     Args:
-        path: JSONL, JSON, CSV or Parquet file; a folder saved by `datasets`, or a Hub name, either with `:split`; or a
-            `.yaml` file of a mixture, see `mixture.Mixture`.
-        format: What the rows are, or whose export they are; `auto` goes by the columns.
+        source: JSONL, JSON, CSV or Parquet file; a folder saved by `datasets`, or a Hub name, either with `:split`; a
+            `.yaml` file of a mixture, see `mixture.Mixture`; or rows: dicts, a `datasets.Dataset` or a DataFrame.
+        format: Kind of the rows, or the platform they were exported from; `auto` goes by the columns.
         columns: Columns of other names by ours, as `{"prompt": "question", "label": "stars>=4"}`; in an export, `label`
             is the name of the feedback.
         skip_bad_rows: Go on without bad rows and tell of them in `notes`, where there are good ones.
@@ -50,7 +51,9 @@ def read_dataset(
     """
     if format not in get_args(Format):
         raise ConfigError(f"format={format!r} is not allowed", hint=f"formats are {', '.join(get_args(Format))}")
-    path = Path(path)
+    if isinstance(source, Dataset):
+        return source
+    path = Path(source) if isinstance(source, str | os.PathLike) else ROWS
     if path.suffix.lower() in SUFFIXES:
 
         def read_source(place: str, source: Source) -> Dataset:
@@ -59,7 +62,7 @@ def read_dataset(
             return read_dataset(place, chosen, columns=merged, skip_bad_rows=skip_bad_rows)
 
         return read_mixture(path, read_source)
-    records = list(read_records(path))
+    records = list(read_records(path) if path is not ROWS else records_of(source))
     if not records:
         raise DataError(f"{path} is empty: it has no rows", hint=trl.WANTED)
     records, notes = _as_trl(path, records, format, columns or {})
@@ -80,14 +83,14 @@ def read_dataset(
 
 
 def read_prompts(
-    path: str | os.PathLike[str],
+    source: Any,
     format: Format = "auto",
     *,
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Dataset:
     """The prompts of a source of any kind, each once, in file order; arguments and errors as of `read_dataset`."""
-    dataset = read_dataset(path, format, columns=columns, skip_bad_rows=skip_bad_rows)
+    dataset = read_dataset(source, format, columns=columns, skip_bad_rows=skip_bad_rows)
     first: dict[str, PromptRow] = {}
     for row in dataset.rows:
         first.setdefault(prompt_key(row), prompt_row(row))

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,6 +65,25 @@ def read_records(path: Path) -> Iterator[Record]:
         yield from reader(path)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def records_of(rows: Any) -> Iterator[Record]:
+    """Yield the rows of Python objects with their numbers, from 1 on; fields that are null are absent.
+
+    Args:
+        rows: Dicts, a `datasets.Dataset`, or a DataFrame.
+
+    Raises:
+        DataError: If it holds several splits, or is nothing of that kind.
+    """
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas, whose iteration gives the columns
+        rows = rows.to_dict("records")
+    if isinstance(rows, Mapping):
+        splits = ", ".join(map(str, rows))
+        raise DataError(f"data is a mapping with {splits}", hint="give one split of it, or a list of rows")
+    if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+        raise DataError(f"data is a {type(rows).__name__}", hint="give a list of dicts or a datasets.Dataset")
+    yield from ((number, _present(_without_nulls(row))) for number, row in enumerate(rows, start=1))
 
 
 def _near_files(path: Path) -> str:

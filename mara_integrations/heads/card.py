@@ -43,8 +43,20 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
     ]
     if config.method is not None:
         lines.append(f"Trained by `{config.method}`{f' because {why}' if why else ''}.")
+    if config.system_prompt is not None:
+        lines += ["", "Trained with this system prompt; use it too:", "", *_quoted(config.system_prompt)]
+    if config.origin is not None:
+        came_from = config.origin
+        versions = ", ".join(f"{name} {version}" for name, version in came_from.versions.items())
+        lines += [
+            "",
+            f"Data: `{came_from.data}`, {came_from.num_rows} rows to fit on, {came_from.num_held_out_rows} held out. "
+            f"Trained on {came_from.date} with {versions}:",
+            "",
+            *_indented(came_from.command),
+        ]
     if config.data_fingerprint is not None:
-        lines.append(f"Hash of the training data: `{config.data_fingerprint}`.")
+        lines += ["", f"Hash of the training data: `{config.data_fingerprint}`."]
     lines += [
         "",
         "```python",
@@ -82,3 +94,13 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
             "",
         ]
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> list[str]:
+    """Return a text as a quote in Markdown."""
+    return [f"> {line}".rstrip() for line in text.splitlines()]
+
+
+def _indented(text: str) -> list[str]:
+    """Return a text as a block of code in Markdown."""
+    return [f"    {line}".rstrip() for line in text.splitlines()]

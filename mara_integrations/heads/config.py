@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -26,9 +27,15 @@ def _printable(text: str) -> str:
     return text
 
 
+def _no_controls(text: str) -> str:
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in set(text) - set("\n\r\t")):
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=100_000), AfterValidator(_no_controls)]
 Name = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-SystemPrompt = Annotated[str, Field(max_length=100_000)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
@@ -48,6 +55,30 @@ class RewardFile(BaseModel):
     name: Annotated[Name, Field(min_length=1)]
     file: Annotated[Name, Field(pattern=r"^rewards/[^./\\][^/\\]{0,200}\.safetensors$")]
     sha256: Sha256
+
+
+class Origin(BaseModel):
+    """Where a trained head comes from.
+
+    Attributes:
+        date: Time when the training began, in UTC.
+        command: Command that trains such a head; paths are cut to names.
+        data: Name of the training data, without its folder.
+        num_rows: Number of rows that the head was fitted on.
+        num_held_out_rows: Number of rows that were held out.
+        versions: Versions of this package, torch, transformers and Python.
+        hashes: Hashes of data, reward and base model, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    date: Name
+    command: Text
+    data: Name
+    num_rows: int
+    num_held_out_rows: int
+    versions: dict[Name, Name] = {}
+    hashes: dict[Name, Name] = {}
 
 
 class HeadConfig(BaseModel):
@@ -71,6 +102,7 @@ class HeadConfig(BaseModel):
         method: Name of the training method.
         rewards: Descriptions of the rewards it was trained for.
         data_fingerprint: Hash of the training data.
+        origin: Where the head comes from.
         training: Settings of the training run.
         metrics: Final figures of the training run.
         weights_sha256: Hash of the weights file.
@@ -88,10 +120,11 @@ class HeadConfig(BaseModel):
     top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int = Field(1, ge=1, le=MAX_WIDTH)
-    system_prompt: SystemPrompt | None = None
+    system_prompt: Text | None = None
     method: Name | None = None
     rewards: tuple[dict[str, Any], ...] = ()
     data_fingerprint: Name | None = None
+    origin: Origin | None = None
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     weights_sha256: Sha256 | None = None

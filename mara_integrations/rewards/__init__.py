@@ -6,10 +6,19 @@ training.
 
 from mara_integrations.rewards.classifier import ModelReward
 from mara_integrations.rewards.combined import CombinedReward
+from mara_integrations.rewards.fingerprint import reward_fingerprint
 from mara_integrations.rewards.functions import FunctionReward, load_reward
 from mara_integrations.rewards.protocol import Reward, Rule, reward_name, takes_partial_text
 from mara_integrations.rewards.scoring import Scores, score
-from mara_integrations.rewards.specs import load_rewards, parse_reward, reward_from_spec, reward_spec
+from mara_integrations.rewards.specs import (
+    RewardLike,
+    combine_rewards,
+    load_rewards,
+    parse_reward,
+    reward_from_spec,
+    reward_spec,
+    weighted_rewards,
+)
 from mara_integrations.rewards.words import ForbiddenWords
 
 __all__ = [
@@ -18,14 +27,18 @@ __all__ = [
     "FunctionReward",
     "ModelReward",
     "Reward",
+    "RewardLike",
     "Rule",
     "Scores",
+    "combine_rewards",
     "load_reward",
     "load_rewards",
     "parse_reward",
+    "reward_fingerprint",
     "reward_from_spec",
     "reward_name",
     "reward_spec",
     "score",
     "takes_partial_text",
+    "weighted_rewards",
 ]

@@ -5,13 +5,16 @@ It has its own tokenizer, chat template, device and dtype. Loaded when it is fir
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mara_integrations.errors import RewardError
 from mara_integrations.rewards.protocol import reply_text
 
+_SAMPLE_BYTES = 1 << 16  # of each end of a file
 _ARGUMENTS = ("label", "text", "device", "dtype", "batch")
 
 
@@ -69,6 +72,35 @@ class ModelReward:
                 f"reward {source!r}: {unknown[0]!r} is no argument", hint=f"arguments are {', '.join(_ARGUMENTS)}"
             )
         return cls(source, **arguments)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the description with the revision of the model: its commit on the Hub, or a hash of its folder.
+
+        Raises:
+            RewardError: If the model can't be found.
+        """
+        return {**self.spec(), "revision": self._revision()}
+
+    def _revision(self) -> str:
+        folder = Path(self.source).expanduser()
+        if folder.is_dir():
+            digest = hashlib.sha256()
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                with file.open("rb") as content:  # the ends tell: files of weights differ all over
+                    first = content.read(_SAMPLE_BYTES)
+                    content.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
+                    last = content.read()
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode() + first + last)
+            return digest.hexdigest()
+        import huggingface_hub
+
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.source, "config.json")).parent.name
+        except Exception as error:  # not found, gated, offline: a sentence each
+            raise RewardError(
+                f"reward model {self.source!r} can't be found: {str(error).strip().splitlines()[0]}",
+                hint="name a folder or a Hub id of a sequence classifier",
+            ) from error
 
     def spec(self) -> dict[str, Any]:
         """What `reward_from_spec` builds an equal one from, as JSON can hold it."""

@@ -46,6 +46,11 @@ class CombinedReward:
         )
 
     @property
+    def weighted(self) -> list[tuple[Reward, float]]:
+        """The rewards with their weights."""
+        return list(self._parts.values())
+
+    @property
     def parts(self) -> Mapping[str, Reward]:
         """The rewards by name."""
         return {name: reward for name, (reward, _) in self._parts.items()}

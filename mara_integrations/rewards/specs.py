@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from mara_integrations.errors import RewardError
@@ -53,8 +53,37 @@ def parse_reward(text: str) -> tuple[Reward, float]:
 
 
 def load_rewards(texts: Sequence[str], *, normalise: bool = False) -> Reward:
-    """One reward from what a command line says, a weighted sum of several; see `parse_reward`."""
-    weighted = [parse_reward(text) for text in texts]
+    """Return the reward that a command line names, or the weighted sum of several; see `parse_reward`."""
+    return combine_rewards([parse_reward(text) for text in texts], normalise=normalise)
+
+
+RewardLike: TypeAlias = "Reward | str | tuple[Reward | str, float]"  # a function or its notation, and a weight
+
+
+def weighted_rewards(given: RewardLike | Sequence[RewardLike]) -> list[tuple[Reward, float]]:
+    """Return rewards with their weights from what Python code may give: one or several functions, or their notations.
+
+    Raises:
+        RewardError: If one is neither a function nor the notation of one; see `parse_reward`.
+    """
+    several = [given] if (isinstance(given, str | tuple) and given) or callable(given) else list(given)
+    weighted: list[tuple[Reward, float]] = []
+    for each in several:
+        reward, weight = each if isinstance(each, tuple) else (each, 1.0)
+        if isinstance(reward, str):
+            reward, own = parse_reward(reward)
+            weight *= own
+        if not callable(reward):
+            raise RewardError(
+                f"reward {reward!r} is a {type(reward).__name__}",
+                hint="give a function, or a notation such as 'length'",
+            )
+        weighted.append((reward, float(weight)))
+    return weighted
+
+
+def combine_rewards(weighted: Sequence[tuple[Reward, float]], *, normalise: bool = False) -> Reward:
+    """Return one reward: a single one of weight 1 as it is, else the weighted sum of all."""
     if len(weighted) == 1 and weighted[0][1] == 1.0 and not normalise:
         return weighted[0][0]
     return CombinedReward(weighted, normalise=normalise)

@@ -1,10 +1,11 @@
-"""What a training run may say; torch-free, so that a command line can check it before anything heavy is imported."""
+"""The settings of a training run. Torch-free: a command line checks them before anything heavy is imported."""
 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -14,130 +15,254 @@ from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import Quantization, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
-from mara_integrations.training.records.trackers import TrackerName
 
-Method = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "sac-published"]
+MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrainConfig(Params):
-    """Settings of one run of `mara-tools train`.
+    """Settings of one training run, by the names of the options of `mara-tools train`."""
 
-    Attributes:
-        model: Base model: Hub id, folder, `.gguf` file or alias.
-        model_kwargs: For `from_pretrained`, by name: `device_map=auto`, `tp_plan=auto` (under torchrun),
-            `attn_implementation=eager`, or `quantization_config={quant_method: bitsandbytes, load_in_4bit: true}`. May
-            be repeated.
-        data: Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder saved by
-            `datasets`, a Hub name as `org/name:train`, or a mixture of several in a .yaml file.
-        prompts: Of `reward-model`: what replies are written to, in any form of `data`, where the prompts of the
-            preferences are not what the head will meet.
-        output: Folder of the head.
-        format: What the rows are, or whose export; `auto` goes by the columns.
-        column: Where the data has other names: `prompt=question`, `label=stars>=4`; in an export of LangSmith or
-            Langfuse, `label` is the name of the feedback. May be repeated.
-        skip_bad_rows: Go on without the rows that can't be read, and tell of them.
-        method: `auto` chooses by what the data and the other settings say, and how much of it there is.
-        reward: What scores the model's own replies to the prompts: `module:function` with TRL's signature,
-            `hf:MODEL` for a reward model, or one by name: length, regex, forbidden-words, json, sentiment, toxicity.
-            Arguments as in `length?words=60`, a weight as in `sentiment=0.5`. May be repeated; the sum counts.
-        normalise_rewards: Give each of several rewards mean 0 and deviation 1 before they are weighed.
-        reward_timeout_s: How long a reward may take for one batch.
-        judge: Rewards that training never sees, in the notation of `reward`: what else they find in the replies to
-            held-out prompts is reported beside it. May be repeated.
-        forbid: Words or phrases that must not appear; on a command line one at a time, repeated.
-        system_prompt: Put before every prompt that brings none, as the application will.
-        max_reply_tokens: Replies are written, and read, up to this many tokens.
-        replies_each: Replies sampled for each prompt; left out, as many as `max_replies` allows, at most 4.
-        max_replies: Replies sampled in all; further prompts are left out. Left out, what suits the method: 640 for
-            `rloo` and `reward-model`, more for `sac`, else 384.
-        held_out: Share of the prompts that the head is not fitted on, for early stopping and the final evaluation.
-        eval_prompts: Held-out prompts of the final evaluation, at most; 0 leaves it out.
-        kl_budget: How far from the base model the head may go, in nats a token; left out, 0.15 for `value`, whose
-            scale is calibrated to it, and no bound for `rule`, which holds or does not.
-        rounds: Of `rloo` and `reward-model`: times that they learn from what the gated model writes, after the base
-            model's own replies, while that helps on held-out prompts. Left out, none where the reward takes partial
-            text, which no round improved on, else 2.
-        partial_text: Of `rloo`: whether the reward can judge unfinished replies. Then every beginning of a reply, and
-            every candidate passed over, is judged too, some 100 texts a reply, which teaches far more than one number a
-            reply. Left out, as the reward itself says (`takes_partial_text`), else not.
-        correction_rounds: Times that `rule` learns from what the gated model still writes.
-        form: Of the head; left out, the method's own.
-        beta: Of `dpo` and `kto`: what a nat between head and base model is worth; a small one lets the head go far.
-        competitors: Of `dpo` and `kto`: better ranked candidates looked at beside each token of a reply. None was as
-            good as 8, for half the reading.
-        credit: Of `sac`: who gets a reply's worth, its last decision (`terminal`), every decision (`postback`), or each
-            what the text gained by it (`prefix`); left out, `prefix` where the reward takes partial text, else
-            `terminal`.
-        staleness: Of `sac`: rounds of 64 replies written before the head has learned from the round before, so that as
-            many more writers on Ray are busy.
-        ray: Processes on Ray that write replies, with a model each, beside one for the reward; 0 is none but this one.
-        top_k: Candidates kept by probability; recorded with the head.
-        top_p: Of those, the smallest set with this share of the probability; recorded with the head.
-        min_candidates: Candidates kept whatever `top_p` says; left out, 2 for `rule`, so that a lone survivor can be
-            refused, else 1.
-        inner_size: Width of the head's first hidden layer; the second has a quarter.
-        epochs: Of each fit, at most.
-        patience: Epochs without a better held-out loss before a fit stops.
-        learning_rate: Of AdamW; left out, what suits the method.
-        weight_decay: Of AdamW.
-        batch_size: Tokens a step of a fit.
-        track: Where the figures go beside metrics.jsonl: tensorboard (into the head's folder), wandb, trackio. May be
-            repeated.
-        push_to_hub: Upload the head to this repository of the Hub when it is finished: weights, config, card and reward
-            models, in a private repository.
-        public: With `push_to_hub`: everybody may read the head.
-        seed: Of everything random.
-        device: `auto` is CUDA, then MPS, then CPU.
-        dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
-        quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-    """
+    model: Annotated[str, Field(description="Base model: Hub id, folder, .gguf file or alias.")] = "smollm2"
+    data: Annotated[
+        Path | None,
+        Field(
+            description="Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder "
+            "saved by datasets, a Hub name such as org/name:train, or a mixture of several in a .yaml file."
+        ),
+    ] = None
+    output: Annotated[Path, Field(description="Folder that the head is written to.")]
+    overwrite: Annotated[bool, Field(description="Replace a finished head in the output folder.")] = False
+    method: Annotated[
+        MethodName,
+        Field(
+            description="Training method. auto takes rule with --forbid, rloo with --reward, reward-model from 300 "
+            "preference pairs on, else value."
+        ),
+    ] = "auto"
+    reward: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Function that scores replies which the model generates to the prompts: module:function with "
+            "TRL's signature, hf:MODEL for a reward model, or a built-in: length, regex, forbidden-words, json, "
+            "sentiment, toxicity. Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be "
+            "repeated; the weighted sum counts."
+        ),
+    ] = ()
+    forbid: Annotated[
+        tuple[str, ...],
+        Field(description="Word or phrase that must not appear in replies. May be repeated."),
+    ] = ()
+    system_prompt: Annotated[
+        str | None,
+        Field(
+            description="System prompt of your application. It is put before every prompt that has none, and recorded "
+            "with the head."
+        ),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="Seed of everything random.")] = 0
 
-    model: str = "smollm2"
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    data: Path
-    prompts: Path | None = None
-    output: Path
-    format: Format = "auto"
-    column: tuple[str, ...] = ()
-    skip_bad_rows: bool = False
-    method: Method = "auto"
-    reward: tuple[str, ...] = ()
-    normalise_rewards: bool = False
-    reward_timeout_s: float = Field(600.0, gt=0.0)
-    judge: tuple[str, ...] = ()
-    forbid: tuple[str, ...] = ()
-    system_prompt: str | None = None
-    max_reply_tokens: int = Field(48, ge=2, le=4096)
-    replies_each: int | None = Field(None, ge=1, le=64)
-    max_replies: int | None = Field(None, ge=8)
-    held_out: float = Field(0.15, gt=0.0, lt=1.0)
-    eval_prompts: int = Field(64, ge=0)
-    kl_budget: float | None = Field(None, gt=0.0)
-    rounds: int | None = Field(None, ge=0, le=100)
-    partial_text: bool | None = None
-    correction_rounds: int = Field(1, ge=0, le=10)
-    form: HeadForm | None = None
-    beta: float = Field(0.3, gt=0.0)
-    competitors: int = Field(0, ge=0)
-    credit: Literal["terminal", "postback", "prefix"] | None = None
-    staleness: int = Field(0, ge=0, le=64)
-    ray: int = Field(0, ge=0, le=1024)
-    top_k: int = Field(40, ge=1)
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
-    min_candidates: int | None = Field(None, ge=1)
-    inner_size: int = Field(1024, ge=8)
-    epochs: int = Field(20, ge=1)
-    patience: int = Field(4, ge=1)
-    learning_rate: float | None = Field(None, gt=0.0)
-    weight_decay: float = Field(0.01, ge=0.0)
-    batch_size: int = Field(512, ge=1)
-    track: tuple[TrackerName, ...] = ()
-    push_to_hub: str | None = None
-    public: bool = False
-    seed: int = Field(0, ge=0, lt=2**31)
-    device: str = "auto"
-    dtype: str = "auto"
-    quantization: Quantization | None = None
+    format: Annotated[
+        Format,
+        Field(description="Kind of the rows, or the platform they were exported from. auto goes by the columns."),
+    ] = "auto"
+    column: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Column of another name, as prompt=question or label=stars>=4. In an export of LangSmith or "
+            "Langfuse, label is the name of the feedback. May be repeated."
+        ),
+    ] = ()
+    skip_bad_rows: Annotated[bool, Field(description="Leave out rows that can't be read, and report them.")] = False
+    prompts: Annotated[
+        Path | None,
+        Field(
+            description="Prompts that the model replies to in method reward-model, in any form of --data, where your "
+            "application's prompts differ from those of the preferences."
+        ),
+    ] = None
+    held_out: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            lt=1.0,
+            description="Share of the prompts that are held out: the head is not fitted on them. They decide when a "
+            "fit stops, and the final evaluation uses them.",
+        ),
+    ] = 0.15
+    eval_prompts: Annotated[
+        int, Field(ge=0, description="Largest number of held-out prompts in the final evaluation; 0 skips it.")
+    ] = 64
+
+    normalise_rewards: Annotated[
+        bool, Field(description="Scale each of several rewards to mean 0 and deviation 1 before they are weighted.")
+    ] = False
+    reward_timeout_s: Annotated[float, Field(gt=0.0, description="Seconds that a reward may take for one batch.")] = (
+        600.0
+    )
+    partial_text: Annotated[
+        bool | None,
+        Field(
+            description="Whether the reward can score unfinished replies. If so, rloo scores every beginning of a "
+            "reply and every rejected candidate, some 100 texts a reply, and learns much more from each. Default: "
+            "the reward's own attribute takes_partial_text, else no."
+        ),
+    ] = None
+    judge: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Reward that is only reported, never trained on, in the notation of --reward. It shows what "
+            "else changes in the replies. May be repeated."
+        ),
+    ] = ()
+
+    max_reply_tokens: Annotated[
+        int, Field(ge=2, le=4096, description="Length at which replies are cut, given or generated, in tokens.")
+    ] = 48
+    max_replies: Annotated[
+        int | None,
+        Field(
+            ge=8,
+            description="Number of replies to generate in all; prompts beyond it are left out. Default: 640 for rloo "
+            "and reward-model, 1152 for sac, else 384.",
+        ),
+    ] = None
+    replies_each: Annotated[
+        int | None,
+        Field(
+            ge=1, le=64, description="Replies to generate to each prompt. Default: up to 4, as --max-replies allows."
+        ),
+    ] = None
+    top_k: Annotated[
+        int, Field(ge=1, description="Most probable tokens that are candidates at a position; recorded with the head.")
+    ] = 40
+    top_p: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            le=1.0,
+            description="Candidates are cut to the smallest set with this share of the probability; recorded with "
+            "the head.",
+        ),
+    ] = 0.95
+    min_candidates: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Candidates that are kept whatever --top-p cuts. Default: 2 for rule, so that a lone candidate "
+            "can be rejected, else 1.",
+        ),
+    ] = None
+
+    kl_budget: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            description="Bound on how far the head may move the model from the base model: their KL divergence, in "
+            "nats a token. Default: 0.15; none for rule, which holds or does not.",
+        ),
+    ] = None
+    form: Annotated[
+        HeadForm | None, Field(description="Form of the head, see HeadConfig. Default: the method's own.")
+    ] = None
+    inner_size: Annotated[
+        int, Field(ge=8, description="Width of the head's first hidden layer; the second is a quarter of it.")
+    ] = 1024
+    epochs: Annotated[int, Field(ge=1, description="Largest number of epochs of a fit.")] = 20
+    patience: Annotated[
+        int, Field(ge=1, description="Epochs without a lower held-out loss before a fit stops early.")
+    ] = 4
+    learning_rate: Annotated[
+        float | None, Field(gt=0.0, description="Learning rate of AdamW. Default: the method's own.")
+    ] = None
+    weight_decay: Annotated[float, Field(ge=0.0, description="Weight decay of AdamW.")] = 0.01
+    batch_size: Annotated[int, Field(ge=1, description="Tokens a step of a fit.")] = 512
+
+    rounds: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=100,
+            description="For rloo and reward-model: rounds of training on the gated model's own replies, after the "
+            "base model's. They end early when one does not help on held-out prompts. Default: 0 where the reward "
+            "scores partial text, else 2.",
+        ),
+    ] = None
+    correction_rounds: Annotated[
+        int, Field(ge=0, le=10, description="For rule: rounds of training on what the gated model still gets wrong.")
+    ] = 1
+    beta: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="For dpo and kto: strength of the pull towards the base model; smaller lets the head move "
+            "further.",
+        ),
+    ] = 0.3
+    competitors: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="For dpo and kto: better ranked candidates that are scored beside each token of a reply. 0 was "
+            "as good as 8, in half the time.",
+        ),
+    ] = 0
+    credit: Annotated[
+        Literal["terminal", "postback", "prefix"] | None,
+        Field(
+            description="For sac: which decisions get a reply's reward: the last one (terminal), all (postback), or "
+            "each the change of the reward at its token (prefix). Default: prefix where the reward scores partial "
+            "text, else terminal."
+        ),
+    ] = None
+    staleness: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="For sac: rounds of 64 replies that may be generated ahead with an older head, so that "
+            "several processes on Ray stay busy.",
+        ),
+    ] = 0
+
+    track: Annotated[
+        tuple[TrackerName, ...],
+        Field(
+            description="Where metrics go beside metrics.jsonl: tensorboard (into the output folder), wandb or "
+            "trackio. May be repeated."
+        ),
+    ] = ()
+    push_to_hub: Annotated[
+        str | None,
+        Field(
+            description="Private repository of the Hugging Face Hub that the finished head is uploaded to: weights, "
+            "config, card and reward models."
+        ),
+    ] = None
+    public: Annotated[bool, Field(description="With --push-to-hub: everybody may read the repository.")] = False
+    device: Annotated[str, Field(description="auto is CUDA, then MPS, then CPU.")] = "auto"
+    dtype: Annotated[str, Field(description="auto is bfloat16 on GPUs that have it, float32 on CPU.")] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        Field(description="int8 is for the CPU: a quarter of the memory for linear layers, and faster."),
+    ] = None
+    model_kwargs: Annotated[
+        dict[str, Any],
+        Field(
+            default_factory=dict,
+            description="Argument of from_pretrained, as device_map=auto, tp_plan=auto (under torchrun) or "
+            "quantization_config={quant_method: bitsandbytes, load_in_4bit: true}. May be repeated.",
+        ),
+    ]
+    ray: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1024,
+            description="Processes on Ray that generate replies, with a model each; the reward runs in another. 0: "
+            "everything runs in this process.",
+        ),
+    ] = 0
 
     @field_validator("reward", "judge", mode="before")
     @classmethod
@@ -152,8 +277,15 @@ class TrainConfig(Params):
         except ConfigError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("system_prompt")
+    @classmethod
+    def _no_controls(cls, value: str | None) -> str | None:
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in set(value or "") - set("\n\r\t")):
+            raise ValueError("control characters are not allowed")
+        return value
+
     @model_validator(mode="after")
-    def _one_aim(self) -> Self:
+    def _no_contradiction(self) -> Self:
         if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
         if self.ray and self.model_kwargs.get("tp_plan") is not None:
@@ -161,17 +293,46 @@ class TrainConfig(Params):
         return self
 
     def described(self) -> dict[str, Any]:
-        """Everything that decides the result, as JSON can hold it; paths of this machine left out."""
-        elsewhere = {"data", "prompts", "output", "device", "reward_timeout_s", "track", "push_to_hub", "public", "ray"}
-        return self.model_dump(mode="json", exclude=elsewhere)
+        """Return the settings that decide the head, as JSON values; without paths of this machine."""
+        return self.model_dump(mode="json", exclude=_NOT_DECISIVE)
 
     def to_yaml(self) -> str:
-        """All settings, as `--config` reads them."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        """Return the settings in the form that `--config` reads; `overwrite` is not to be repeated unasked."""
+        settings = self.model_dump(mode="json", exclude={"overwrite"})
+        return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+_NOT_DECISIVE = {
+    "data",
+    "prompts",
+    "output",
+    "overwrite",
+    "device",
+    "reward_timeout_s",
+    "track",
+    "push_to_hub",
+    "public",
+    "ray",
+}
+
+# Groups of settings in the order that `--help` shows them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Options": (
+        "model", "data", "output", "overwrite", "method", "reward", "forbid", "system_prompt", "seed",
+    ),
+    "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
+    "Rewards": ("normalise_rewards", "reward_timeout_s", "partial_text", "judge"),
+    "Replies": ("max_reply_tokens", "max_replies", "replies_each", "top_k", "top_p", "min_candidates"),
+    "Head and fit": (
+        "kl_budget", "form", "inner_size", "epochs", "patience", "learning_rate", "weight_decay", "batch_size",
+    ),
+    "One method": ("rounds", "correction_rounds", "beta", "competitors", "credit", "staleness"),
+    "Where it runs": ("track", "push_to_hub", "public", "device", "dtype", "quantization", "model_kwargs", "ray"),
+}  # fmt: skip
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file, by the names of `TrainConfig`, or by those of the flags.
+    """Return the settings of a YAML file, by the names of `TrainConfig` or by those of the options.
 
     Raises:
         ConfigError: If the file can't be read, or has a name that is no setting.
@@ -183,7 +344,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{str(path)!r} is broken YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{str(path)!r} holds no settings", hint="a line each, as `data: prefs.jsonl`")
+        raise ConfigError(f"{str(path)!r} holds no settings", hint="one setting a line, as `data: prefs.jsonl`")
     settings = {str(name).replace("-", "_"): value for name, value in content.items()}
     for name in settings:
         if name not in TrainConfig.model_fields:

@@ -1,9 +1,7 @@
-"""What every stage of one training run shares: its settings, its plan, the loaded model, its folder and its log."""
+"""The state that all stages of one training run share: settings, plan, model, output folder and log."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,30 +14,32 @@ from rich.markup import escape
 
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.evaluation.metrics import Interval
-from mara_integrations.heads.config import HeadConfig
-from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.head import HeadConfig, MARAHead
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, reward_spec
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.identity import Identity
 from mara_integrations.training.learning.fit import Epoch, FitSettings
 from mara_integrations.training.plan import Plan
 from mara_integrations.training.records.metrics_log import MetricsLog
-from mara_integrations.training.rollouts.writers import Writers
+from mara_integrations.training.rollouts.workers import RolloutWorkers
 
-WORK_FOLDER = ".run"
+WORK_FOLDER = ".run"  # in the output folder, until the head is finished
+FAILURE_FILE = "reward-failure.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
-    """What a method's loop says of its work, beside the head it fitted.
+class MethodResult:
+    """What a training method returns beside the head it fitted in place.
 
     Attributes:
-        held_out_accuracy: Share of held-out pairs of better and worse replies that it orders rightly; None where there
-            are none.
-        rewards: Rewards that came of it, by name, for the final evaluation to judge by.
-        kl_per_token: KL(gate || base) on held-out replies of the gate, where the method has set the scale itself.
+        held_out_accuracy: Share of held-out pairs of a better and a worse reply that the head orders correctly; None
+            where there are none.
+        rewards: Rewards that were fitted for the method, by name; the final evaluation uses them.
+        kl_per_token: KL(gate || base) on held-out replies of the gate, in nats a token, where the method has calibrated
+            the head's scale itself; else None.
     """
 
     held_out_accuracy: Interval | None = None
@@ -52,68 +52,67 @@ class Run:
     """One training run.
 
     Attributes:
-        config: What the user said.
-        plan: What follows from it.
+        config: Settings of the user.
+        plan: Data, reward and method that follow from them.
+        identity: What decides the head.
         model: The base model.
-        backend: On that model.
-        model_fingerprint: Of the model's weights, see `keeping.model_fingerprint`.
-        writers: Write replies.
-        reporter: Hears the news.
-        metrics: Figures of the run.
+        backend: A backend on the model.
+        workers: Rollout workers, which generate replies.
+        reporter: Receives lines of text and progress.
+        metrics: Log of the run's metrics.
     """
 
     config: TrainConfig
     plan: Plan
+    identity: Identity
     model: LoadedModel
     backend: Backend
-    model_fingerprint: str
-    writers: Writers
+    workers: RolloutWorkers
     reporter: Reporter
     metrics: MetricsLog
 
-    # --- news ---
+    # --- text, progress, metrics ---
 
     def say(self, line: str) -> None:
-        """One line of news, with rich's markup."""
+        """Report one line of text, with rich's markup."""
         self.reporter.say(line)
 
     def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A part of the work with `total` steps; gives a function to call with the number of steps just done."""
+        """Show the progress of a stage; the context is a function that takes the number of steps just done."""
         return self.reporter.stage(name, total)
 
     def log(self, event: str, **values: Any) -> None:
-        """Add a line to metrics.jsonl, for the trackers too."""
+        """Add a line to metrics.jsonl and to the trackers."""
         self.metrics.log(event, values)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Start metrics.jsonl and the trackers, or go on with those of an interrupted run; see `MetricsLog.opened`."""
-        method, settings = self.plan.method.name, self.config.described()
-        start = {"method": method, "model": self.model.name, "config": settings}
+        """Start metrics.jsonl and the trackers, or continue those of an interrupted run; see `MetricsLog.opened`."""
+        self.identity.write(self.folder)
+        start = {"method": self.plan.method.name, "model": self.model.name, "config": self.config.described()}
         with self.metrics.opened(self.folder.name, self.config.track, start):
             yield
 
-    # --- what is kept until the head is finished ---
+    # --- stored work ---
 
     @property
     def folder(self) -> Path:
-        """Where an interrupted run finds what it had; other settings, data or another model have another folder."""
-        parts = [
-            self.config.described(),
-            self.plan.fingerprint,
-            self.model_fingerprint,
-        ]
-        fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-        return self.config.output / WORK_FOLDER / fingerprint
+        """Folder of this run's stored work; a run of another identity has another folder."""
+        return self.config.output / WORK_FOLDER / self.identity.fingerprint
 
-    def forget(self) -> None:
-        """Remove what was kept for an interruption."""
+    def stored(self, name: str, part: int | None = None) -> Path:
+        """Return the file of some stored work, by the name of its stage."""
+        return self.folder / f"{name.replace(' ', '-')}{'' if part is None else f'-{part}'}.pt"
+
+    def finish(self) -> None:
+        """Remove stored work, also that of earlier runs into the same folder, and what a failed reward left."""
         shutil.rmtree(self.config.output / WORK_FOLDER, ignore_errors=True)
+        (self.config.output / FAILURE_FILE).unlink(missing_ok=True)
 
-    # --- what methods build on ---
+    # --- settings of stages ---
 
     def new_head(self) -> MARAHead:
-        """An untrained head of the method's form on the model's device, as the settings have it."""
+        """Return an untrained head of the method's form, on the model's device."""
         config, plan = self.config, self.plan
         settings = HeadConfig(
             form=plan.method.form,
@@ -128,33 +127,39 @@ class Run:
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
             data_fingerprint=plan.train.fingerprint,
+            origin=self.identity.origin(config, plan),
             training=config.described(),
         )
         return MARAHead(settings).to(self.model.device)
 
     @property
     def max_replies(self) -> int:
-        """Replies to write in all."""
+        """Number of replies to generate in all."""
         return self.config.max_replies or self.plan.method.max_replies
 
-    def sampling(self, **values: Any) -> SamplingParams:
-        """How the model writes replies to learn from, with some values changed."""
+    @property
+    def kl_budget(self) -> float | None:
+        """Bound on the KL from the base model, in nats a token; None is no bound."""
+        return self.config.kl_budget or self.plan.method.kl_budget
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """Return the sampling settings of replies to learn from, with some changes."""
         c = self.config
         settings = {"max_new_tokens": c.max_reply_tokens, "temperature": 1.0, "top_k": c.top_k, "top_p": c.top_p}
-        return SamplingParams.of(**{**settings, **values})
+        return SamplingParams.of(**{**settings, **changes})
 
     def random(self) -> random.Random:
-        """The run's choice among prompts: the same each time it is asked for."""
+        """Return a generator for choices among prompts; each call returns one in the same state."""
         return random.Random(self.config.seed)
 
     def fit_settings(self, learning_rate: float) -> FitSettings:
-        """How heads are fitted; `learning_rate` where the settings name none."""
+        """Return the settings of a fit; `learning_rate` is the default of that setting."""
         c = self.config
         return FitSettings(c.epochs, c.patience, c.learning_rate or learning_rate, c.weight_decay, c.batch_size, c.seed)
 
     @contextmanager
     def fitting(self, name: str) -> Iterator[Callable[[Epoch], None]]:
-        """A stage whose steps are the epochs of a fit, each logged."""
+        """Show the progress of a fit and log its epochs; the context is the function to call after each epoch."""
         losses: list[float] = []
         with self.stage(name, self.config.epochs) as advance:
 
@@ -165,4 +170,4 @@ class Run:
 
             yield on_epoch
         count = f"after {len(losses) - 1} epochs"
-        self.say(f"  {escape(name)}: held-out loss {losses[0]:.3f} -> {min(losses):.3f} {count}")
+        self.say(f"  {escape(name)}: loss on held-out examples {losses[0]:.3f} -> {min(losses):.3f} {count}")

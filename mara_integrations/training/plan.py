@@ -1,35 +1,63 @@
-"""What a training run will do, settled and checked before anything costly."""
+"""The plan of a training run: data, reward and method, checked before anything costly."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
-from mara_integrations.rewards import ForbiddenWords, Reward, load_rewards, parse_reward, reward_name
+from mara_integrations.rewards import (
+    ForbiddenWords,
+    Reward,
+    combine_rewards,
+    parse_reward,
+    reward_fingerprint,
+    reward_name,
+)
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records.trackers import check_installed
 from mara_integrations.training.registry import Method, Source, choose
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run will do, settled before anything costly.
+class Inputs:
+    """Python objects that stand in for settings of `TrainConfig`.
 
     Attributes:
-        method: How.
-        source: What says which replies are good.
-        why: In words.
-        train: Rows the head is fitted on.
-        held_out: Rows it is not, none of them with a prompt of the others.
-        rule: Forbidden words, where they are what is taught.
-        reward: What scores replies, where one was given.
-        judges: Rewards that training never sees, by name.
-        other_prompts: That replies are written to, fitted on and held out, where not to those of the data.
+        data: Rows instead of `data`: dicts, a `datasets.Dataset`, a DataFrame, or a `data.Dataset`.
+        prompts: Rows instead of `prompts`.
+        rewards: Functions instead of `reward`, each with its weight.
+        judges: Functions beside those of `judge`.
+    """
+
+    data: Any = None
+    prompts: Any = None
+    rewards: Sequence[tuple[Reward, float]] = ()
+    judges: Sequence[Reward] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        method: The training method.
+        source: What the method learns from.
+        why: Why the method was chosen, as a clause.
+        train: Rows that the head is fitted on.
+        held_out: Rows that it is not fitted on; no prompt is on both sides.
+        rule: The forbidden words; None without them.
+        reward: The reward; None without one.
+        judges: Rewards that are only reported, by name.
+        other_prompts: Prompts to generate replies to, to fit on and held out; None takes those of the data.
     """
 
     method: Method
@@ -44,16 +72,26 @@ class Plan:
 
     @property
     def prompts(self) -> tuple[Dataset, Dataset]:
-        """Whose prompts replies are written to: fitted on, and held out."""
+        """Prompts to generate replies to: to fit on, and held out."""
         return self.other_prompts or (self.train, self.held_out)
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of data and reward, by name."""
+        decisive = self.rule or self.reward
+        return {
+            "data": f"{self.train.fingerprint} {self.held_out.fingerprint}",
+            "prompts": " ".join(side.fingerprint for side in self.other_prompts or ()),
+            "reward": reward_fingerprint(decisive) if decisive is not None else "",
+        }
+
+    @property
     def fingerprint(self) -> str:
-        """Of all that is fitted on."""
-        return "-".join(dict.fromkeys((self.train.fingerprint, self.prompts[0].fingerprint)))
+        """Hash of `hashes`."""
+        return hashlib.sha256(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     """Check data, reward and output folder, and choose the method.
 
     Raises:
@@ -63,16 +101,18 @@ def make_plan(config: TrainConfig) -> Plan:
         MissingExtraError: If a tracker is not installed.
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
+    inputs = inputs or Inputs()
     check_writable(config.output)
     check_installed(config.track)
     if config.push_to_hub is not None:
         check_can_push(config.push_to_hub, public=config.public)
-    data = read_dataset(
-        config.data, config.format, columns=column_mapping(config.column), skip_bad_rows=config.skip_bad_rows
-    )
+    data = _read_data(config, inputs)
     rule = ForbiddenWords(config.forbid) if config.forbid else None
-    reward = load_rewards(config.reward, normalise=config.normalise_rewards) if config.reward else None
-    judges = _named_judges(config, [reward_name(each) for each in (rule, reward) if each is not None])
+    weighted = [*map(parse_reward, config.reward), *inputs.rewards]
+    if rule is not None and weighted:
+        raise ConfigError("give either a reward or forbidden words, not both")
+    reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
+    judges = [*(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
     given: dict[Source, bool] = {
         "rule": rule is not None,
         "reward": reward is not None,
@@ -84,49 +124,77 @@ def make_plan(config: TrainConfig) -> Plan:
     try:
         method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
     except ConfigError as error:
-        raise ConfigError(f"{str(config.data)!r}: {error.message}", hint=error.hint) from None
+        raise ConfigError(f"{str(data.path)!r}: {error.message}", hint=error.hint) from None
     if method.form == "paper" and config.kl_budget is not None:
         raise ConfigError(
-            f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no dial to keep within it",
+            f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
             hint="leave it out, or train a residual head",
         )
-    prompts = None
-    if config.prompts is not None:
-        if method.name != "reward-model":
-            raise ConfigError(
-                f"prompts={str(config.prompts)!r} is not allowed: method {method.name!r} learns from those of --data",
-                hint="--method reward-model can write to others than those of the preferences",
-            )
-        prompts = split(read_prompts(config.prompts), config.held_out, config.seed)
     train, held_out = split(data, config.held_out, config.seed)
     if source == "labels":
         _check_labels(data, train, held_out)
     return Plan(
-        method, source, _why(method.name, source, data, config, rule), train, held_out, rule, reward, judges, prompts
+        method=method,
+        source=source,
+        why=_why(method.name, source, data, rule, reward),
+        train=train,
+        held_out=held_out,
+        rule=rule,
+        reward=reward,
+        judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
+        other_prompts=_read_other_prompts(config, inputs, method),
     )
 
 
-def _named_judges(config: TrainConfig, taken: Sequence[str]) -> dict[str, Reward]:
+def _read_data(config: TrainConfig, inputs: Inputs) -> Dataset:
+    if (config.data is None) == (inputs.data is None):
+        raise ConfigError(
+            "there is no data" if config.data is None else f"data is given twice: as {str(config.data)!r} and as rows",
+            hint="give preference pairs, labelled replies or prompts, as a file or as rows",
+        )
+    return read_dataset(
+        config.data if config.data is not None else inputs.data,
+        config.format,
+        columns=column_mapping(config.column),
+        skip_bad_rows=config.skip_bad_rows,
+    )
+
+
+def _read_other_prompts(config: TrainConfig, inputs: Inputs, method: Method) -> tuple[Dataset, Dataset] | None:
+    given = config.prompts if config.prompts is not None else inputs.prompts
+    if given is None:
+        return None
+    if method.name != "reward-model":
+        named = f"{str(given)!r} is" if isinstance(given, Path) else "rows are"
+        raise ConfigError(
+            f"prompts: {named} not allowed, because method {method.name!r} learns from the prompts of the data",
+            hint="--method reward-model can generate replies to other prompts than those of the preferences",
+        )
+    return split(read_prompts(given), config.held_out, config.seed)
+
+
+def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
     """Return the judges by name; one that shares a name with a reward or another judge is numbered."""
-    judges: dict[str, Reward] = {}
-    for judge, _ in map(parse_reward, config.judge):
+    named: dict[str, Reward] = {}
+    for judge in judges:
         own = f"{reward_name(judge)} (judge)" if reward_name(judge) in taken else reward_name(judge)
         numbered = (f"{own} {n}" if n > 1 else own for n in itertools.count(1))
-        judges[next(name for name in numbered if name not in judges)] = judge
-    return judges
+        named[next(name for name in numbered if name not in named)] = judge
+    return named
 
 
-def _why(method: str, source: Source, data: Dataset, config: TrainConfig, rule: ForbiddenWords | None) -> str:
+def _why(method: str, source: Source, data: Dataset, rule: ForbiddenWords | None, reward: Reward | None) -> str:
     match source:
         case "rule":
             assert rule is not None
-            return f"the words {', '.join(map(repr, rule.words))} can be told token by token"
+            return f"forbidden words ({', '.join(map(repr, rule.words))}) can be found token by token"
         case "reward":
+            assert reward is not None
             num_prompts = len({row.prompt for row in data.rows})
-            return f"replies to {num_prompts} prompts will be scored by {', '.join(config.reward)}"
+            return f"replies to {num_prompts} prompts will be scored by {reward_name(reward)}"
         case "pairs":
             if method == "reward-model":
-                return f"a model of {len(data.rows)} preference pairs will judge the model's own replies"
+                return f"a reward model of {len(data.rows)} preference pairs will score the model's own replies"
             return f"{len(data.rows)} preference pairs label their replies good and bad"
         case "labels":
             return f"{len(data.rows)} replies are labelled good or bad"

@@ -1,16 +1,21 @@
-"""The training methods by name: what each learns from, what its head looks like, and which one `auto` takes.
+"""The training methods: what each learns from, its form of head, its defaults, and the function that trains it.
 
-Knows no model: a plan is settled with it before anything heavy is imported. The loops themselves are one module each.
+Loops are imported when they run: to plan a run, or to refuse it, needs none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, cast
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import HeadForm
+
+if TYPE_CHECKING:
+    from mara_integrations.heads.head import MARAHead
+    from mara_integrations.training.context import MethodResult, Run
 
 Source = Literal["pairs", "labels", "reward", "rule"]
 SOURCES: dict[Source, str] = {
@@ -26,19 +31,21 @@ class Method:
     """One way to train a head.
 
     Attributes:
-        name: As `--method` names it.
-        learns_from: Any of these is enough.
-        form: Of the head, see `HeadConfig`.
-        other_forms: That the settings may name in its place.
-        min_candidates: Of the head where the settings name none.
-        keeps_candidates: It learns from every candidate that a gate looks at while replies are written.
-        max_replies: That are written to learn from where the settings name no number.
-        kl_budget: Nats a token the scale is calibrated to where the settings name none; None leaves it as fitted.
-        max_scale: That calibration may choose; None where the scale of f means nothing by itself.
-        temperature: Of the replies of the final evaluation.
+        name: Name on the command line.
+        loop: Function that fits a head in place, as `module:function`.
+        learns_from: Sources of what a good reply is; any one of them is enough.
+        form: Form of the head, see `HeadConfig`.
+        other_forms: Forms that the settings may choose instead.
+        min_candidates: Default of the setting of that name.
+        keeps_candidates: Whether it learns from every candidate that the gate visits, not from taken tokens alone.
+        max_replies: Default of the setting of that name.
+        kl_budget: Default of the setting of that name; None leaves the head's scale as it was fitted.
+        max_scale: Largest scale that calibration may choose; None is no bound.
+        temperature: Temperature of the replies of the final evaluation.
     """
 
     name: str
+    loop: str
     learns_from: tuple[Source, ...]
     form: HeadForm
     other_forms: tuple[HeadForm, ...] = ()
@@ -49,50 +56,101 @@ class Method:
     max_scale: float | None = None
     temperature: float = 1.0
 
+    def train(self, run: Run, head: MARAHead) -> MethodResult:
+        """Fit a head in place; see the module of the method."""
+        module, _, function = self.loop.partition(":")
+        loop = getattr(import_module(module), function)
+        return cast("Callable[[Run, MARAHead], MethodResult]", loop)(run, head)
 
-# Why no loss on given replies is offered for the paper's form. Measured on SmolLM2-135M: token labels 0.9 nats a token
+
+# Why the paper's form can't be trained on given replies. Measured on SmolLM2-135M: token labels led 0.9 nats a token
 # away from the base model, DPO 1.2, against 0.03 for the residual form.
 _NO_PRIOR = (
     "a head of the paper's form replaces the base model's probabilities instead of correcting them, and a loss on "
     "given replies leads it far away from every fluent text"
 )
 
-# A rule holds or does not, so it knows no budget and is judged greedily, as applications run it; and it has to be able
-# to refuse a lone survivor.
+_HERE = "mara_integrations.training.methods"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("value", ("reward", "pairs", "labels"), "value"),
-        Method("dpo", ("pairs",), "residual", max_scale=1.0),  # a likelihood is fitted at scale 1
-        Method("kto", ("labels", "pairs"), "residual", max_scale=1.0),
-        Method("rloo", ("reward",), "residual", keeps_candidates=True, max_replies=640),
-        Method("reward-model", ("pairs", "labels"), "residual", keeps_candidates=True, max_replies=640),
-        Method("sac", ("reward",), "residual", ("paper",), keeps_candidates=True, max_replies=1152),
-        Method("sac-published", ("reward",), "paper", keeps_candidates=True, max_replies=2048, kl_budget=None),
-        Method("rule", ("rule",), "residual", min_candidates=2, kl_budget=None, temperature=0.0),
+        Method(
+            name="value",
+            loop=f"{_HERE}.value:train",
+            learns_from=("reward", "pairs", "labels"),
+            form="value",
+        ),
+        Method(
+            name="dpo",
+            loop=f"{_HERE}.preference:train_dpo",
+            learns_from=("pairs",),
+            form="residual",
+            max_scale=1.0,  # a likelihood is fitted at scale 1
+        ),
+        Method(
+            name="kto",
+            loop=f"{_HERE}.preference:train_kto",
+            learns_from=("labels", "pairs"),
+            form="residual",
+            max_scale=1.0,
+        ),
+        Method(
+            name="rloo",
+            loop=f"{_HERE}.rloo:train",
+            learns_from=("reward",),
+            form="residual",
+            keeps_candidates=True,
+            max_replies=640,
+        ),
+        Method(
+            name="reward-model",
+            loop=f"{_HERE}.reward_model:train",
+            learns_from=("pairs", "labels"),
+            form="residual",
+            keeps_candidates=True,
+            max_replies=640,
+        ),
+        Method(
+            name="sac",
+            loop=f"{_HERE}.sac:train",
+            learns_from=("reward",),
+            form="residual",
+            other_forms=("paper",),
+            keeps_candidates=True,
+            max_replies=1152,
+        ),
+        Method(
+            name="rule",
+            loop=f"{_HERE}.rule:train",
+            learns_from=("rule",),
+            form="residual",
+            min_candidates=2,  # so that a lone candidate can be rejected
+            kl_budget=None,  # a rule holds or does not
+            temperature=0.0,  # as applications run it
+        ),
     )
 }
 
-# What `auto` takes: the first source that is there decides. A rule or a reward was asked for by a flag of its own, so
-# it goes before the labels that the data may hold.
+# What `auto` takes: the first source that is given decides. Rules and rewards have options of their own, so they go
+# before the labels that the data may hold.
 AUTO: dict[Source, str] = {"rule": "rule", "reward": "rloo", "pairs": "value", "labels": "value"}
-# From as many on, a reward model of them teaches more than they do themselves; see cookbook/training_methods.md.
+# From so many pairs on, a reward model of them trains better heads than they do; see cookbook/training_methods.md.
 MANY_PAIRS = 300
 
 
 def choose(
     name: str, given: Collection[Source], form: HeadForm | None = None, *, num_pairs: int = 0
 ) -> tuple[Method, Source]:
-    """The method to use, and what it will learn from.
+    """Return the method to use, and the source that it learns from.
 
     Args:
-        name: A method's name, or `auto`.
-        given: Everything that says what a good reply is.
-        form: Of the head, where it is not to be the method's own.
-        num_pairs: Preference pairs that are there.
+        name: Name of a method, or `auto`.
+        given: Sources that the user gave.
+        form: Form of the head; None is the method's own.
+        num_pairs: Number of preference pairs in the data.
 
     Raises:
-        ConfigError: If nothing does, or nothing that the method can learn from, or not with such a head.
+        ConfigError: If there is no source, none that the method can learn from, or the form is not allowed.
     """
     sources = [source for source in AUTO if source in given]
     if not sources:
@@ -107,11 +165,11 @@ def choose(
     for source in sources:
         if source in method.learns_from:
             return method, source
-    fitting = [other.name for other in METHODS.values() if set(other.learns_from) & set(sources)]
+    suitable = [other.name for other in METHODS.values() if set(other.learns_from) & set(sources)]
     raise ConfigError(
         f"method {name!r} needs {' or '.join(SOURCES[source] for source in method.learns_from)}; "
         f"given are {' and '.join(SOURCES[source] for source in sources)}",
-        hint=f"methods for those are {', '.join(fitting)}",
+        hint=f"methods for those are {', '.join(suitable)}",
     )
 
 

@@ -1,8 +1,8 @@
-"""One training run, top to bottom: plan, model, the method's loop, scale, head on disk, evaluation."""
+"""One training run, top to bottom: `train` and `_train` are the page to read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from rich.markup import escape
 from mara_integrations.data import Row, preview, prompt_row
 from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval
-from mara_integrations.evaluation.provenance import Provenance
 from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.evaluation.summary import card_results, figures
 from mara_integrations.files import write_atomically
@@ -22,48 +21,41 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.hub import push_folder
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
-from mara_integrations.rewards import Reward, reward_name
+from mara_integrations.rewards import Reward, RewardLike, reward_name, weighted_rewards
 from mara_integrations.runtime import MARAEngine, backend_of
+from mara_integrations.training.collect.prompts import conversation
+from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.context import Learned, Run
-from mara_integrations.training.gather import conversation_of, try_reward
-from mara_integrations.training.methods import preference, reward_model, rloo, rule, sac, value
-from mara_integrations.training.plan import make_plan
+from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
+from mara_integrations.training.identity import Identity
+from mara_integrations.training.methods.reward_model import fit_judge
+from mara_integrations.training.plan import Inputs, Plan, make_plan
 from mara_integrations.training.records.metrics_log import MetricsLog
-from mara_integrations.training.records.store import model_fingerprint
-from mara_integrations.training.rollouts.ray_writers import RayWriters
-from mara_integrations.training.rollouts.writers import Writers, WritersHere
-from mara_integrations.training.scoring.ray_rewards import import_ray, on_ray
+from mara_integrations.training.records.output_lock import locked
+from mara_integrations.training.resume import finished_head, interrupted_differences
+from mara_integrations.training.rollouts.ray_cluster import import_ray
+from mara_integrations.training.rollouts.ray_workers import RayWorkers
+from mara_integrations.training.rollouts.workers import LocalWorker, RolloutWorkers
+from mara_integrations.training.scoring.ray_rewards import on_ray
 from mara_integrations.training.scoring.reward_files import keep_rewards
 from mara_integrations.training.scoring.scale import calibrate
 
 SETTINGS_FILE = "train.yaml"
-_SHOWN_CHARACTERS = 600  # of a sample
-
-# The loop of each of `methods.METHODS`: fits the head in place, and says how that went.
-LOOPS: dict[str, Callable[[Run, MARAHead], Learned]] = {
-    "value": value.learn,
-    "dpo": preference.learn_dpo,
-    "kto": preference.learn_kto,
-    "reward-model": reward_model.learn,
-    "rloo": rloo.learn,
-    "rule": rule.learn,
-    "sac": sac.learn,
-    "sac-published": sac.learn,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
         head: The head, as saved.
         output: Its folder.
-        evaluation: On held-out prompts, base against gated; None where none was asked for.
-        held_out_accuracy: Share of held-out pairs of better and worse replies that V orders rightly; None where there
-            are none.
+        evaluation: Comparison of base model and head on held-out prompts; None where none was asked for, or where the
+            head was finished before.
+        held_out_accuracy: Share of held-out pairs of a better and a worse reply that are ordered correctly, by the head
+            or by its reward model; None where there are no pairs.
         kl_per_token: KL(gate || base) on the gated model's replies, in nats a token.
+        was_finished: Whether the head was there already, trained by the same settings on the same data.
     """
 
     head: MARAHead
@@ -71,105 +63,180 @@ class TrainResult:
     evaluation: Evaluation | None
     held_out_accuracy: Interval | None
     kl_per_token: float
+    was_finished: bool = False
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
-    """Train a head; see `TrainConfig` for what can be said, `make_plan` for what is refused.
+def train(
+    config: TrainConfig,
+    *,
+    data: Any = None,
+    prompts: Any = None,
+    reward: RewardLike | Sequence[RewardLike] = (),
+    judge: RewardLike | Sequence[RewardLike] = (),
+    model: Any = None,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Train a head and write it into the output folder.
 
-    Started again after an interruption with the same settings, it takes up what it had already gathered.
+    Given the same config and data again, an interrupted run continues where it was, and a finished one is returned.
+
+    Args:
+        config: Settings of the run.
+        data: Rows instead of `config.data`: dicts, a `datasets.Dataset` or a DataFrame, in the forms that
+            `data.read_dataset` reads.
+        prompts: Rows instead of `config.prompts`.
+        reward: Function with TRL's signature, beside those of `config.reward`; several, or pairs of a function and its
+            weight, are summed.
+        judge: Function that is only reported, beside those of `config.judge`; or several.
+        model: A loaded `(model, tokenizer)` instead of `config.model`.
+        reporter: Receives text and progress; None shows nothing.
 
     Raises:
-        MaraError: See `make_plan`, `load_model`, `rewards.score`.
+        MaraError: If something is refused, see `make_plan`, or fails, see `load_model` and `rewards.score`.
+
+    Example:
+        >>> train(TrainConfig(output="heads/brief"), data=rows, reward=brevity)
     """
-    run = begin(config, reporter or Reporter())
-    try:
-        return _train(run)
-    finally:
-        run.writers.close()
+    judges = [each for each, _ in weighted_rewards(judge)]
+    plan = make_plan(config, Inputs(data, prompts, weighted_rewards(reward), judges))  # refuses what can't work
+    return train_plan(config, plan, model=model, reporter=reporter or Reporter())
 
 
-def _train(run: Run) -> TrainResult:
-    config = run.config
-    if run.plan.source == "reward":
-        try_reward(run)
-    with run.logging():
-        torch.manual_seed(config.seed)
-        head = run.new_head()
-        learned = LOOPS[run.plan.method.name](run, head)
-        kl = calibrate(run, head) if learned.kl_per_token is None else learned.kl_per_token
-        if not learned.rewards and run.plan.source in ("pairs", "labels"):
-            learned = replace(learned, rewards=reward_model.judge_of_preferences(run))
-        keep_rewards(config.output, head, learned.rewards)
-        head.save_pretrained(config.output)  # before the evaluation, so that it is not lost with it
-        evaluation = _evaluate(run, head, learned)
-        _save(run, head, evaluation, learned, kl)
-    run.forget()
-    if config.push_to_hub is not None:
-        address = push_folder(config.output, config.push_to_hub, public=config.public)
-        run.say(f"[bold]Hub[/]    {escape(address)}")
-    return TrainResult(head, config.output, evaluation, learned.held_out_accuracy, kl)
+def train_plan(config: TrainConfig, plan: Plan, *, reporter: Reporter, model: Any = None) -> TrainResult:
+    """Carry out a plan: return the finished head, or continue an interrupted run, or start one; see `train`."""
+    identity = Identity.of(config, plan)
+    with locked(config.output, config.output / WORK_FOLDER):
+        finished = finished_head(config, identity)
+        if finished is not None:
+            result = _finished_result(config, finished, reporter)
+        else:
+            run = start(config, plan, identity, reporter, model)
+            try:
+                result = _train(run)
+            finally:
+                run.workers.close()
+        if config.push_to_hub is not None:
+            address = push_folder(config.output, config.push_to_hub, public=config.public)
+            reporter.say(f"[bold]Hub[/]    {escape(address)}")
+    return result
 
 
-def begin(config: TrainConfig, reporter: Reporter) -> Run:
-    """Settle the plan, then load the model; nothing is written."""
-    plan = make_plan(config)
-    reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
-    count = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out, split by prompt"
-    reporter.say(f"[bold]Data[/]   {escape(str(config.data))}: {count}")
-    if plan.other_prompts is not None:
-        written_to = f"{len(plan.prompts[0].rows)} prompts to write to, {len(plan.prompts[1].rows)} held out"
-        reporter.say(f"[bold]Prompts[/] {escape(str(config.prompts))}: {written_to}")
-    for note in plan.train.notes:
-        reporter.say(f"  {escape(note)}")
+def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporter, model: Any = None) -> Run:
+    """Report the plan, load the model and start the rollout workers; write nothing."""
+    _report_plan(config, plan, reporter)
+    _report_interrupted(config, identity, reporter)
     if config.ray:
-        import_ray()  # or say what is missing, before the model is loaded
+        import_ray()  # if Ray is missing, say so before the model is loaded
     spec = ModelSpec(
-        config.model,
+        model or config.model,
         config.device,
         config.dtype,
         model_kwargs=config.model_kwargs,
         quantization=config.quantization,
     )
-    model = load_model(spec)
-    reporter.say(f"[bold]Model[/]  {escape(model.name)} on {model.device}, {model.number_format}")
-    backend = backend_of(model)
-    writers: Writers = WritersHere(model, backend)
+    loaded = load_model(spec)
+    reporter.say(f"[bold]Model[/]  {escape(loaded.name)} on {loaded.device}, {loaded.number_format}")
+    identity_before, identity = identity, identity.with_model(loaded)
+    if not interrupted_differences(config.output, identity_before):
+        _report_interrupted(config, identity, reporter)
+    backend = backend_of(loaded)
+    workers: RolloutWorkers = LocalWorker(loaded, backend)
     if config.ray:
-        writers = RayWriters(spec, config.ray, model.device.type == "cuda", reporter.say)
+        workers = RayWorkers(spec, config.ray, loaded.device.type == "cuda", reporter.say)
         plan = replace(plan, reward=plan.reward and on_ray(plan.reward))
-    run = Run(config, plan, model, backend, model_fingerprint(model), writers, reporter, MetricsLog(config.output))
+    run = Run(config, plan, identity, loaded, backend, workers, reporter, MetricsLog(config.output))
     _show_samples(run)
     return run
 
 
+def _train(run: Run) -> TrainResult:
+    config, plan = run.config, run.plan
+    if plan.source == "reward":
+        check_reward(run)  # 1. score two short replies: a mistake in the reward shows before the work
+    with run.logging():
+        torch.manual_seed(config.seed)
+        head = run.new_head()
+        result = plan.method.train(run, head)  # 2. the method collects replies and fits the head to them
+        if result.kl_per_token is None:
+            result = replace(result, kl_per_token=calibrate(run, head))  # 3. scale the head to the KL budget
+        if not result.rewards and plan.source in ("pairs", "labels"):
+            result = replace(result, rewards=fit_judge(run))  # 4. fit a reward model to evaluate the head by
+        keep_rewards(config.output, head, result.rewards)  # 5. save reward models
+        head.save_pretrained(config.output)  # 6. save the head, before an evaluation that may fail
+        evaluation = _evaluate(run, head, result)  # 7. compare base model and head on held-out prompts
+        _save_final(run, head, evaluation, result)  # 8. save metrics, model card and settings
+    run.finish()
+    assert result.kl_per_token is not None
+    return TrainResult(head, config.output, evaluation, result.held_out_accuracy, result.kl_per_token)
+
+
+def _report_plan(config: TrainConfig, plan: Plan, reporter: Reporter) -> None:
+    reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
+    sides = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out; no prompt is on both sides"
+    reporter.say(f"[bold]Data[/]   {escape(str(plan.train.path))}: {sides}")
+    if plan.other_prompts is not None:
+        sides = f"{len(plan.prompts[0].rows)} to reply to, {len(plan.prompts[1].rows)} held out"
+        reporter.say(f"[bold]Prompts[/] {escape(str(plan.prompts[0].path))}: {sides}")
+    for note in plan.train.notes:
+        reporter.say(f"  {escape(note)}")
+
+
+def _report_interrupted(config: TrainConfig, identity: Identity, reporter: Reporter) -> None:
+    """Say why an interrupted run in the output folder is not continued."""
+    differences = interrupted_differences(config.output, identity)
+    if differences:
+        reporter.say(
+            "  [yellow]an interrupted run in this folder is not continued, because it would end with another head: "
+            f"{escape('; '.join(differences))}[/]"
+        )
+
+
+def _finished_result(config: TrainConfig, head: MARAHead, reporter: Reporter) -> TrainResult:
+    reporter.say(
+        f"[bold]Head[/]   {escape(str(config.output))} is finished already, by the same settings on the same data; "
+        "--overwrite trains it again"
+    )
+    metrics = head.config.metrics
+    accuracy = metrics.get("held_out_accuracy")
+    return TrainResult(
+        head,
+        config.output,
+        evaluation=None,
+        held_out_accuracy=None if accuracy is None else Interval(**accuracy),
+        kl_per_token=metrics["kl_per_token"],
+        was_finished=True,
+    )
+
+
 def _show_samples(run: Run) -> None:
-    """The first rows as the model sees them, so that a mistaken format shows before the work."""
+    """Show the first rows as the model sees them, so that a wrong format shows before the work."""
 
     def render(row: Row) -> str:
-        prompt = conversation_of(run, row)
+        prompt = conversation(run, row)
         return run.model.encoder.render(prompt.messages, prompt.tools)
 
-    what, samples = preview(run.plan.train, render)
-    run.say(f"[bold]Rows[/]   {escape(what)}; the first ones, as the model sees them:")
+    kind, samples = preview(run.plan.train, render)
+    run.say(f"[bold]Rows[/]   {escape(kind)}; the first ones, as the model sees them:")
     for sample in samples:
-        text = sample if len(sample) <= _SHOWN_CHARACTERS else f"{sample[:_SHOWN_CHARACTERS]}…"
-        run.say("\n".join(f"  | {escape(line)}" for line in text.splitlines()))
+        run.say("\n".join(f"  | {escape(line)}" for line in sample.splitlines()))
 
 
-def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
-    """Base against gate on held-out prompts."""
+def _evaluate(run: Run, head: MARAHead, result: MethodResult) -> Evaluation | None:
+    """Compare base model and head on held-out prompts."""
     config, plan = run.config, run.plan
     if config.eval_prompts == 0:
         return None
     held_out = plan.prompts[1]
     rows = {(row.prompt, row.tools): prompt_row(row) for row in held_out.rows}
     prompts = list(rows.values())[: config.eval_prompts]
+    reward = plan.rule or plan.reward
+    rewards: dict[str, Reward] = dict(result.rewards) or ({} if reward is None else {reward_name(reward): reward})
     engine = MARAEngine(run.model, head, system_prompt=config.system_prompt)
     with run.stage("evaluation on held-out prompts", 2 * len(prompts)) as advance:
         evaluation = evaluate(
             engine,
             prompts,
-            {**(learned.rewards or _named(plan.rule or plan.reward)), **plan.judges},
+            {**rewards, **plan.judges},
             seed=config.seed,
             temperature=plan.method.temperature,
             max_new_tokens=config.max_reply_tokens,
@@ -180,18 +247,11 @@ def _evaluate(run: Run, head: MARAHead, learned: Learned) -> Evaluation | None:
     return evaluation
 
 
-def _named(reward: Reward | None) -> dict[str, Reward]:
-    return {} if reward is None else {reward_name(reward): reward}
-
-
-def _save(run: Run, head: MARAHead, evaluation: Evaluation | None, learned: Learned, kl: float) -> None:
-    """The head with its figures and its card."""
-    made = Provenance.now()
-    metrics: dict[str, Any] = {"date": made.date, "version": made.version}
-    metrics |= {"rows": len(run.plan.train.rows), "held_out_rows": len(run.plan.held_out.rows)}
-    metrics |= {"kl_per_token": kl, "seconds": round(run.metrics.elapsed_s, 1)}
-    if learned.held_out_accuracy is not None:
-        metrics["held_out_accuracy"] = asdict(learned.held_out_accuracy)
+def _save_final(run: Run, head: MARAHead, evaluation: Evaluation | None, result: MethodResult) -> None:
+    """Save the head again, with its metrics, its model card and the settings of the run."""
+    metrics: dict[str, Any] = {"kl_per_token": result.kl_per_token, "seconds": round(run.metrics.elapsed_s, 1)}
+    if result.held_out_accuracy is not None:
+        metrics["held_out_accuracy"] = asdict(result.held_out_accuracy)
     if evaluation is not None:
         metrics["evaluation"] = figures(evaluation)
     head.config = head.config.model_copy(update={"metrics": metrics})

@@ -19,17 +19,19 @@ from typer.testing import CliRunner
 
 from mara_integrations import __version__
 from mara_integrations.cli import app
-from mara_integrations.cli.options import _attributes
 from mara_integrations.engine.worker import Update
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.gather import prompts_of, scores
+from mara_integrations.training.collect.prompts import distinct_prompts
+from mara_integrations.training.collect.rewards import score_replies
+from mara_integrations.training.config import GROUPS, TrainConfig
+from mara_integrations.training.identity import Identity
+from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.run import begin
+from mara_integrations.training.run import start
 
 ROOT = Path(__file__).parents[2]
 VOWELS = f"{ROOT / 'tests' / 'reward_for_tests.py'}:vowels"
@@ -126,10 +128,19 @@ def test_the_version_is_the_packages_and_python_m_is_mara_tools():
 def test_train_takes_every_setting_and_says_what_each_is_for(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     said = run("train", "--help").stdout
-    assert set(_attributes(TrainConfig)) == set(TrainConfig.model_fields)
-    for name in TrainConfig.model_fields:
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(TrainConfig.model_fields)
+    for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')} " in said
-    assert said.index("--forbid") < said.index("Fine tuning") < said.index("--patience")
+        assert field.description, name
+    places = [said.index(f"\n{group}:\n") for group in GROUPS]
+    assert places == sorted(places)
+
+
+def test_no_name_of_an_option_is_cut_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = run("train", "--help").stdout.split()
+    assert {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields} <= set(words)
+    assert not [word for word in words if word.startswith("-") and word.endswith("…")]
 
 
 # --- train ---
@@ -199,10 +210,11 @@ def test_a_resumed_run_judges_by_the_scales_it_began_with(folder):
     config = TrainConfig.of(**settings, reward=[VOWELS, "length?words=3"], normalise_rewards=True)
 
     def scored(count):
-        run = begin(config, Reporter())
-        prompts = prompts_of(run, run.plan.train)
+        plan = make_plan(config)
+        run = start(config, plan, Identity.of(config, plan), Reporter())
+        prompts = distinct_prompts(run, run.plan.train)
         replies = [Reply(i, "ae" * (i + 1), (1,), torch.zeros(2, 32)) for i in range(count)]
-        return scores(run, run.plan.train, prompts, replies)
+        return score_replies(run, run.plan.train, prompts, replies)
 
     assert scored(1) == [1 - 2 / 3]  # too few to take a scale from
     first = scored(9)
@@ -308,7 +320,7 @@ def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
 def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK, code=1)
-    assert "'dry' has 0 MiB of free space; the run keeps about " in said.stderr
+    assert "'dry' has 0 MiB of free space; the run stores about " in said.stderr
 
 
 class FakeHub:
@@ -379,7 +391,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
         f"{reward}:judge",
     )
     stopped = run(*command, *QUICK, code=130)
-    assert stopped.stderr.count("\n") == 1 and "same command goes on" in stopped.stderr
+    assert stopped.stderr.count("\n") == 1 and "same command continues" in stopped.stderr
     assert not (folder / "again" / "head_config.json").exists()
     reward.write_text("def judge(completions, **_):\n    return [float(len(text)) for text in completions]\n")
     run(*command, *QUICK)

@@ -26,7 +26,7 @@ from mara_integrations.models import int8
 from mara_integrations.models.int8 import Int8Linear, quantize, weight_bytes
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.records.store import model_fingerprint
+from mara_integrations.training.identity import model_fingerprint
 
 # whether this machine is quick is not what these tests ask
 pytestmark = pytest.mark.filterwarnings("ignore:quantization='int8' saves memory")

@@ -8,8 +8,8 @@ import string
 import pytest
 
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.dry_run import rehearse
-from mara_integrations.training.rollouts.writers import WritersHere
+from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
 
 VOWELS = "tests/reward_for_tests.py:vowels"
@@ -34,14 +34,14 @@ def test_it_counts_the_replies_that_will_be_written(folder_model, prompts_file, 
         prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 0, "max_replies": 16}
     config = TrainConfig.of(model=folder_model, data=prompts_file, output=tmp_path / "h", **{**small, **how})
-    expected = rehearse(config).replies
+    expected = dry_run(config).replies
     assert not (tmp_path / "h").exists()
-    written, submit = [], WritersHere.submit
+    written, submit = [], LocalWorker.submit
 
-    def count(writers, part, on_reply):
-        written.append(len(part.prompts) * part.replies_each)
-        return submit(writers, part, on_reply)
+    def count(workers, batch, on_reply):
+        written.append(len(batch.prompts) * batch.replies_per_prompt)
+        return submit(workers, batch, on_reply)
 
-    monkeypatch.setattr(WritersHere, "submit", count)
+    monkeypatch.setattr(LocalWorker, "submit", count)
     train(config)
     assert sum(written) == expected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from dataclasses import replace
 
@@ -21,12 +20,13 @@ from mara_integrations.rewards import load_reward, load_rewards, reward_spec, sc
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.dry_run import rehearse
-from mara_integrations.training.learning.actor_critic import mended
-from mara_integrations.training.rollouts.ray_writers import RayWriters
-from mara_integrations.training.rollouts.writers import Part, WritersHere
+from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.learning.actor_critic import default_settings
+from mara_integrations.training.rollouts.ray_cluster import import_ray
+from mara_integrations.training.rollouts.ray_workers import RayWorkers
+from mara_integrations.training.rollouts.workers import LocalWorker, RolloutBatch
 from mara_integrations.training.run import train
-from mara_integrations.training.scoring.ray_rewards import RayReward, import_ray, on_ray
+from mara_integrations.training.scoring.ray_rewards import RayReward, on_ray
 
 VOWELS = "tests/reward_for_tests.py:vowels"
 BOTH = (VOWELS, "length?words=3&weight=0.5")
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def here(folder):
     model = load_model(ModelSpec(str(folder / "tiny")))
-    return WritersHere(model, make_backend(model.model))
+    return LocalWorker(model, make_backend(model.model))
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +61,20 @@ def lines():
 
 
 @pytest.fixture(scope="module")
-def writers(folder, lines):
-    writers = RayWriters(ModelSpec(str(folder / "tiny")), 2, False, lines.append)
-    yield writers
-    writers.close()
+def workers(folder, lines):
+    workers = RayWorkers(ModelSpec(str(folder / "tiny")), 2, False, lines.append)
+    yield workers
+    workers.close()
 
 
-def parts(count=5):
+def batches(count=5):
     head = random_head(32, "residual")
     return [
-        Part(
+        RolloutBatch(
             [Conversation((Message("user", f"{i} {text}"),)) for text in "ab"],
             SamplingParams(max_new_tokens=12, temperature=1.0),
             seed=100 * i,
-            replies_each=2,
+            replies_per_prompt=2,
             head=head,
         )
         for i in range(count)
@@ -84,47 +84,47 @@ def parts(count=5):
 def same(a, b):
     """Two replies agree in everything, to the last bit."""
     return (
-        (a.prompt, a.text, a.token_ids) == (b.prompt, b.text, b.token_ids)
+        (a.prompt_index, a.text, a.token_ids) == (b.prompt_index, b.text, b.token_ids)
         and a.states.equal(b.states)
         and all(p.states.equal(q.states) for p, q in zip(a.positions, b.positions, strict=True))
     )
 
 
-def test_a_lost_actor_is_replaced_and_every_reply_is_there_once_and_the_same(here, writers, lines):
+def test_a_lost_actor_is_replaced_and_every_reply_is_there_once_and_the_same(here, workers, lines):
     counted = []
-    promises = [writers.submit(part, counted.append) for part in parts(10)]
-    got = promises[0]()
-    victim = ray.get(writers._actors[0].pid.remote())
-    os.kill(victim, signal.SIGKILL)
-    for promise in promises[1:]:
-        got += promise()
-    want = [reply for part in parts(10) for reply in here.submit(part, lambda count: None)()]
+    pending = [workers.submit(batch, counted.append) for batch in batches(10)]
+    got = pending[0]()
+    victim = workers.actors[0]
+    ray.kill(victim)
+    for replies in pending[1:]:
+        got += replies()
+    want = [reply for batch in batches(10) for reply in here.submit(batch, lambda count: None)()]
     assert len(got) == len(want) == 40 and sum(counted) == 40, "none lost, none counted twice"
     assert all(same(a, b) for a, b in zip(got, want, strict=True))
     assert len(lines) >= 1 and "an actor was lost" in lines[0]
-    assert victim not in ray.get([actor.pid.remote() for actor in writers._actors])
+    assert victim not in workers.actors
 
 
-def test_work_that_kills_every_actor_ends_the_run(writers, monkeypatch):
-    monkeypatch.setattr("mara_integrations.training.rollouts.ray_writers.MAX_LOSSES", 1)
+def test_work_that_kills_every_actor_ends_the_run(workers, monkeypatch):
+    monkeypatch.setattr("mara_integrations.training.rollouts.ray_workers.MAX_LOSSES", 1)
 
-    class Deadly(Part):  # defined here, so that it travels with its code
+    class Deadly(RolloutBatch):  # defined here, so that it travels with its code
         __slots__ = ()
 
-        def write(self, model, backend, on_reply=None):
-            os.kill(os.getpid(), signal.SIGKILL)
+        def generate(self, model, backend, on_reply=None):
+            os.kill(os.getpid(), 9)
 
-    part = parts(1)[0]
-    promise = writers.submit(Deadly(part.prompts, part.sampling, part.seed), lambda count: None)
+    batch = batches(1)[0]
+    replies = workers.submit(Deadly(batch.prompts, batch.sampling, batch.seed), lambda count: None)
     with pytest.raises(EngineClosedError, match="1 actors in a row were lost"):
-        promise()
+        replies()
 
 
 def test_the_same_head_comes_out_as_in_one_process(folder, tmp_path, monkeypatch):
     def small(form, credit):
-        return replace(mended(form, credit), batch_size=32, warmup=300, updates=1)
+        return replace(default_settings(form, credit), batch_size=32, warmup=300, updates=1)
 
-    monkeypatch.setattr("mara_integrations.training.methods.sac.mended", small)
+    monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", small)
 
     def run(name, **values):
         settings = {"max_replies": 192, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
@@ -140,10 +140,10 @@ def test_the_same_head_comes_out_as_in_one_process(folder, tmp_path, monkeypatch
 
 def test_a_dry_run_starts_the_actors_too_and_writes_nothing(folder, tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(RayWriters, "close", lambda self: closed.append(len(self._actors)))
+    monkeypatch.setattr(RayWorkers, "close", lambda self: closed.append(len(self.actors)))
     files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / "head"}
 
-    estimate = rehearse(TrainConfig.of(reward=BOTH, max_reply_tokens=6, max_replies=64, ray=1, **files))
+    estimate = dry_run(TrainConfig.of(reward=BOTH, max_reply_tokens=6, max_replies=64, ray=1, **files))
 
     assert estimate.replies > 0 and closed == [1]
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +154,7 @@ def test_a_reward_in_an_actor_is_the_reward_itself():
     remote = RayReward(reward)
     assert remote.spec() == reward.spec() and remote.__name__ == "vowels"
     assert score(remote, prompts, texts) == score(reward, prompts, texts)
-    ray.kill(remote._actor)
+    ray.kill(remote.actor)
     assert score(remote, prompts, texts) == score(reward, prompts, texts), "a lost one is replaced"
 
 
@@ -166,7 +166,7 @@ def test_several_rewards_are_an_actor_each_and_weighed_as_here():
     assert there.__name__ == here.__name__ and reward_spec(there) == reward_spec(here)
     assert score(there, prompts, texts) == score(here, prompts, texts)
     assert there.scales == here.scales and len(there.scales) == 2
-    ray.kill(there.parts["length"]._actor)
+    ray.kill(there.parts["length"].actor)
     assert score(there, prompts[:2], texts[:2]) == score(here, prompts[:2], texts[:2]), "a lost one is replaced"
 
 
@@ -178,8 +178,8 @@ def test_what_a_reward_raises_in_an_actor_is_told_as_here(tmp_path, monkeypatch)
 
 
 def test_more_actors_than_gpus_are_refused(folder):
-    with pytest.raises(ConfigError, match=r"ray=2 is not allowed: each takes a GPU, and the cluster has 0"):
-        RayWriters(ModelSpec(str(folder / "tiny")), 2, True, print)
+    with pytest.raises(ConfigError, match=r"ray=2 is not allowed: each process takes a GPU, and the cluster has 0"):
+        RayWorkers(ModelSpec(str(folder / "tiny")), 2, True, print)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

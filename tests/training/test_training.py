@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib import import_module
 from typing import get_args
 
 import pytest
@@ -22,15 +23,15 @@ from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.rewards import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.config import Method, TrainConfig
+from mara_integrations.training.config import MethodName, TrainConfig
 from mara_integrations.training.learning.fit import FitSettings
 from mara_integrations.training.learning.objectives import RULE_DEPTH, rule_loss, value_loss
 from mara_integrations.training.methods.rule import offending_tokens, rule_table
 from mara_integrations.training.methods.value import advantages, fit_value, reply_values
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.registry import AUTO, MANY_PAIRS, METHODS
-from mara_integrations.training.rollouts.replies import Reply, read_replies, sample_replies, token_texts
-from mara_integrations.training.run import LOOPS, train
+from mara_integrations.training.rollouts.replies import GivenReply, Reply, read_replies, sample_replies, token_texts
+from mara_integrations.training.run import train
 from mara_integrations.training.scoring.scale import PositionScores, scale_for_budget, score_positions
 
 
@@ -93,14 +94,16 @@ def test_read_and_sampled_states_of_a_reply_agree(model):
     prompts = [(Message("user", text),) for text in ("a", "longer than that", "b?")]
     sampling = SamplingParams(max_new_tokens=7, temperature=1.0)
     decoder = Decoder(make_backend(model.model), Scheduler(max_live=2))
-    sampled = sample_replies(model, decoder, prompts, sampling=sampling, replies_each=2, seed=3)
-    assert [reply.prompt for reply in sampled] == [0, 0, 1, 1, 2, 2]
+    sampled = sample_replies(model, decoder, prompts, sampling=sampling, replies_per_prompt=2, seed=3)
+    assert [reply.prompt_index for reply in sampled] == [0, 0, 1, 1, 2, 2]
     assert len({reply.token_ids for reply in sampled}) > 3, "replies differ by their seeds"
     for reply in sampled:
         assert reply.states.shape == (len(reply.token_ids) + 1, 32)
         text = model.tokenizer.decode(reply.token_ids)
         if model.tokenizer(text).input_ids == list(reply.token_ids):  # random bytes may not survive the round trip
-            read = read_replies(model, decoder.backend, [(0, prompts[reply.prompt], text)], max_tokens=99)[0]
+            read = read_replies(
+                model, decoder.backend, [GivenReply(0, prompts[reply.prompt_index], text)], max_tokens=99
+            )[0]
             torch.testing.assert_close(read.states, reply.states, rtol=2e-2, atol=2e-2)
 
 
@@ -227,7 +230,9 @@ def test_an_interrupted_run_goes_on_to_the_same_head(interrupting, folder_model,
     whole = train(config(folder_model, prompts_file, tmp_path / "whole", **settings))
     for stage, after in (("held-out base replies", 2), ("gated replies 1", 3)):
         with pytest.raises(KeyboardInterrupt):
-            train(config(folder_model, prompts_file, tmp_path / "broken", **settings), interrupting(stage, after))
+            train(
+                config(folder_model, prompts_file, tmp_path / "broken", **settings), reporter=interrupting(stage, after)
+            )
         assert not (tmp_path / "broken" / "head.safetensors").exists(), "nothing half-trained looks like a head"
     resumed = train(config(folder_model, prompts_file, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
@@ -244,14 +249,14 @@ def metrics(folder):
 
 
 def test_reading_given_replies_goes_on_where_it_was(interrupting, folder_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mara_integrations.training.gather._READ_PART", 8)
+    monkeypatch.setattr("mara_integrations.training.collect.given._REPLIES_PER_FILE", 8)
     pairs = tmp_path / "p.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"it is {i}", "rejected": f"no {i}"} for i in range(20)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"eval_prompts": 0, "epochs": 2}
     whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
-        train(config(folder_model, pairs, tmp_path / "broken", **settings), interrupting("given replies", 20))
+        train(config(folder_model, pairs, tmp_path / "broken", **settings), reporter=interrupting("given replies", 20))
     assert len(list((tmp_path / "broken" / ".run").rglob("given-replies-*.pt"))) == 2
     resumed = train(config(folder_model, pairs, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
@@ -265,8 +270,8 @@ def test_the_plan_says_what_and_why(prompts_file, tmp_path):
     plans = {
         "9 preference pairs": TrainConfig.of(data=pairs, output=tmp_path / "o"),
         "30 replies are labelled": TrainConfig.of(data=labelled, output=tmp_path / "o"),
-        "told token by token": TrainConfig.of(data=prompts_file, output=tmp_path / "o", forbid=["x"]),
-        "scored by tests/reward": TrainConfig.of(
+        "found token by token": TrainConfig.of(data=prompts_file, output=tmp_path / "o", forbid=["x"]),
+        "scored by vowels": TrainConfig.of(
             data=prompts_file, output=tmp_path / "o", reward="tests/reward_for_tests.py:vowels"
         ),
     }
@@ -286,14 +291,17 @@ def test_many_pairs_are_taught_by_a_model_of_them(tmp_path):
         return make_plan(TrainConfig.of(data=pairs, output=tmp_path / "o", **settings))
 
     plan = planned(MANY_PAIRS)
-    assert plan.method.name == "reward-model" and f"a model of {MANY_PAIRS} preference pairs" in plan.why
+    assert plan.method.name == "reward-model" and f"a reward model of {MANY_PAIRS} preference pairs" in plan.why
     assert planned(MANY_PAIRS, method="value").method.name == planned(MANY_PAIRS - 1).method.name == "value"
     with pytest.raises(ConfigError, match="form='paper' is not allowed: method 'value'"):
         planned(MANY_PAIRS, form="paper")
 
 
 def test_every_method_has_a_loop_and_a_name_on_the_command_line():
-    assert set(METHODS) == set(LOOPS) == set(get_args(Method)) - {"auto"}
+    assert set(METHODS) == set(get_args(MethodName)) - {"auto"}
+    for method in METHODS.values():
+        module, _, function = method.loop.partition(":")
+        assert callable(getattr(import_module(module), function))
     assert {METHODS[name].learns_from.count(source) for source, name in AUTO.items()} == {1}
 
 

@@ -1,7 +1,7 @@
-"""The paper's discrete soft actor-critic on a head: critics, temperature, one update. Knows no model and no text.
+"""The paper's discrete soft actor-critic on a head: critics, temperature, one update.
 
-State: a candidate's hidden state. Action: accept or reject. A rejection leads to the next candidate of the position, an
-acceptance to the first one of the next.
+The state is a candidate's hidden state, the action is to accept or reject it. A rejection leads to the next candidate
+of the position, an acceptance to the first candidate of the next position.
 """
 
 from __future__ import annotations
@@ -26,33 +26,31 @@ Credit = Literal["terminal", "postback", "prefix"]
 
 @dataclass(frozen=True, slots=True)
 class SACSettings:
-    """What the paper's code fixes by its scripts, and where it can be otherwise; the defaults are the mended ones.
+    """Settings of soft actor-critic. The defaults are those that work in small runs, not those of the paper's code.
 
-    Flags and files named are those of the paper's code.
+    Flags and files named here are those of the paper's code.
 
     Attributes:
-        learning_rate: Of head, critics and temperature (`--lr_*`).
+        learning_rate: Learning rate of head, critics and temperature (`--lr_*`).
         batch_size: Transitions an update (`--batch_size`).
-        updates: An episode (`--update_time`).
-        warmup: Transitions before the first update; 64 batches in distri_executor.py.
-        capacity: Transitions kept (`--buffer_capacity`).
+        updates: Updates a reply (`--update_time`).
+        warmup: Number of transitions before the first update; 64 batches in distri_executor.py.
+        capacity: Number of transitions the replay buffer keeps (`--buffer_capacity`).
         gamma: Discount a decision (`--gamma`).
-        tau: Share of the critics their targets take over (`--replace_tau`).
-        target_every: Updates between two moves of the targets. SAC.py moves them after an episode's updates, not after
-            each.
-        temperature: First weight of the entropy (`--alpha`). With a worth that comes once a reply, 0.01 let small runs
-            end in rejecting everything; where each token has its own, 0.2 drowned it.
-        target_entropy: Of a decision, in nats, for the temperature to be learned (`--target_entropy_factor` ln 2); None
-            leaves the temperature as it is.
-        max_grad_norm: Gradients of head and critics are clipped to it (`--max_grad_norm`).
-        credit: Who gets a reply's worth: its last decision (`terminal`), every one (`postback`, `--postback_reward 1`,
-            a value of some T gamma^T R and so a bias by length), or each what the text gained by it (`prefix`).
-        kl_weight: Of the distance from the base model (`--kl_ctl`).
-        kl: Of each decision, exact and under the head as it is now; or, as published, a part of the reward.
-        last_is_asked: The last candidate, which is taken whatever the head says, is stored as accepted (llm_env.py).
-        spare_first: The first decision gets nothing of what is posted back (distri_executor.py).
-        standardise: Divide worths by their standard deviation in the first round, so that a weight means the same with
-            every reward; where they are not spread over the text, take their mean off before.
+        tau: Share of the critics that their targets take over (`--replace_tau`).
+        target_every: Updates between two moves of the targets. SAC.py moves them after all updates of a reply.
+        temperature: Initial weight of the entropy (`--alpha`). With one reward a reply, 0.01 let small runs end in
+            rejecting everything; where each token has its own reward, 0.2 drowned it.
+        target_entropy: Entropy of a decision, in nats, that the temperature is adapted to (`--target_entropy_factor`
+            times ln 2); None leaves the temperature as it is.
+        max_grad_norm: Norm that gradients of head and critics are clipped to (`--max_grad_norm`).
+        credit: Which decisions get a reply's reward: its last one (`terminal`), every one (`postback`,
+            `--postback_reward 1`, which makes long replies worth more), or each the rise of the reward at its token
+            (`prefix`).
+        kl_weight: Weight of the KL of each decision from the base model's (`--kl_ctl`).
+        include_forced: Count the last candidate, which is taken without asking the head, as accepted (llm_env.py).
+        standardise: Divide rewards by their standard deviation in the first round, so that a weight means the same with
+            every reward. Where the reward is not spread over the text, subtract its mean too.
     """
 
     learning_rate: float = 3e-4
@@ -68,17 +66,15 @@ class SACSettings:
     max_grad_norm: float = 0.5
     credit: Credit = "prefix"
     kl_weight: float = 0.1
-    kl: Literal["exact", "published"] = "exact"
-    last_is_asked: bool = False
-    spare_first: bool = False
+    include_forced: bool = False
     standardise: bool = True
 
 
-def mended(form: HeadForm, credit: Credit = "prefix") -> SACSettings:
-    """The preset for a form of head and a way to credit.
+def default_settings(form: HeadForm, credit: Credit = "prefix") -> SACSettings:
+    """Return the settings for a form of head and a way to assign credit.
 
-    A worth that comes once a reply has to reach back over all of it, and needs more entropy to be found. From a head
-    that is the base model, the distance from it holds the decisions open by itself, and no entropy is needed.
+    One reward a reply has to reach back over all of it, and needs more entropy to be found. A `residual` head starts as
+    the base model: the KL from it keeps the decisions open, and no entropy is needed.
     """
     settings = SACSettings(credit=credit)
     if credit != "prefix":
@@ -86,24 +82,8 @@ def mended(form: HeadForm, credit: Credit = "prefix") -> SACSettings:
     return settings if form == "paper" else replace(settings, temperature=0.0, target_entropy=None)
 
 
-PUBLISHED = SACSettings(
-    batch_size=1024,
-    updates=10,
-    warmup=64 * 1024,
-    gamma=0.99,
-    tau=0.005,
-    target_every=10,
-    temperature=0.01,
-    credit="postback",
-    kl="published",
-    last_is_asked=True,
-    spare_first=True,
-    standardise=False,
-)
-
-
 class Critics(nn.Module):
-    """Two estimates of what rejecting and accepting a candidate is worth, on one LayerNorm, sizes as in the head."""
+    """Two estimates of the value of rejecting and of accepting a candidate, on one LayerNorm, sizes as in the head."""
 
     def __init__(self, hidden_size: int, inner_sizes: tuple[int, int]) -> None:
         super().__init__()
@@ -117,19 +97,19 @@ class Critics(nn.Module):
         )
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Both estimates of each action, reject and accept: (B, d) to (B, 2) twice."""
+        """Return both estimates for the actions reject and accept: (B, d) to (B, 2) twice."""
         x = self.ln(states)
         return self.first(x), self.second(x)
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
+class DecisionStats:
     """Means over decisions.
 
     Attributes:
         accept_rate: Accept probability.
-        entropy: In nats.
-        kl: From the base model's decision, in nats.
+        entropy: Entropy, in nats.
+        kl: KL from the base model's decision, in nats.
     """
 
     accept_rate: float
@@ -138,29 +118,29 @@ class Vitals:
 
 
 def policy(actor: AfterstateHead, states: Tensor, hazard_logits: Tensor) -> Tensor:
-    """Log-probability of rejecting and of accepting, (B, 2)."""
+    """Return the log-probabilities of rejecting and of accepting, (B, 2)."""
     z = accept_logit(actor.config.form, actor.score(states, states), hazard_logits, 1.0)
     return torch.stack([logsigmoid(-z), logsigmoid(z)], dim=-1)
 
 
 @torch.inference_mode()
-def vitals_of(actor: AfterstateHead, transitions: Transitions) -> Vitals:
-    """How a head decides in the states of transitions."""
+def decision_stats(actor: AfterstateHead, transitions: Transitions) -> DecisionStats:
+    """Return how a head decides in the states of transitions."""
     device = actor.device
     states, hazard_logits = transitions.states.to(device).float(), transitions.hazard_logits.to(device)
     log_probs = policy(actor, states, hazard_logits)  # (N, 2)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     kl = decision_kl(log_probs[:, 1] - log_probs[:, 0], hazard_logits)
-    return Vitals(float(log_probs[:, 1].exp().mean()), float(entropy.mean()), float(kl.mean()))
+    return DecisionStats(float(log_probs[:, 1].exp().mean()), float(entropy.mean()), float(kl.mean()))
 
 
 class Learner:
-    """Head, critics, their targets and the temperature, with their optimizers.
+    """Head, critics, target critics and temperature, with their optimizers.
 
     Args:
         actor: The head, updated in place.
-        settings: How it learns.
-        seed: Of the critics' first weights and of the batches drawn.
+        settings: Settings of the updates.
+        seed: Seed of the critics' first weights and of the batches drawn.
     """
 
     def __init__(self, actor: AfterstateHead, settings: SACSettings, seed: int) -> None:
@@ -180,15 +160,15 @@ class Learner:
         self.num_updates = 0
 
     def soft_value(self, log_probs: Tensor, q: Tensor, hazard_logits: Tensor) -> Tensor:
-        """Expected worth of a state, with what the entropy adds and the distance from the base model costs, (B,)."""
+        """Return the value of states, plus the weighted entropy, less the weighted KL from the base model, (B,)."""
         value = q - self.log_alpha.detach().exp() * log_probs
-        if self.settings.kl == "exact":
+        if self.settings.kl_weight:
             base = torch.stack([logsigmoid(-hazard_logits), logsigmoid(hazard_logits)], dim=-1)
             value = value - self.settings.kl_weight * (log_probs - base)
         return (log_probs.exp() * value).sum(-1)
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One step of critics, head, temperature and, when it is their turn, targets; returns figures of it.
+        """Take one step of critics, head, temperature and, when it is their turn, targets; return metrics of it.
 
         Source: Christodoulou 2019 (arXiv 1910.07207), discrete soft actor-critic; SAC.py, `update`.
         """
@@ -197,10 +177,10 @@ class Learner:
             q_next = torch.minimum(*self.targets(batch.next_states))
             log_probs = policy(self.actor, batch.next_states, batch.next_hazard_logits)
             value_next = self.soft_value(log_probs, q_next, batch.next_hazard_logits)
-            wanted = batch.rewards + s.gamma * torch.where(batch.ends, 0.0, value_next)
+            target_q = batch.rewards + s.gamma * torch.where(batch.ends, 0.0, value_next)
         taken = batch.accepted.long()[:, None]
         q1, q2 = (q.gather(1, taken)[:, 0] for q in self.critics(batch.states))
-        critic_loss = 0.5 * (mse_loss(q1, wanted) + mse_loss(q2, wanted))
+        critic_loss = 0.5 * (mse_loss(q1, target_q) + mse_loss(q2, target_q))
         _step(self.critic_optimizer, critic_loss, self.critics, s.max_grad_norm)
 
         with torch.no_grad():
@@ -219,12 +199,12 @@ class Learner:
         if self.num_updates % s.target_every == 0:
             for target, source in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(source.detach(), s.tau)
-        figures = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": entropy.mean(), "q": q.mean()}
-        figures["alpha"] = self.log_alpha.exp()
-        return {name: float(value.detach()) for name, value in figures.items()}
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": entropy.mean(), "q": q.mean()}
+        metrics["alpha"] = self.log_alpha.exp()
+        return {name: float(value.detach()) for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an interrupted run needs to go on as if nothing had been; the buffer apart."""
+        """Return everything that a resumed run needs to continue bit for bit, except the replay buffer."""
         return {
             "num_updates": self.num_updates,
             "generator": self.generator.get_state(),
@@ -233,7 +213,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.num_updates = state["num_updates"]
         self.generator.set_state(state["generator"])
         with torch.no_grad():
@@ -253,9 +233,9 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor, module: nn.Module, max
     optimizer.step()
 
 
-def collapse(vitals: Vitals) -> str | None:
-    """What is wrong with a head that has stopped deciding, None while it does."""
-    accept_rate, entropy = vitals.accept_rate, vitals.entropy
+def collapse(stats: DecisionStats) -> str | None:
+    """Return what is wrong with a head that decides all candidates alike; None where it does not."""
+    accept_rate, entropy = stats.accept_rate, stats.entropy
     if not (math.isfinite(accept_rate) and math.isfinite(entropy)):
         return "its scores are no longer numbers"
     if entropy > 0.02:

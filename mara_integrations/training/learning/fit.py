@@ -16,15 +16,15 @@ from mara_integrations.heads.head import MARAHead
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """How a head is fitted.
+    """Settings of a fit.
 
     Attributes:
-        epochs: At most.
-        patience: Epochs without a better held-out loss before it stops.
-        learning_rate: Of AdamW.
-        weight_decay: Of AdamW.
+        epochs: Largest number of epochs.
+        patience: Epochs without a lower held-out loss before the fit stops.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
         batch_size: Examples a step.
-        seed: Of the order of examples.
+        seed: Seed of the order of the examples.
     """
 
     epochs: int = 20
@@ -36,13 +36,13 @@ class FitSettings:
 
 
 class Examples(Protocol):
-    """What a head is fitted to, in parts that a loss needs whole."""
+    """A sequence of examples that a head is fitted to."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of examples."""
 
     def take(self, rows: Tensor) -> Self:
-        """The named ones, in that order."""
+        """Return the examples at these indices, in that order."""
 
 
 ExamplesT = TypeVar("ExamplesT", bound=Examples)
@@ -51,12 +51,12 @@ Loss = Callable[[MARAHead, ExamplesT], Tensor]  # mean over the examples, a scal
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows to fit on.
+    """N examples of one state each.
 
     Attributes:
-        states: (N, d).
-        targets: (N,).
-        weights: (N,).
+        states: Hidden states, (N, d).
+        targets: Targets of the head's output, (N,).
+        weights: Weights of the examples, (N,).
     """
 
     states: Tensor
@@ -67,19 +67,19 @@ class Table:
         return len(self.states)
 
     def take(self, rows: Tensor) -> Table:
-        """The named rows."""
+        """Return the examples at these indices, in that order."""
         return Table(self.states[rows], self.targets[rows], self.weights[rows])
 
 
 def outputs(head: MARAHead, states: Tensor) -> Tensor:
-    """The head's one output at each state, (N, d) half precision to (N,), on the CPU; in parts, so that many fit."""
+    """Return the head's one output at each state, (N, d) half precision to (N,), on the CPU; in parts of a few MB."""
     device = head.device
     return torch.cat([head(part.to(device).float())[:, 0] for part in states.split(4096)]).cpu()
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Losses after one epoch; epoch 0 is the head as it was."""
+    """Losses after one epoch; epoch 0 is before the first step."""
 
     epoch: int
     train_loss: float
@@ -94,9 +94,9 @@ def fit(
     settings: FitSettings,
     on_epoch: Callable[[Epoch], None],
 ) -> list[Epoch]:
-    """Fit in place and leave the head as it was after its best epoch on the held-out examples; returns all epochs.
+    """Fit a head in place and leave it as it was after the epoch with the lowest held-out loss; return all epochs.
 
-    Epoch 0, the head as it came, is no choice: whether fitting helped at all is for the caller to judge and to say.
+    Epoch 0, before the first step, is never the best one: whether fitting helped at all is for the caller to judge.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)

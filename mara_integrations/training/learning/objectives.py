@@ -1,7 +1,7 @@
-"""What heads are trained to do: pure functions of scores and targets.
+"""Training objectives: pure functions of scores and targets.
 
-The probability of a reply under the gate is a product over its decisions, one for each candidate visited, so that what
-is needed of it is here in terms of decisions: nothing of the candidates that were never reached.
+The probability of a reply under the gate is a product over its decisions, one for each candidate visited. All
+likelihoods are written in terms of decisions and need nothing of the candidates that were never visited.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from mara_integrations.engine.gate import accept_logit
 
 
 def value_loss(values: Tensor, targets: Tensor, weights: Tensor, *, is_binary: bool) -> Tensor:
-    """How far V is from what the reply turned out to be worth, at every token of it.
+    """Return the weighted mean error of V as a prediction of the reply's label or reward.
 
     Args:
         values: V of each token's state, (N,).
-        targets: Worth of the reply the token belongs to, (N,): in [0, 1] if binary (V is its logit), else any number.
-        weights: Of each token, (N,); 1 / length makes replies count alike.
-        is_binary: Logistic instead of squared error.
+        targets: Label or reward of the reply that the token belongs to, (N,). A label is in [0, 1], and V is its logit.
+        weights: Weight of each token, (N,); 1 / length makes replies count alike.
+        is_binary: Whether targets are labels: logistic loss instead of squared error.
 
     Returns:
         Scalar, in nats if binary.
 
-    Source: Monte-Carlo regression of the return on the state; for labels logistic, which is P(good reply | prefix).
+    Source: Monte-Carlo regression of the return on the state; with labels, V is the logit of P(good reply | prefix).
     """
     if is_binary:
         losses = binary_cross_entropy_with_logits(values, targets, reduction="none")
@@ -40,29 +40,29 @@ RULE_DEPTH = 12.0
 
 
 def rule_loss(scores: Tensor, offends: Tensor) -> Tensor:
-    """Push f down on offending tokens, and keep it near zero elsewhere so that the base model stays as it is.
+    """Return a loss that pushes f down on offending tokens and keeps it near zero elsewhere.
 
     Args:
         scores: f of each token, (N,).
-        offends: Whether the token breaks the rule, (N,), bool.
+        offends: Whether the token completes a violation, (N,), bool.
 
     Returns:
-        Scalar; 1 where nothing is learnt, 0 where all is as it should be. Each class counts by its mean, however rare.
+        Scalar; 1 for a head that scores 0 everywhere, 0 for a perfect one. Both classes count by their means.
     """
-    short = torch.relu(scores + RULE_DEPTH).square() / RULE_DEPTH**2
+    missing = torch.relu(scores + RULE_DEPTH).square() / RULE_DEPTH**2
     moved = scores.square() / RULE_DEPTH**2
     zero = scores.new_zeros(())
-    bad = short[offends].mean() if bool(offends.any()) else zero
+    bad = missing[offends].mean() if bool(offends.any()) else zero
     # 30: a shift of one logit on an ordinary token costs as much as missing a fifth of the offences
     good = 30.0 * moved[~offends].mean() if bool((~offends).any()) else zero
     return bad + good
 
 
 def decision_log_probs(accept_logits: Tensor, accepted: Tensor) -> Tensor:
-    """Log-probability of each decision as it was taken.
+    """Return the log-probability of each decision as it was taken.
 
     Args:
-        accept_logits: Of the candidates visited, (N,).
+        accept_logits: Accept logits of the candidates visited, (N,).
         accepted: Whether each was accepted, (N,), bool.
 
     Returns:
@@ -72,7 +72,7 @@ def decision_log_probs(accept_logits: Tensor, accepted: Tensor) -> Tensor:
 
 
 def decision_kl(accept_logits: Tensor, hazard_logits: Tensor) -> Tensor:
-    """KL of each decision from the base model's, (N,), in nats.
+    """Return the KL of each decision from the base model's decision, (N,), in nats.
 
     Over decisions visited by the gate itself, its mean estimates `gate.kl_to_base` without bias, and so does its
     gradient within each decision.
@@ -88,16 +88,16 @@ def decision_kl(accept_logits: Tensor, hazard_logits: Tensor) -> Tensor:
 def reply_log_ratios(
     scores: Tensor, hazard_logits: Tensor, accepted: Tensor, reply: Tensor, num_replies: int
 ) -> Tensor:
-    """How much more probable a residual head makes each reply: log pi - log p, in nats.
+    """Return how much more probable a residual head makes each reply: log pi - log p, in nats.
 
     A decision left out counts as the base model's own, whose log-ratio is 0.
 
     Args:
         scores: f of the candidates visited, (N,).
-        hazard_logits: Of the same, (N,).
+        hazard_logits: Hazard logits of the same candidates, (N,).
         accepted: Whether each was accepted, (N,), bool.
-        reply: The reply each belongs to, (N,).
-        num_replies: R.
+        reply: Index of the reply that each belongs to, (N,).
+        num_replies: Number of replies, R.
 
     Returns:
         Shape (R,).
@@ -108,12 +108,12 @@ def reply_log_ratios(
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """Mean loss of pairs, in nats: ln 2 for a head that changes nothing.
+    """Return the mean DPO loss of pairs, in nats: ln 2 for a head that changes nothing.
 
     Args:
         chosen: Log-ratios of the preferred replies, (B,), see `reply_log_ratios`.
         rejected: Log-ratios of the others, (B,).
-        beta: What a nat of log-ratio is worth; a small one lets the head go far from the base model.
+        beta: Strength of the pull towards the base model; smaller lets the head move further.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
     """
@@ -121,16 +121,16 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def kto_loss(log_ratios: Tensor, good: Tensor, beta: float, good_weight: float) -> Tensor:
-    """Mean loss of labelled replies, in [0, 1] but for the weight: 1/2 for a head that changes nothing.
+    """Return the weighted mean KTO loss of labelled replies: 1/2 for a head that changes nothing.
 
     The reference point is the batch's own mean log-ratio, at least 0 and without gradient. The paper estimates it on
-    prompts and replies that do not belong together, for which every reply would have to be read twice.
+    prompts and replies that do not belong together; then every reply would have to be read twice.
 
     Args:
-        log_ratios: Of the replies, (B,), see `reply_log_ratios`.
+        log_ratios: Log-ratios of the replies, (B,), see `reply_log_ratios`.
         good: Whether each is labelled good, (B,), bool.
         beta: As in `dpo_loss`.
-        good_weight: Weight of a good reply where a bad one has 1, so that the rarer label is not drowned.
+        good_weight: Weight of a good reply, where a bad one has 1; balances the labels.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7.
     """
@@ -141,34 +141,34 @@ def kto_loss(log_ratios: Tensor, good: Tensor, beta: float, good_weight: float) 
 
 
 def discounted_returns(gains: Tensor, gamma: float) -> Tensor:
-    """What each token of a reply leads to: its own gain and all later ones, each discounted once a token.
+    """Return the discounted return from each token of a reply: its own gain and all later ones, (T,).
 
     Args:
-        gains: Of the tokens of one reply, (T,).
-        gamma: Discount; the horizon is about 1 / (1 - gamma) tokens.
+        gains: Rise of the reward at each token of one reply, (T,).
+        gamma: Discount a token; the horizon is about 1 / (1 - gamma) tokens.
     """
-    returns, ahead = torch.zeros_like(gains), gains.new_zeros(())
+    returns, following = torch.zeros_like(gains), gains.new_zeros(())
     for t in range(len(gains) - 1, -1, -1):
-        ahead = gains[t] + gamma * ahead
-        returns[t] = ahead
+        following = gains[t] + gamma * following
+        returns[t] = following
     return returns
 
 
 def look_ahead_advantages(
     accepted: Tensor, returns: Tensor, gains: Tensor, before: Tensor, after: Tensor, gamma: float
 ) -> Tensor:
-    """How much better than expected a candidate is: by what followed where it was taken, else by looking one step on.
+    """Return the advantage of each candidate: from what followed if it was accepted, else from a step of look-ahead.
 
     Args:
-        accepted: Whether the candidate was taken, (N,), bool.
-        returns: Discounted return of the token that was taken there, (N,).
-        gains: What the candidate itself changes in the reward of the text, (N,).
-        before: Critic's value of the text before it, (N,), itself included.
-        after: Critic's value of the text with it, of all that follows, (N,).
-        gamma: Discount.
+        accepted: Whether the candidate was accepted, (N,), bool.
+        returns: Discounted return from the token at the candidate's position, (N,).
+        gains: Rise of the reward if the candidate is appended to the text, (N,).
+        before: Critic's value of the text before the candidate, (N,).
+        after: Critic's value of the text with the candidate, (N,).
+        gamma: Discount a token.
 
     Returns:
-        Shape (N,). A residual head has its optimum where f is this over beta.
+        Shape (N,). The optimum of a residual head is f = advantage / beta.
 
     Source: the optimum of E[Q] - beta KL under the gate, f = (Q - V) / beta; actor-critic's one-step return for Q.
     """
@@ -176,12 +176,12 @@ def look_ahead_advantages(
 
 
 def clipped_policy_loss(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Mean loss of tokens under PPO's clipped objective.
+    """Return the mean of PPO's clipped loss over tokens.
 
     Args:
-        log_ratios: log pi - log pi of the gate that wrote the token, (T,).
-        advantages: Of each token, (T,).
-        clip: A token is pushed no further than this from a ratio of 1.
+        log_ratios: Log-probability of each token less that under the gate that generated it, (T,).
+        advantages: Advantage of each token, (T,).
+        clip: Largest distance of a ratio from 1 that still has a gradient.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """

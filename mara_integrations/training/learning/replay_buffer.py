@@ -1,4 +1,4 @@
-"""The replay buffer of `sac`: transitions of visited candidates, in tensors made once, on disk if memory is short."""
+"""The replay buffer of `sac`: transitions of visited candidates in preallocated tensors, on disk if they are large."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mara_integrations.training.records.memory_mapped import MAX_BYTES_IN_MEMORY
 
 @dataclass(frozen=True, slots=True)
 class Transitions:
-    """Whole episodes, decision by decision; each leads to the next row unless it ends its episode.
+    """Whole episodes, decision by decision; the next state of a row is the next row's, unless the episode ends there.
 
     Attributes:
-        states: Of the candidates asked about, half precision, (N, d).
-        hazard_logits: Logit of the base model's own probability to accept each, (N,).
-        accepted: What was done, (N,), bool.
-        rewards: Received for it at once, (N,).
-        ends: Whether the episode was over then, (N,), bool; the last row's is True.
+        states: Hidden states of the candidates decided on, half precision, (N, d).
+        hazard_logits: Logits of the base model's own probability to accept each, (N,).
+        accepted: Action taken, (N,), bool.
+        rewards: Immediate rewards, (N,).
+        ends: Whether the episode ends with the decision, (N,), bool; true in the last row.
     """
 
     states: Tensor
@@ -35,7 +35,7 @@ class Transitions:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Transitions with what came after them; next states of those that end are of no meaning, (B, d) and (B,)."""
+    """B transitions with their next states, (B, d) and (B,); next states of those that end an episode are arbitrary."""
 
     states: Tensor
     hazard_logits: Tensor
@@ -49,14 +49,13 @@ class Batch:
 class ReplayBuffer:
     """A ring of the newest transitions.
 
-    A row holds one state, for the state after it is the next row's: half the memory of pairs, and half precision halves
-    it again.
+    A row holds one state, because the next state is the next row's: half the memory of (state, next state).
 
     Args:
-        capacity: Rows.
+        capacity: Number of rows.
         hidden_size: Width d of the states.
-        file: Where the states are if they are more than `max_bytes`; written over.
-        max_bytes: Of states in memory.
+        file: File of the states if they take more than `max_bytes`; overwritten.
+        max_bytes: Largest size of states that are held in memory.
 
     Raises:
         OutputError: If the disk has no room for the file.
@@ -75,7 +74,7 @@ class ReplayBuffer:
         return self._count
 
     def add(self, transitions: Transitions) -> None:
-        """Add whole episodes over the oldest rows; of more than fit, the last ones."""
+        """Overwrite the oldest rows with whole episodes; if they do not fit, with the last ones."""
         count = min(len(transitions), self.capacity)
         if count == 0:
             return
@@ -89,7 +88,7 @@ class ReplayBuffer:
         self._count = min(self._count + count, self.capacity)
 
     def sample(self, count: int, generator: torch.Generator, device: torch.device) -> Batch:
-        """Rows at random, with replacement, single precision, on a device."""
+        """Return rows drawn at random with replacement, in single precision, on a device."""
         rows = torch.randint(self._count, (count,), generator=generator)
         after = (rows + 1) % self.capacity
         return Batch(

@@ -1,1 +1,4 @@
-"""The training methods, one loop a file, read from top to bottom."""
+"""The training methods: one loop a file, to be read from top to bottom.
+
+Each fits a head in place and returns what it measured. What all methods share is in the folders below.
+"""

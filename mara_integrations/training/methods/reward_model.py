@@ -1,102 +1,117 @@
-"""The `reward-model` method: fit a small reward model to preferences, then teach the gate by it with `rloo`.
+"""The `reward-model` method: fit a small reward model to the preferences, then train the head against it with `rloo`.
 
-Given replies are other people's: steering straight from them has to bridge that. A reward model judges what the model
-itself writes. It is the sum of two linear ones, of a reply's words and of its tokens' embeddings, so that it takes
-parts of replies and costs next to nothing. A second one, fitted to pairs that the first never saw, judges the head.
+The replies of preference data are mostly not the model's own. A reward model scores what the model itself generates. A
+second reward model, fitted to preferences that the first one never sees, only reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from rich.markup import escape
-
-from mara_integrations.data import Dataset, Pair, Row
+from mara_integrations.data import Labelled, Pair, Row
 from mara_integrations.data.rows import prompt_key
 from mara_integrations.errors import DataError
-from mara_integrations.evaluation.metrics import Interval, wilson
+from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.rewards import Reward
-from mara_integrations.training import gather
-from mara_integrations.training.context import Learned, Run
+from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods import rloo
-from mara_integrations.training.scoring.fitted_reward import Preference, RewardModel
+from mara_integrations.training.scoring.fitted_reward import LabelledText, Preferences, RewardModel
+from mara_integrations.training.scoring.fitted_reward import Pair as TextPair
+from mara_integrations.training.scoring.held_out import reward_accuracy, shown_accuracy
 
-_JUDGE_SHARE = 0.3  # of the prompts: what the second model is fitted to, and the first never sees
-_MIN_PAIRS = 20
+REWARD_MODEL, SECOND_JUDGE = "reward model", "second judge"
+_JUDGE_SHARE = 0.3  # of the prompts: the second model is fitted to them, and the first one is not
+_MIN_EXAMPLES = 20
 
 
-def learn(run: Run, head: MARAHead) -> Learned:
-    """Fit both reward models, report how well they order held-out pairs, and teach the gate by the first."""
+def train(run: Run, head: MARAHead) -> MethodResult:
+    """Fit both reward models, report how well they order held-out pairs, and train the head against the first."""
     rows = run.plan.train.rows
     keys = sorted({prompt_key(row) for row in rows})
-    judged = set(run.random().sample(keys, round(_JUDGE_SHARE * len(keys))))
+    judge_keys = set(run.random().sample(keys, round(_JUDGE_SHARE * len(keys))))
     sides = [
-        preferences(run, _with_rows(run.plan.train, [row for row in rows if (prompt_key(row) in judged) is is_judge]))
+        preferences(run, [row for row in rows if (prompt_key(row) in judge_keys) is is_judge])
         for is_judge in (False, True)
     ]
-    held_out = preferences(run, run.plan.held_out)
-    if min(map(len, sides)) < _MIN_PAIRS:
+    if min(map(len, sides)) < _MIN_EXAMPLES or any(not _are_usable(side) for side in sides):
         raise DataError(
-            f"{sum(map(len, sides))} pairs are too few for a reward model and a judge of it",
-            hint=f"some {4 * _MIN_PAIRS} are needed at least; `--method value` makes do with fewer",
+            f"{sum(map(len, sides))} preferences are too few for a reward model and a second one that judges it",
+            hint=f"at least {4 * _MIN_EXAMPLES} are needed, good and bad ones; `--method value` needs fewer",
         )
     reward, judge = (RewardModel.fit(side, run.config.seed, run.model) for side in sides)
-    accuracy = _report_ordering(run, "reward model", reward, held_out)
-    _report_ordering(run, "second judge", judge, held_out)
-    taught = replace(run, plan=replace(run.plan, reward=reward))
-    return replace(
-        rloo.teach(taught, head, {"reward model": reward, "second judge": judge}), held_out_accuracy=accuracy
-    )
+    accuracy = _report_accuracy(run, REWARD_MODEL, reward)
+    _report_accuracy(run, SECOND_JUDGE, judge)
+    with_reward = replace(run, plan=replace(run.plan, reward=reward))
+    result = rloo.train_on(with_reward, head, REWARD_MODEL, {REWARD_MODEL: reward, SECOND_JUDGE: judge})
+    return replace(result, held_out_accuracy=accuracy)
 
 
-def judge_of_preferences(run: Run) -> dict[str, Reward]:
-    """For heads that were fitted to given replies directly: a reward model of them judges what the head writes.
+def fit_judge(run: Run) -> dict[str, Reward]:
+    """Return a reward model of the preferences that a head was fitted to directly, to evaluate the head by.
 
-    By name; none where there are too few to fit one to.
+    It is empty where there are too few preferences.
     """
-    pairs, held_out = preferences(run, run.plan.train), preferences(run, run.plan.held_out)
-    if len(pairs) < _MIN_PAIRS or not held_out:
-        run.say("  too few preferences for a reward model that would judge the head's own replies")
+    examples = preferences(run, run.plan.train.rows)
+    if len(examples) < _MIN_EXAMPLES or not _are_usable(examples):
+        run.say("  there are too few preferences for a reward model that would score the head's replies")
         return {}
-    reward = RewardModel.fit(pairs, run.config.seed, run.model)
-    _report_ordering(run, "reward model", reward, held_out)
-    return {"reward model": reward}
+    reward = RewardModel.fit(examples, run.config.seed, run.model)
+    _report_accuracy(run, REWARD_MODEL, reward)
+    return {REWARD_MODEL: reward}
 
 
-def _report_ordering(run: Run, name: str, reward: RewardModel, held_out: Sequence[Preference]) -> Interval:
-    """Log and say how many held-out pairs it orders rightly."""
-    found = ordering(reward, held_out)
-    run.log(name, pairs=len(held_out), accuracy=asdict(found))
-    doubt = " [yellow]not distinguishable from chance[/]" if found.low <= 0.5 else ""
-    interval = escape(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
-    run.say(f"  {name}: {interval} of {len(held_out)} held-out pairs ordered rightly{doubt}")
-    return found
+def preferences(run: Run, rows: Sequence[Row]) -> Preferences:
+    """Return rows as pairs of texts, or as labelled texts, cut to the length of generated replies.
 
-
-def preferences(run: Run, data: Dataset) -> list[Preference]:
-    """Better and worse replies: the pairs, or a reply labelled good with one labelled bad; cut as replies will be."""
-
-    def cut(text: str) -> str:
-        tokenizer = run.model.tokenizer
-        token_ids = tokenizer(text, add_special_tokens=False).input_ids[: run.config.max_reply_tokens]
-        return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
-
+    Labelled replies are not paired across prompts: a reward model would learn which topics have good replies.
+    """
     if run.plan.source == "pairs":
-        return [(cut(row.chosen), cut(row.rejected)) for row in data.rows if isinstance(row, Pair)]
-    texts, labels = gather.written_replies(run, data)
-    good, bad = ([cut(text) for (_, _, text), label in zip(texts, labels, strict=True) if label == y] for y in (1, 0))
-    count = max(len(good), len(bad)) if good and bad else 0
-    return [(good[i % len(good)], bad[i % len(bad)]) for i in range(count)]
+        return [(_cut(run, row.chosen), _cut(run, row.rejected)) for row in rows if isinstance(row, Pair)]
+    return [
+        LabelledText("\n".join(message.content for message in row.prompt), _cut(run, row.completion), row.label)
+        for row in rows
+        if isinstance(row, Labelled)
+    ]
 
 
-def _with_rows(data: Dataset, rows: Sequence[Row]) -> Dataset:
-    """The same data set with some of its rows."""
-    return Dataset(data.kind, tuple(rows), data.path, data.form)
+def held_out_pairs(run: Run) -> tuple[list[TextPair], bool]:
+    """Return held-out pairs of a better and a worse reply, and whether the two answer one prompt.
+
+    Labelled replies are paired within a prompt, good with bad; where no prompt has both, across prompts. That is good
+    enough to measure a reward model, not to fit one.
+    """
+    rows = run.plan.held_out.rows
+    if run.plan.source == "pairs":
+        return [(_cut(run, row.chosen), _cut(run, row.rejected)) for row in rows if isinstance(row, Pair)], True
+    by_prompt: dict[str, dict[bool, list[str]]] = defaultdict(lambda: {True: [], False: []})
+    for row in rows:
+        if isinstance(row, Labelled):
+            by_prompt[prompt_key(row)][row.label].append(_cut(run, row.completion))
+    within = [pair for replies in by_prompt.values() for pair in zip(replies[True], replies[False], strict=False)]
+    good, bad = ([text for replies in by_prompt.values() for text in replies[label]] for label in (True, False))
+    return (within, True) if within else (list(zip(good, bad, strict=False)), False)
 
 
-def ordering(reward: Callable[..., list[float]], pairs: Sequence[Preference]) -> Interval:
-    """Share of pairs that a reward orders rightly, ties counted as wrong."""
-    better, worse = (reward([pair[i] for pair in pairs]) for i in (0, 1))
-    return wilson(sum(b > w for b, w in zip(better, worse, strict=True)), len(pairs))
+def _are_usable(examples: Preferences) -> bool:
+    """Whether there are good and bad replies among the examples."""
+    labels = {example.is_good for example in examples if isinstance(example, LabelledText)}
+    return not labels or len(labels) == 2
+
+
+def _cut(run: Run, text: str) -> str:
+    tokenizer = run.model.tokenizer
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids[: run.config.max_reply_tokens]
+    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+
+def _report_accuracy(run: Run, name: str, reward: RewardModel) -> Interval:
+    """Log, say and return the share of held-out pairs that a reward model orders correctly."""
+    pairs, is_within = held_out_pairs(run)
+    accuracy = reward_accuracy(reward, pairs)
+    run.log(name, pairs=len(pairs), accuracy=asdict(accuracy))
+    which = "held-out pairs" if is_within else "held-out pairs (a good and a bad reply to different prompts)"
+    run.say(f"  {name}: orders {shown_accuracy(accuracy)} of {len(pairs)} {which} correctly")
+    return accuracy

@@ -1,7 +1,7 @@
-"""The `sac` method: the paper's soft actor-critic, mended (`sac`) or as its code has it (`sac-published`).
+"""The `sac` method: the paper's soft actor-critic.
 
-The gate writes replies by its own coin flips, a reward says what they are worth, every decision goes into a replay
-buffer, and critics, head and temperature are updated from there; round by round.
+Round by round, the gate samples its decisions and generates replies, a reward scores them, every decision goes into a
+replay buffer as a transition, and head, critics and temperature are updated from there.
 """
 
 from __future__ import annotations
@@ -12,221 +12,243 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from rich.markup import escape
 from torch import Tensor
 
-from mara_integrations.errors import ConfigError, DataError
+from mara_integrations.errors import ConfigError
 from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
-from mara_integrations.training import gather
-from mara_integrations.training.context import Learned, Run
+from mara_integrations.training.collect.prompts import limited_prompts
+from mara_integrations.training.collect.rewards import check_differ, score_replies, with_opinion
+from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.actor_critic import (
-    PUBLISHED,
     Learner,
     SACSettings,
     collapse,
-    mended,
-    vitals_of,
+    decision_stats,
+    default_settings,
 )
-from mara_integrations.training.learning.credit import postback_credit, prefix_credit, published_kl, terminal_credit
+from mara_integrations.training.learning.credit import postback_credit, prefix_credit, terminal_credit
 from mara_integrations.training.learning.replay_buffer import ReplayBuffer, Transitions
 from mara_integrations.training.records.store import as_dict, load, load_or_compute
-from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken
+from mara_integrations.training.rollouts.decisions import Decisions, decisions_of
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.rollouts.writers import Part, Promise
-from mara_integrations.training.scoring.partial_rewards import asks_partial_text, prefix_worths
+from mara_integrations.training.rollouts.workers import PendingReplies, RolloutBatch
+from mara_integrations.training.scoring.partial_rewards import prefix_rewards, uses_partial_text
 
-_ROUND = 64  # episodes between updates: a full batch of the decoder
-_VISITS = 8  # transitions a token the buffer has room for; a gate at work visits 2 to 4
+_REPLIES_PER_ROUND = 64  # a full batch of the decoder
+_TRANSITIONS_PER_TOKEN = 8  # that the buffer has room for; a trained gate visits 2 to 4 candidates a token
 
 
-def learn(run: Run, head: MARAHead) -> Learned:
-    """Write, judge and update, round by round; stop where the head stops deciding, and keep it as it was before.
+class Rollout(NamedTuple):
+    """The replies of one round.
+
+    Attributes:
+        head: Head that generated them.
+        prompts: Their prompts.
+        replies: The replies that the reward has an opinion on.
+        rewards: Their rewards.
+        decisions: Their decisions.
+    """
+
+    head: AfterstateHead
+    prompts: list[Conversation]
+    replies: list[Reply]
+    rewards: list[float]
+    decisions: Decisions
+
+
+# Returns the immediate reward of each decision, (N,), before it is divided by the rewards' standard deviation.
+AssignCredit: TypeAlias = Callable[[Run, SACSettings, Rollout], Tensor]
+
+
+def train(run: Run, head: MARAHead) -> MethodResult:
+    """Train a head by soft actor-critic; see `train_with`."""
+    return train_with(run, head, settings_of(run), assign_credit)
+
+
+def train_with(run: Run, head: MARAHead, settings: SACSettings, credit: AssignCredit) -> MethodResult:
+    """Generate, score and update, round by round.
+
+    The run stops where the head decides all candidates alike, and keeps the head as it was before that round.
 
     Raises:
-        ConfigError: If the replies can't fill the buffer to where updates begin.
+        ConfigError: If there are too few replies to fill the buffer to where updates begin.
         DataError: If the reward has no opinion on any reply of a round.
     """
-    assert isinstance(head, AfterstateHead)
-    settings = settings_of(run)
-    num_rounds = -(-run.max_replies // _ROUND)
-    num_tokens = num_rounds * _ROUND * run.config.max_reply_tokens
+    assert isinstance(head, AfterstateHead), "the forms of this method"
+    num_rounds = -(-run.max_replies // _REPLIES_PER_ROUND)
+    num_tokens = num_rounds * _REPLIES_PER_ROUND * run.config.max_reply_tokens
     if num_tokens < settings.warmup:
         raise ConfigError(
-            f"max_replies={run.max_replies} is not enough for method {run.plan.method.name!r}, which updates "
-            f"the head once {settings.warmup} decisions are there",
+            f"max_replies={run.max_replies} is not enough: the head is updated once there are {settings.warmup} "
+            "decisions",
             hint=f"--max-replies {-(-settings.warmup // run.config.max_reply_tokens)}, or longer replies",
         )
     learner = Learner(head, settings, run.config.seed)
-    buffer = ReplayBuffer(
-        min(settings.capacity, _VISITS * num_tokens), head.config.hidden_size, run.folder / "replay-buffer"
-    )
-    prompts = gather.limited_prompts(run, run.plan.train)
+    capacity = min(settings.capacity, _TRANSITIONS_PER_TOKEN * num_tokens)
+    buffer = ReplayBuffer(capacity, head.config.hidden_size, run.folder / "replay-buffer")
+    prompts = limited_prompts(run, run.plan.train)
     run.random().shuffle(prompts)
-    scale: float | None = None  # found in the first round
-    with run.stage("episodes", num_rounds * _ROUND) as advance:
+    deviation: float | None = None  # of the rewards, found in the first round
+    with run.stage("replies", num_rounds * _REPLIES_PER_ROUND) as advance:
         rounds = _Rounds(run, prompts, advance)
         num_done = _resume(run, learner, rounds)
         for number in range(num_rounds):
             if number >= num_done:
-                rounds.begin(range(number, min(number + run.config.staleness + 1, num_rounds)), head)
-            gather_round = partial(_gather, run, settings, rounds, number, head, scale)
-            episodes, was_kept = load_or_compute(rounds.file(number), gather_round)
-            if was_kept:
-                advance(_ROUND)
-            scale, transitions = episodes["scale"], Transitions(**episodes["transitions"])
+                rounds.start(range(number, min(number + run.config.staleness + 1, num_rounds)), head)
+            collect = partial(_collect_round, run, settings, credit, rounds, number, head, deviation)
+            collected, was_stored = load_or_compute(rounds.file(number), collect)
+            if was_stored:
+                advance(_REPLIES_PER_ROUND)
+            deviation, transitions = collected["deviation"], Transitions(**collected["transitions"])
             buffer.add(transitions)
             if number < num_done:
                 continue
             before = copy.deepcopy(head.state_dict())
-            figures: dict[str, float] = {}
+            metrics: dict[str, float] = {}
             if len(buffer) >= settings.warmup:
-                for _ in range(settings.updates * _ROUND):
-                    figures = learner.update(buffer.sample(settings.batch_size, learner.generator, learner.device))
-            run.log("round", number=number + 1, **episodes["figures"], **figures)
-            problem = collapse(vitals_of(head, transitions))
+                for _ in range(settings.updates * _REPLIES_PER_ROUND):
+                    metrics = learner.update(buffer.sample(settings.batch_size, learner.generator, learner.device))
+            run.log("round", number=number + 1, **collected["metrics"], **metrics)
+            problem = collapse(decision_stats(head, transitions))
             if problem is not None:
                 head.load_state_dict(before)
                 _report_collapse(run, number + 1, problem)
                 break
-            _keep(run, learner, rounds, number + 1)
+            _store_learner(run, learner, rounds, number + 1)
     head.eval().requires_grad_(False)
-    return Learned()
+    return MethodResult()
 
 
 def settings_of(run: Run) -> SACSettings:
-    """The preset of the run's method and form, with what the run's settings say otherwise."""
-    config, method = run.config, run.plan.method
-    if method.name == "sac-published":
-        preset = replace(PUBLISHED, credit=config.credit or PUBLISHED.credit)
-    else:
-        preset = mended(method.form, config.credit or ("prefix" if asks_partial_text(run) else "terminal"))
-    return replace(preset, learning_rate=config.learning_rate or preset.learning_rate)
+    """Return the default settings of the run's form of head, with the changes that the run's settings make."""
+    config = run.config
+    defaults = default_settings(
+        run.plan.method.form, config.credit or ("prefix" if uses_partial_text(run) else "terminal")
+    )
+    return replace(defaults, learning_rate=config.learning_rate or defaults.learning_rate)
+
+
+def assign_credit(run: Run, settings: SACSettings, rollout: Rollout) -> Tensor:
+    """Return the immediate reward of each decision, as the settings assign credit, (N,)."""
+    if settings.credit == "prefix":
+        prefixes = prefix_rewards(run, run.plan.train, rollout.prompts, rollout.replies, rollout.rewards)
+        return prefix_credit(rollout.decisions, prefixes)
+    mean = statistics.fmean(rollout.rewards) if settings.standardise else 0.0
+    centred = [reward - mean for reward in rollout.rewards]
+    if settings.credit == "terminal":
+        return terminal_credit(rollout.decisions, centred)
+    return postback_credit(rollout.decisions, centred, settings.gamma)
 
 
 class _Rounds:
-    """Rounds of episodes that are being written, each by a copy of the head as it was when the round began."""
+    """Rounds of replies that are being generated, each by a copy of the head as it was when the round started."""
 
     def __init__(self, run: Run, prompts: Sequence[Conversation], on_reply: Callable[[int], None]) -> None:
         self._run, self._prompts, self._on_reply = run, prompts, on_reply
         self.heads: dict[int, AfterstateHead] = {}
-        self._promises: dict[int, Promise] = {}
+        self._pending: dict[int, PendingReplies] = {}
 
     def file(self, number: int) -> Path:
-        """Where a round is kept."""
-        return self._run.folder / f"episodes-{number}.pt"
+        """Return the file of a round's stored transitions."""
+        return self._run.stored("episodes", number)
 
     def prompts(self, number: int) -> list[Conversation]:
-        """Those of a round, from the first on again where they end."""
-        return [self._prompts[(number * _ROUND + i) % len(self._prompts)] for i in range(_ROUND)]
+        """Return the prompts of a round; after the last prompt comes the first again."""
+        return [
+            self._prompts[(number * _REPLIES_PER_ROUND + i) % len(self._prompts)] for i in range(_REPLIES_PER_ROUND)
+        ]
 
-    def begin(self, numbers: Iterable[int], head: AfterstateHead) -> None:
-        """Begin those of the rounds that are neither written nor under way."""
+    def start(self, numbers: Iterable[int], head: AfterstateHead) -> None:
+        """Start those of the rounds that are neither stored nor started."""
         for number in numbers:
             if number not in self.heads and not self.file(number).exists():
-                self._begin(number, head)
+                self._start(number, head)
 
-    def _begin(self, number: int, head: AfterstateHead) -> None:
-        self.heads[number] = writer = copy.deepcopy(head).eval().requires_grad_(False)
+    def _start(self, number: int, head: AfterstateHead) -> None:
+        self.heads[number] = frozen = copy.deepcopy(head).eval().requires_grad_(False)
         sampling = self._run.sampling(min_candidates=head.config.min_candidates)
-        seed, gate = self._run.config.seed + number * _ROUND, GateParams(selection="sample")
-        part = Part(self.prompts(number), sampling, seed, head=writer, gate=gate)
-        self._promises[number] = self._run.writers.submit(part, self._on_reply)
+        seed, gate = self._run.config.seed + number * _REPLIES_PER_ROUND, GateParams(selection="sample")
+        batch = RolloutBatch(self.prompts(number), sampling, seed, head=frozen, gate=gate)
+        self._pending[number] = self._run.workers.submit(batch, self._on_reply)
 
-    def collect(self, number: int, head: AfterstateHead) -> tuple[AfterstateHead, list[Reply]]:
-        """A round's replies, and the head that wrote them: this one, where the file of a finished round is damaged."""
+    def result(self, number: int, head: AfterstateHead) -> tuple[AfterstateHead, list[Reply]]:
+        """Return the head that generated a round and its replies; start the round if its stored file is damaged."""
         if number not in self.heads:
-            self._begin(number, head)
-        return self.heads.pop(number), self._promises.pop(number)()
+            self._start(number, head)
+        return self.heads.pop(number), self._pending.pop(number)()
 
 
-def _gather(
-    run: Run, settings: SACSettings, rounds: _Rounds, number: int, head: AfterstateHead, scale: float | None
-) -> dict[str, Any]:
-    """One round as plain data: transitions, figures, and what worths are divided by."""
-    prompts = rounds.prompts(number)
-    head, replies = rounds.collect(number, head)
-    values = gather.scores(run, run.plan.train, prompts, replies)
-    judged = [(reply, value) for reply, value in zip(replies, values, strict=True) if value is not None]
-    if not judged:
-        raise DataError(f"the reward had no opinion on any of {_ROUND} replies", hint="check the reward function")
-    replies, worths = [reply for reply, _ in judged], [value for _, value in judged]
-    if scale is None:
-        scale = statistics.pstdev(worths) if settings.standardise else 1.0
-        if scale == 0:
-            message = f"the reward gave every reply {worths[0]}: nothing to learn from"
-            raise DataError(message, hint="check the reward function")
-    decisions = decisions_taken(replies, with_forced=settings.last_is_asked)
-    rewards = _rewards(run, settings, prompts, replies, worths, decisions) / scale
-    if settings.kl == "published":
-        rewards += published_kl(head, replies, settings.kl_weight)
-    ends = torch.zeros(len(rewards), dtype=torch.bool)
-    ends[decisions.counts.cumsum(0)[decisions.counts > 0] - 1] = True
-    transitions = Transitions(decisions.states, decisions.hazard_logits, decisions.accepted, rewards, ends)
-
-    vitals = vitals_of(head, transitions)
-    num_tokens = sum(len(reply.token_ids) for reply in replies)
-    figures = {
-        "mean_reward": statistics.fmean(worths),
-        "accept_rate": vitals.accept_rate,
-        "decision_entropy": vitals.entropy,
-        "kl_per_token": vitals.kl * len(rewards) / num_tokens,
-        "visits_per_token": len(rewards) / max(1, sum(len(reply.positions) for reply in replies)),
-    }
-    return {"transitions": as_dict(transitions), "figures": figures, "scale": scale}
-
-
-def _rewards(
+def _collect_round(
     run: Run,
     settings: SACSettings,
-    prompts: Sequence[Conversation],
-    replies: Sequence[Reply],
-    worths: Sequence[float],
-    decisions: Decisions,
-) -> Tensor:
-    """What each decision gets of what its reply was worth, (N,)."""
-    if settings.credit == "prefix":
-        return prefix_credit(decisions, prefix_worths(run, run.plan.train, prompts, replies, worths))
-    mean = statistics.fmean(worths) if settings.standardise else 0.0
-    centred = [worth - mean for worth in worths]
-    if settings.credit == "terminal":
-        return terminal_credit(decisions, centred)
-    return postback_credit(decisions, centred, settings.gamma, spare_first=settings.spare_first)
+    credit: AssignCredit,
+    rounds: _Rounds,
+    number: int,
+    head: AfterstateHead,
+    deviation: float | None,
+) -> dict[str, Any]:
+    """Return one round as plain data: transitions, metrics, and the deviation that rewards are divided by."""
+    prompts = rounds.prompts(number)
+    head, generated = rounds.result(number, head)
+    scores = score_replies(run, run.plan.train, prompts, generated)
+    replies, rewards = map(list, zip(*with_opinion("replies", generated, scores), strict=True))
+    if deviation is None:
+        if settings.standardise:
+            check_differ(rewards)
+        deviation = statistics.pstdev(rewards) if settings.standardise else 1.0
+    decisions = decisions_of(replies, include_forced=settings.include_forced)
+    immediate = credit(run, settings, Rollout(head, prompts, replies, rewards, decisions)) / deviation
+    ends = torch.zeros(len(immediate), dtype=torch.bool)
+    ends[decisions.counts.cumsum(0)[decisions.counts > 0] - 1] = True
+    transitions = Transitions(decisions.states, decisions.hazard_logits, decisions.accepted, immediate, ends)
+
+    stats = decision_stats(head, transitions)
+    num_tokens = sum(len(reply.token_ids) for reply in replies)
+    metrics = {
+        "mean_reward": statistics.fmean(rewards),
+        "accept_rate": stats.accept_rate,
+        "decision_entropy": stats.entropy,
+        "kl_per_token": stats.kl * len(immediate) / num_tokens,
+        "candidates_per_token": len(immediate) / max(1, sum(len(reply.positions) for reply in replies)),
+    }
+    return {"transitions": as_dict(transitions), "metrics": metrics, "deviation": deviation}
 
 
 def _report_collapse(run: Run, number: int, problem: str) -> None:
     run.log("collapse", round=number, problem=problem)
     run.say(
-        f"  [yellow]stopped after round {number}: the head no longer decides, {escape(problem)}. It is kept as it was "
-        "before that round. A smaller --learning-rate may carry further.[/]"
+        f"  [yellow]stopped after round {number}, because the head no longer decides: {escape(problem)}. It is kept as "
+        "it was before that round. A smaller --learning-rate may get further.[/]"
     )
 
 
-def _keep(run: Run, learner: Learner, rounds: _Rounds, num_done: int) -> None:
-    """Write all but the episodes, which have their own files; of older states, one stays."""
-    writing = {number: head.state_dict() for number, head in rounds.heads.items()}
-    state = {"learner": learner.state_dict(), "writing": writing}
-    load_or_compute(run.folder / f"learner-{num_done}.pt", lambda: state)
-    (run.folder / f"learner-{num_done - 2}.pt").unlink(missing_ok=True)
+def _store_learner(run: Run, learner: Learner, rounds: _Rounds, num_done: int) -> None:
+    """Store everything but the transitions, which have their own files; of older states, one stays."""
+    generating = {number: head.state_dict() for number, head in rounds.heads.items()}
+    state = {"learner": learner.state_dict(), "generating": generating}
+    load_or_compute(run.stored("learner", num_done), lambda: state)
+    run.stored("learner", num_done - 2).unlink(missing_ok=True)
 
 
 def _resume(run: Run, learner: Learner, rounds: _Rounds) -> int:
-    """Take up the newest state that is whole; returns the number of rounds it has behind it."""
+    """Restore the newest stored state that is whole; return the number of rounds it has behind it."""
     files = {int(path.stem.partition("-")[2]): path for path in run.folder.glob("learner-*.pt")}
     for num_done in sorted(files, reverse=True):
         state = load(files[num_done])
         if state is None:
-            run.say(f"  [yellow]{escape(files[num_done].name)} is damaged: going on from the round before[/]")
+            run.say(f"  [yellow]{escape(files[num_done].name)} is damaged: continuing from the round before[/]")
             continue
-        for number, weights in state["writing"].items():
+        for number, weights in state["generating"].items():
             learner.actor.load_state_dict(weights)
-            rounds.begin([number], learner.actor)
+            rounds.start([number], learner.actor)
         learner.load_state_dict(state["learner"])
-        run.say(f"  going on after round {num_done}")
+        run.say(f"  continuing after round {num_done}")
         return num_done
     return 0

@@ -1,7 +1,7 @@
-"""The `value` method: regress what a reply was worth on the states along it; the gate steps up that value.
+"""The `value` method: regress labels or rewards of replies on the hidden states along them.
 
-V(s) estimates the worth of a reply from any of its tokens on, so V(candidate) - V(last token) is what taking the
-candidate is expected to change. It needs only states of tokens that were really written: no pairs, no candidates.
+V(s) estimates the label or reward of a reply from any of its tokens on, so V(candidate) - V(last token) is what taking
+the candidate is expected to change. It needs only the states of tokens in the replies: no pairs, no other candidates.
 """
 
 from __future__ import annotations
@@ -14,51 +14,58 @@ from torch import Tensor
 
 from mara_integrations.errors import DataError
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.training import gather
-from mara_integrations.training.context import Learned, Run
+from mara_integrations.training.collect.given import given_replies, read_states
+from mara_integrations.training.collect.rewards import rewarded_replies
+from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
 from mara_integrations.training.records.memory_mapped import joined
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.pair_accuracy import held_out_ordering
+from mara_integrations.training.scoring.held_out import report_pair_accuracy
+
+_HELD_OUT_SEED = 500_000  # apart from the seeds of replies to fit on
 
 
-def learn(run: Run, head: MARAHead) -> Learned:
-    """Fit V to labels or rewards, and see how well it orders held-out replies of different worth."""
+def train(run: Run, head: MARAHead) -> MethodResult:
+    """Fit V to labels or rewards, and report how well it orders held-out replies."""
     plan, is_binary = run.plan, run.plan.source != "reward"
     if is_binary:
-        texts, targets = gather.written_replies(run, plan.train)
-        fitting = gather.read(run, "given replies", texts)
-        texts, held_out_targets = gather.written_replies(run, plan.held_out)
-        checking = gather.read(run, "held-out given replies", texts)
+        given, targets = given_replies(run, plan.train)
+        replies = read_states(run, "given replies", given)
+        given, held_out_targets = given_replies(run, plan.held_out)
+        held_out = read_states(run, "held-out given replies", given)
     else:
-        fitting, worth = gather.rewarded(run, "base replies", plan.train, run.config.seed)
-        checking, held_out_worth = gather.rewarded(
-            run, "held-out base replies", plan.held_out, run.config.seed + 500_000
+        seed = run.config.seed
+        replies, rewards = rewarded_replies(run, "base replies", plan.train, seed)
+        held_out, held_out_rewards = rewarded_replies(
+            run, "held-out base replies", plan.held_out, seed + _HELD_OUT_SEED
         )
-        targets, held_out_targets = advantages(fitting, worth), advantages(checking, held_out_worth)
+        targets, held_out_targets = advantages(replies, rewards), advantages(held_out, held_out_rewards)
         if not any(targets):
-            message = f"the reward gave every reply {worth[0]}: nothing to learn from"
-            raise DataError(message, hint="check the reward function")
+            raise DataError(
+                f"the reward gave all replies to a prompt the same, as {rewards[0]}: nothing to learn from",
+                hint="check the reward function",
+            )
     with run.fitting("fit") as on_epoch:
         history = fit_value(
             head,
-            (fitting, targets),
-            (checking, held_out_targets),
+            (replies, targets),
+            (held_out, held_out_targets),
             is_binary=is_binary,
             settings=run.fit_settings(3e-4),
             on_epoch=on_epoch,
         )
     if min(epoch.held_out_loss for epoch in history[1:]) >= history[0].held_out_loss:
         run.say(
-            "  [yellow]V is no better than a constant on held-out replies: nothing was learnt that holds for other "
-            "prompts. More or more consistent preferences, a reward or a rule would teach it more.[/]"
+            "  [yellow]on held-out replies the head predicts no better than a constant: it learned nothing that holds "
+            "for other prompts. More data, more consistent labels, a reward or a rule would help.[/]"
         )
-    return Learned(held_out_ordering(run, [r.prompt for r in checking], reply_values(head, checking), held_out_targets))
+    prompts = [reply.prompt_index for reply in held_out]
+    return MethodResult(report_pair_accuracy(run, prompts, reply_values(head, held_out), held_out_targets))
 
 
 def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:
-    """One row a state, the prompt's last token included; replies of any length count alike."""
+    """Return one example a state, the prompt's last token included; replies of any length have the same weight."""
     lengths = [len(reply.states) for reply in replies]
     repeats = torch.tensor(lengths)
     return Table(
@@ -69,22 +76,22 @@ def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:
 
 
 def advantages(replies: Sequence[Reply], rewards: Sequence[float]) -> list[float]:
-    """Rewards as targets: less the mean of the same prompt's other replies, in standard deviations of what remains.
+    """Return each reward less the mean of the same prompt's other replies, in standard deviations of the differences.
 
-    The value of a prompt cancels in V(candidate) - V(last token), so the head need not learn it; where prompts have one
-    reply each, the mean of all stands for it.
+    The value of a prompt cancels in V(candidate) - V(last token), so the head need not learn it. The reward of a lone
+    reply to a prompt is compared with the mean of all replies.
     """
     by_prompt: dict[int, list[float]] = {}
     for reply, reward in zip(replies, rewards, strict=True):
-        by_prompt.setdefault(reply.prompt, []).append(reward)
+        by_prompt.setdefault(reply.prompt_index, []).append(reward)
     overall = float(np.mean(rewards))
     centred = []
     for reply, reward in zip(replies, rewards, strict=True):
-        group = by_prompt[reply.prompt]
+        group = by_prompt[reply.prompt_index]
         others = (sum(group) - reward) / (len(group) - 1) if len(group) > 1 else overall
         centred.append(reward - others)
-    scale = float(np.std(centred))
-    return [value / scale if scale > 0 else 0.0 for value in centred]
+    deviation = float(np.std(centred))
+    return [value / deviation if deviation > 0 else 0.0 for value in centred]
 
 
 def fit_value(
@@ -96,7 +103,7 @@ def fit_value(
     settings: FitSettings,
     on_epoch: Callable[[Epoch], None],
 ) -> list[Epoch]:
-    """Fit V to replies and what they were worth: 0 or 1 if binary, else `advantages`."""
+    """Fit V to replies and their targets: labels 0 and 1 if binary, else `advantages`."""
 
     def loss(head: MARAHead, table: Table) -> Tensor:
         return value_loss(outputs(head, table.states), table.targets, table.weights, is_binary=is_binary)
@@ -106,5 +113,5 @@ def fit_value(
 
 @torch.inference_mode()
 def reply_values(head: MARAHead, replies: Sequence[Reply]) -> list[float]:
-    """Mean V along each reply, as a score of the whole."""
+    """Return the mean of V along each reply."""
     return [float(outputs(head, reply.states[1:]).mean()) if len(reply.states) > 1 else 0.0 for reply in replies]

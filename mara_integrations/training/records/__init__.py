@@ -1,1 +1,4 @@
-"""What a run writes: cached data, metrics, trackers."""
+"""Files of a run: its metrics and trackers, stored work, and hidden states that do not fit into memory.
+
+Nothing here knows what the data means.
+"""

@@ -16,12 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.errors import OutputError
 from mara_integrations.files import cache_dir, write_atomically
-from mara_integrations.models import ranks
-from mara_integrations.models.load import LoadedModel
-from mara_integrations.training.rollouts.replies import Reply
 
 FORMAT_VERSION = 2  # raised when the content of a file, or the way that replies are sampled, changes
 # The least recently used files of the cache make room for new ones. 128 replies of 48 tokens take 40 MB for a model of
@@ -47,57 +43,9 @@ def load_or_compute(path: Path, compute: Callable[[], Any]) -> tuple[Any, bool]:
     if data is not None:
         return data, True
     computed = compute()
-    _save(path, computed)
+    save(path, computed)
     data = load(path)  # None if another run has removed the file meanwhile
     return computed if data is None else data, False
-
-
-def load_or_generate(path: Path, generate: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """Return the replies of a file, or generate them and write the file; and whether the file was there.
-
-    Raises:
-        OutputError: If the file can't be written.
-    """
-    replies = _load_replies(path)
-    if replies is not None:
-        return replies, True
-    packed = [_packed(reply) for reply in generate()]
-    _save(path, packed)
-    replies = _load_replies(path)
-    return [_unpacked(item) for item in packed] if replies is None else replies, False
-
-
-def cache_file(key: str) -> Path:
-    """Return the path of cached base replies, in the platform's cache folder (`MARA_CACHE_DIR`)."""
-    return cache_dir() / "replies" / f"{key}.pt"
-
-
-def load_or_generate_cached(path: Path, generate: Callable[[], list[Reply]]) -> tuple[list[Reply], bool]:
-    """Do what `load_or_generate` does, in a folder of bounded size."""
-    replies, was_stored = load_or_generate(path, generate)
-    try:
-        with suppress(FileNotFoundError):  # another run has removed it
-            os.utime(path)  # used just now
-        _evict(path.parent)
-    except OSError as error:
-        raise OutputError(f"can't keep {str(path)!r}: {error.strerror}", hint="MARA_CACHE_DIR names another") from error
-    return replies, was_stored
-
-
-def model_fingerprint(model: LoadedModel) -> str:
-    """Hash a model's name, type and weights, by a sample of every tensor: a fine-tuned copy differs."""
-    digest = hashlib.sha256(f"{model.name} {model.revision} {model.dtype}".encode())
-    for name, tensor in model.model.state_dict().items():
-        flat = ranks.own_part(tensor).detach().flatten()
-        sample = flat[:: max(1, len(flat) // 256)]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def as_dict(instance: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name. Unlike `dataclasses.asdict`, it copies no tensor."""
-    return {field.name: getattr(instance, field.name) for field in fields(instance)}
 
 
 def load(path: Path) -> Any | None:
@@ -111,13 +59,39 @@ def load(path: Path) -> Any | None:
     return None
 
 
-def _save(path: Path, data: Any) -> None:
+def save(path: Path, data: Any) -> None:
+    """Write the data of a file; see `load_or_compute`."""
+
     def write(file: BinaryIO) -> None:
         hashing = _HashingWriter(file)
         torch.save({"format_version": FORMAT_VERSION, "data": data}, hashing)  # type: ignore[arg-type]  # all it needs
         file.write(hashing.digest.digest())
 
     write_atomically(path, write, private=True)  # replies quote the user's prompts
+
+
+def as_dict(instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name. Unlike `dataclasses.asdict`, it copies no tensor."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
+
+
+def cache_file(key: str) -> Path:
+    """Return the path of cached base replies, in the platform's cache folder (`MARA_CACHE_DIR`)."""
+    return cache_dir() / "replies" / f"{key}.pt"
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file of the cache was used just now, and remove the least recently used ones beyond the bound.
+
+    Raises:
+        OutputError: If the cache can't be written to.
+    """
+    try:
+        with suppress(FileNotFoundError):  # another run has removed it
+            os.utime(path)
+        _evict(path.parent)
+    except OSError as error:
+        raise OutputError(f"can't keep {str(path)!r}: {error.strerror}", hint="MARA_CACHE_DIR names another") from error
 
 
 class _HashingWriter:
@@ -156,27 +130,3 @@ def _evict(folder: Path) -> None:
         total += status.st_size
         if total > MAX_CACHE_BYTES:
             file.unlink(missing_ok=True)
-
-
-def _load_replies(path: Path) -> list[Reply] | None:
-    data = load(path)
-    try:
-        return None if data is None else [_unpacked(item) for item in data]
-    except (KeyError, TypeError, ValueError):  # the data of something else
-        return None
-
-
-_POSITION = ("index", "token_ids", "hazard_logits", "states", "previous")
-
-
-def _packed(reply: Reply) -> dict[str, Any]:
-    """Return plain data in half precision, so that a resumed run and an uninterrupted one see the same numbers."""
-    positions = [
-        (p.index, p.token_ids, p.hazard_logits, p.states.half().cpu(), p.previous.half().cpu()) for p in reply.positions
-    ]
-    return {**as_dict(reply), "positions": positions}
-
-
-def _unpacked(item: dict[str, Any]) -> Reply:
-    positions = [JudgedPosition(**dict(zip(_POSITION, values, strict=True))) for values in item["positions"]]
-    return Reply(**{**item, "positions": positions})

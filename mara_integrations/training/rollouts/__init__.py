@@ -1,1 +1,4 @@
-"""Replies to learn from: generating them, here or on Ray, reading given ones, and the decisions in them."""
+"""Replies as tokens, hidden states and accept/reject decisions: generated here or on Ray, or read from given texts.
+
+Nothing here knows a training run, a reward or a method.
+"""

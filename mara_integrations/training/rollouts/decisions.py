@@ -1,7 +1,7 @@
-"""Replies as the accept/reject decisions they are made of, for losses on the gate's likelihood.
+"""Replies as the accept/reject decisions that produce them, for losses on the gate's likelihood.
 
-Decisions come from replies the gate wrote itself (`decisions_taken`), or from any text, by asking how the gate would
-have come to write it (`read_decisions`): each better ranked candidate rejected, the token that stands there accepted.
+`decisions_of` takes them from replies that a gate generated. `read_decisions` finds them in any text, by asking how the
+gate would have produced it: each better ranked candidate is rejected, the token of the text is accepted.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from torch import Tensor
 from mara_integrations.engine.backends.protocol import Backend, Segment
 from mara_integrations.engine.candidates import MAX_HAZARD_LOGIT, rank_candidates
 from mara_integrations.engine.sequence import JudgedPosition
-from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.training.records.memory_mapped import joined
-from mara_integrations.training.rollouts.replies import Reply, encode_given
+from mara_integrations.training.rollouts.replies import GivenReply, Reply, encode_given
 
-_MAX_ROWS = 64  # replies read side by side
+_REPLIES_PER_FORWARD = 64  # while reading
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Decisions of R replies, N in all, reply by reply and in the order they were taken.
+    """The N decisions of R replies, reply by reply and in the order they are taken.
 
     Attributes:
-        states: Of the candidates asked about, half precision, (N, d).
-        hazard_logits: Logit of the base model's own probability to accept each, (N,).
-        accepted: Whether it was, (N,), bool.
-        tokens: Which token of its reply each was about, (N,).
-        counts: Decisions of each reply, (R,).
+        states: Hidden states of the candidates that are decided on, half precision, (N, d).
+        hazard_logits: Logits of the base model's own probability to accept each candidate, (N,).
+        accepted: Whether each candidate is accepted, (N,), bool.
+        tokens: Index in its reply of the token that each decision is about, (N,).
+        counts: Number of decisions of each reply, (R,).
     """
 
     states: Tensor
@@ -47,18 +46,18 @@ class Decisions:
 
     @property
     def replies(self) -> Tensor:
-        """The reply each decision belongs to, (N,)."""
+        """Index of the reply that each decision belongs to, (N,)."""
         return torch.arange(len(self.counts)).repeat_interleave(self.counts)
 
     def rows(self, replies: Tensor) -> Tensor:
-        """Where the decisions of the named replies are, reply by reply."""
+        """Return the indices of the decisions of some replies, reply by reply."""
         starts = self.counts.cumsum(0) - self.counts
         counts = self.counts[replies]
         inner = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         return starts[replies].repeat_interleave(counts) + inner
 
     def take(self, replies: Tensor) -> Decisions:
-        """Those of the named replies, numbered as named."""
+        """Return the decisions of some replies, in the order given."""
         rows = self.rows(replies)
         return Decisions(
             self.states[rows], self.hazard_logits[rows], self.accepted[rows], self.tokens[rows], self.counts[replies]
@@ -66,97 +65,102 @@ class Decisions:
 
     @classmethod
     def join(cls, parts: Sequence[Decisions]) -> Decisions:
-        """Those of all the parts, in order."""
+        """Return the decisions of all parts, in order."""
         names = ("hazard_logits", "accepted", "tokens", "counts")
         others = (torch.cat([getattr(part, name) for part in parts]) for name in names)
         return cls(joined([part.states for part in parts]), *others)
 
 
-class _Taken:
-    """Decisions as they come."""
+class _DecisionList:
+    """Decisions as they are added, a token at a time."""
 
     def __init__(self, hidden_size: int) -> None:
-        self.states: list[Tensor] = [torch.zeros(0, hidden_size, dtype=torch.half)]
-        self.hazard_logits: list[float] = []
-        self.accepted: list[bool] = []
-        self.tokens: list[int] = []
+        self._states: list[Tensor] = [torch.zeros(0, hidden_size, dtype=torch.half)]
+        self._hazard_logits: list[float] = []
+        self._accepted: list[bool] = []
+        self._tokens: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
     def add(self, token: int, states: Tensor, hazard_logits: Sequence[float], accepted: Sequence[bool]) -> None:
-        self.states.append(states.half().cpu())
-        self.hazard_logits += hazard_logits
-        self.accepted += accepted
-        self.tokens += [token] * len(accepted)
+        """Add the decisions about one token of a reply."""
+        self._states.append(states.half().cpu())
+        self._hazard_logits += hazard_logits
+        self._accepted += accepted
+        self._tokens += [token] * len(accepted)
 
-    def whole(self, counts: Sequence[int]) -> Decisions:
-        """Of replies with so many decisions each."""
-        hazard_logits, accepted = torch.tensor(self.hazard_logits), torch.tensor(self.accepted, dtype=torch.bool)
-        tokens = torch.tensor(self.tokens, dtype=torch.long)
-        return Decisions(joined(self.states), hazard_logits, accepted, tokens, torch.tensor(counts))
+    def as_decisions(self, counts: Sequence[int]) -> Decisions:
+        """Return all, as those of replies with so many decisions each."""
+        hazard_logits, accepted = torch.tensor(self._hazard_logits), torch.tensor(self._accepted, dtype=torch.bool)
+        tokens = torch.tensor(self._tokens, dtype=torch.long)
+        return Decisions(joined(self._states), hazard_logits, accepted, tokens, torch.tensor(counts))
 
 
 def taken_rank(reply: Reply, position: JudgedPosition) -> int:
-    """Which of a position's candidates the reply went on with; a gate that draws has rejected those before it."""
+    """Return the rank of the candidate that became the reply's token; a sampling gate has rejected those before it."""
     return position.token_ids.index(reply.token_ids[position.index])
 
 
-def decisions_taken(replies: Sequence[Reply], *, with_forced: bool = False) -> Decisions:
-    """The decisions by which the gate wrote replies, from what it was shown.
+def decisions_of(replies: Sequence[Reply], *, include_forced: bool = False) -> Decisions:
+    """Return the decisions by which a gate generated replies.
 
     Args:
-        replies: Sampled with a head, their positions kept.
-        with_forced: Count the last candidate of a position, which is taken unasked, as accepted.
+        replies: Replies sampled with a head, with their positions.
+        include_forced: Count the last candidate of a position as accepted. The gate takes it without asking the head.
     """
-    taken, counts = _Taken(replies[0].states.shape[1]), []
+    found, counts = _DecisionList(replies[0].states.shape[1]), []
     for reply in replies:
-        before = len(taken.tokens)
+        before = len(found)
         for position in reply.positions:
             rank = taken_rank(reply, position)
-            asked = rank + (with_forced or rank < len(position.token_ids) - 1)
-            accepted = [False] * rank + [True] * (asked - rank)
-            taken.add(position.index, position.states[:asked], position.hazard_logits[:asked], accepted)
-        counts.append(len(taken.tokens) - before)
-    return taken.whole(counts)
+            num_decided = rank + (include_forced or rank < len(position.token_ids) - 1)
+            accepted = [False] * rank + [True] * (num_decided - rank)
+            hazard_logits = position.hazard_logits[:num_decided]
+            found.add(position.index, position.states[:num_decided], hazard_logits, accepted)
+        counts.append(len(found) - before)
+    return found.as_decisions(counts)
 
 
 @torch.inference_mode()
 def read_decisions(
     model: LoadedModel,
     backend: Backend,
-    texts: Sequence[tuple[int, Prompt, str]],
+    given: Sequence[GivenReply],
     *,
     sampling: SamplingParams,
     max_competitors: int = 0,
     on_reply: Callable[[int], None] | None = None,
 ) -> Decisions:
-    """The decisions by which a gate would have written replies that stand already.
+    """Return the decisions by which a gate would have generated replies that exist as text.
 
-    All replies advance together, a token a forward: the token that stands there and those it is preferred to are fed
-    as siblings, and it is the one committed. A token that is no candidate is asked about against all others, with its
-    whole probability as hazard; one that is the last candidate was no decision.
+    All replies of a batch advance together, one token a forward: the token of the text and its better ranked
+    competitors are fed as siblings, and the token of the text is committed. A token that is no candidate is decided on
+    against all others, with its whole probability as hazard. A token that is the last candidate was no decision.
 
     Args:
         model: The base model.
-        backend: On that model.
-        texts: Prompt index (not looked at), prompt and reply of each.
-        sampling: Which tokens are candidates; replies are cut at its `max_new_tokens`.
-        max_competitors: Better ranked candidates asked about at each token, the best ones; what is left out counts as
-            decided as the base model would.
-        on_reply: Called with the count of each batch.
+        backend: A backend on that model.
+        given: The replies.
+        sampling: Settings that make a token a candidate; replies are cut at `max_new_tokens`.
+        max_competitors: Number of better ranked candidates to decide on at each token, the best ones. Those left out
+            count as decided as the base model would.
+        on_reply: Called with the size of each batch.
     """
     parts: list[Decisions] = []
-    for start in range(0, len(texts), _MAX_ROWS):
-        batch = texts[start : start + _MAX_ROWS]
-        encoded = [encode_given(model, prompt, text, sampling.max_new_tokens) for _, prompt, text in batch]
-        parts += _read(backend, encoded, sampling, max_competitors)
+    for start in range(0, len(given), _REPLIES_PER_FORWARD):
+        batch = given[start : start + _REPLIES_PER_FORWARD]
+        encoded = [encode_given(model, reply, sampling.max_new_tokens) for reply in batch]
+        parts += _read_batch(backend, encoded, sampling, max_competitors)
         if on_reply is not None:
             on_reply(len(batch))
     return Decisions.join(parts)
 
 
-def _read(
+def _read_batch(
     backend: Backend, encoded: Sequence[tuple[list[int], list[int]]], sampling: SamplingParams, max_competitors: int
 ) -> list[Decisions]:
-    """Decisions of each (prompt tokens, reply tokens); a prompt of several replies is fed once."""
+    """Return the decisions of each (prompt tokens, reply tokens); feed a prompt of several replies once."""
     rows: list[int] = []
     try:
         sources: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # prompt -> its row and its last state
@@ -164,39 +168,39 @@ def _read(
             if tuple(prompt_ids) not in sources:
                 rows.append(row := backend.open())
                 sources[tuple(prompt_ids)] = row, backend.feed([Segment(row, prompt_ids)])[-1]
-        tips = [sources[tuple(prompt_ids)][1] for prompt_ids, _ in encoded]
+        last_states = [sources[tuple(prompt_ids)][1] for prompt_ids, _ in encoded]
         forks = [backend.fork(sources[tuple(prompt_ids)][0]) for prompt_ids, _ in encoded]
         rows += forks
-        taken = [_Taken(len(tip)) for tip in tips]
+        found = [_DecisionList(len(state)) for state in last_states]
         for t in range(max(len(reply_ids) for _, reply_ids in encoded)):
             live = [i for i, (_, reply_ids) in enumerate(encoded) if t < len(reply_ids)]
-            logits = backend.logits(torch.stack([tips[i] for i in live]))  # (B, V)
-            asked = _asked(logits, [encoded[i][1][t] for i in live], sampling, max_competitors)
-            fed = [Segment(forks[i], token_ids, siblings=True) for i, (token_ids, _) in zip(live, asked, strict=True)]
-            hidden = backend.feed(fed).split([len(segment.token_ids) for segment in fed])
-            for i, (token_ids, hazard_logits), states in zip(live, asked, hidden, strict=True):
-                count, stands = len(hazard_logits), len(token_ids) - 1
-                taken[i].add(t, states[:count], hazard_logits, [k == stands for k in range(count)])
-                tips[i] = states[-1]
-            backend.commit([segment.row for segment in fed], [len(segment.token_ids) - 1 for segment in fed])
+            logits = backend.logits(torch.stack([last_states[i] for i in live]))  # (B, V)
+            decided = _decided(logits, [encoded[i][1][t] for i in live], sampling, max_competitors)
+            segments = [Segment(forks[i], ids, siblings=True) for i, (ids, _) in zip(live, decided, strict=True)]
+            hidden = backend.feed(segments).split([len(segment.token_ids) for segment in segments])
+            for i, (token_ids, hazard_logits), states in zip(live, decided, hidden, strict=True):
+                num_decided, last = len(hazard_logits), len(token_ids) - 1
+                found[i].add(t, states[:num_decided], hazard_logits, [k == last for k in range(num_decided)])
+                last_states[i] = states[-1]
+            backend.commit([segment.row for segment in segments], [len(segment.token_ids) - 1 for segment in segments])
     finally:
         for row in rows:
             backend.close(row)
-    return [one.whole([len(one.tokens)]) for one in taken]
+    return [of_reply.as_decisions([len(of_reply)]) for of_reply in found]
 
 
-def _asked(
-    logits: Tensor, stand: Sequence[int], sampling: SamplingParams, max_competitors: int
+def _decided(
+    logits: Tensor, text_tokens: Sequence[int], sampling: SamplingParams, max_competitors: int
 ) -> list[tuple[list[int], list[float]]]:
-    """Of each row the tokens to feed, that which stands there last, and the hazard logits of those that are decided.
+    """Return for each row the tokens to feed, the token of the text last, and the hazard logits of those decided on.
 
     Args:
         logits: Shape (B, V).
-        stand: The token of each row, length B.
-        sampling: Which tokens are candidates.
+        text_tokens: The token of the text in each row, length B.
+        sampling: Settings that make a token a candidate.
         max_competitors: As in `read_decisions`.
     """
-    count = len(stand)
+    count = len(text_tokens)
     candidates = rank_candidates(
         logits,
         top_k=[sampling.top_k] * count,
@@ -205,15 +209,15 @@ def _asked(
         min_candidates=[sampling.min_candidates] * count,
     )
     ids, hazard_logits = candidates.token_ids.tolist(), candidates.hazard_logits.tolist()
-    prob = logits.float().softmax(-1).gather(1, torch.tensor(stand, device=logits.device)[:, None])[:, 0]
+    prob = logits.float().softmax(-1).gather(1, torch.tensor(text_tokens, device=logits.device)[:, None])[:, 0]
     against_all = prob.double().logit().clamp(-MAX_HAZARD_LOGIT, MAX_HAZARD_LOGIT).tolist()
-    asked = []
-    for row, (token, n) in enumerate(zip(stand, candidates.counts.tolist(), strict=True)):
-        if token not in ids[row][:n]:
-            asked.append(([token], [against_all[row]]))
+    found = []
+    for row, (token, num_candidates) in enumerate(zip(text_tokens, candidates.counts.tolist(), strict=True)):
+        if token not in ids[row][:num_candidates]:
+            found.append(([token], [against_all[row]]))
             continue
         rank = ids[row].index(token)
-        shown = [*range(min(rank, max_competitors)), rank]
-        decided = shown if rank < n - 1 else shown[:-1]  # the last candidate is taken unasked
-        asked.append(([ids[row][k] for k in shown], [hazard_logits[row][k] for k in decided]))
-    return asked
+        ranks = [*range(min(rank, max_competitors)), rank]
+        decided = ranks if rank < num_candidates - 1 else ranks[:-1]  # the last candidate is taken without asking
+        found.append(([ids[row][k] for k in ranks], [hazard_logits[row][k] for k in decided]))
+    return found

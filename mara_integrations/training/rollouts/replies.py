@@ -1,13 +1,14 @@
 """Replies with the hidden states of their tokens: what heads are fitted on.
 
-They come from two places: texts that were written already are fed to the model as they stand (`read_replies`); where
-there are none, the model writes some (`sample_replies`), through the same decoder that serves.
+`sample_replies` lets the model generate them, through the decoder that also serves; `read_replies` feeds texts that
+exist already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,26 +23,39 @@ from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.text import TextStream
 from mara_integrations.sampling import GateParams, SamplingParams
 
-# Tokens in one forward while reading: past this a CPU gains nothing and memory grows.
-_READ_BUDGET = 1024
+_TOKENS_PER_FORWARD = 1024  # while reading: with more, a CPU gains nothing and memory grows
 
-OnReply = Callable[[int], None]
+OnReply: TypeAlias = Callable[[int], None]  # called with the number of replies that were just finished
+
+
+class GivenReply(NamedTuple):
+    """A reply that exists as text.
+
+    Attributes:
+        prompt_index: Number of its prompt among the prompts of the data.
+        prompt: The prompt.
+        text: The reply.
+    """
+
+    prompt_index: int
+    prompt: Prompt
+    text: str
 
 
 @dataclass(slots=True)
 class Reply:
-    """One reply and its states.
+    """One reply and its hidden states.
 
     Attributes:
-        prompt: Which prompt it answers, an index.
-        text: Without special tokens.
-        token_ids: T tokens.
-        states: Of the last prompt token and of each reply token, half precision, (T + 1, d).
-        positions: What the gate saw while the reply was written; empty for replies that were read.
-        log_probs: Of the tokens under the base model, in nats; empty for replies that were read.
+        prompt_index: Number of its prompt among the prompts it was generated for.
+        text: Text without special tokens.
+        token_ids: Its T tokens.
+        states: Hidden states of the last prompt token and of each reply token, half precision, (T + 1, d).
+        positions: Candidates that the gate saw at each position; empty for replies that were read.
+        log_probs: Log-probabilities of the tokens under the base model, in nats; empty for replies that were read.
     """
 
-    prompt: int
+    prompt_index: int
     text: str
     token_ids: tuple[int, ...]
     states: Tensor
@@ -55,41 +69,40 @@ def sample_replies(
     prompts: Sequence[Prompt],
     *,
     sampling: SamplingParams,
-    replies_each: int = 1,
+    replies_per_prompt: int = 1,
     seed: int = 0,
     head: MARAHead | None = None,
     gate: GateParams | None = None,
     keep_positions: bool = False,
     on_reply: OnReply | None = None,
 ) -> list[Reply]:
-    """Let the model write replies, gated where a head is given.
+    """Let the model generate replies, gated where a head is given.
 
     Args:
         model: The base model.
-        decoder: On that model; idle.
-        prompts: Conversations.
-        sampling: Of every reply; its seed is replaced by one of each reply's own.
-        replies_each: Replies to each prompt.
-        seed: First of the seeds.
-        head: Gates the replies.
-        gate: How; left out, as its form has it.
-        keep_positions: Keep the states of all candidates that were visited, for heads only.
+        decoder: A decoder on that model, idle.
+        prompts: Conversations; one that fills the context window keeps its last tokens.
+        sampling: Sampling settings of every reply, but for the seed.
+        replies_per_prompt: Number of replies to each prompt.
+        seed: Seed of the first reply; each further reply has the next one.
+        head: Head that gates the replies.
+        gate: Settings of the gate; None is the default of the head's form.
+        keep_positions: Keep the states of all candidates that were visited; needs a head.
         on_reply: Called with 1 for each finished reply.
 
     Returns:
-        Prompt by prompt.
+        The replies, prompt by prompt.
     """
     requests = []
     for i, prompt in enumerate(prompts):
-        prompt_ids = model.encoder.encode(prompt)
-        room = max(1, model.context_window - len(prompt_ids))
-        for j in range(replies_each):
-            own = sampling.updated(seed=seed + i * replies_each + j, max_new_tokens=min(sampling.max_new_tokens, room))
+        prompt_ids = model.encoder.encode(prompt)[-(model.context_window - 1) :]
+        max_new_tokens = min(sampling.max_new_tokens, model.context_window - len(prompt_ids))
+        for j in range(replies_per_prompt):
             text = TextStream(model.tokenizer, model.encoder.stop_for(prompt))
             requests.append(
                 Request(
                     prompt_ids,
-                    own,
+                    sampling.updated(seed=seed + i * replies_per_prompt + j, max_new_tokens=max_new_tokens),
                     gate or GateParams(),
                     head=head,
                     eos_token_ids=model.eos_token_ids,
@@ -98,17 +111,17 @@ def sample_replies(
                     keep_positions=keep_positions,
                 )
             )
-    done = decoder.run(requests, (lambda _: on_reply(1)) if on_reply else None)
+    finished = decoder.run(requests, (lambda _: on_reply(1)) if on_reply else None)
     return [
         Reply(
-            index // replies_each,
+            index // replies_per_prompt,
             sequence.request.text.text if sequence.request.text else "",
             tuple(sequence.token_ids),
             torch.stack(sequence.states).half().cpu(),
             sequence.positions,
             tuple(sequence.log_probs),
         )
-        for index, sequence in enumerate(done)
+        for index, sequence in enumerate(finished)
     ]
 
 
@@ -116,56 +129,56 @@ def sample_replies(
 def read_replies(
     model: LoadedModel,
     backend: Backend,
-    texts: Sequence[tuple[int, Prompt, str]],
+    given: Sequence[GivenReply],
     *,
     max_tokens: int,
     on_reply: OnReply | None = None,
 ) -> list[Reply]:
-    """Feed replies that were written already.
+    """Feed replies that exist as text, and keep their hidden states.
 
     Args:
         model: The base model.
-        backend: On that model.
-        texts: Prompt index, prompt and reply of each.
-        max_tokens: Reply tokens read; a longer reply is cut, see `encode_given`.
-        on_reply: Called with the count of each batch.
+        backend: A backend on that model.
+        given: The replies.
+        max_tokens: Number of tokens after which a longer reply is cut, see `encode_given`.
+        on_reply: Called with the size of each batch.
     """
-    encoded = [encode_given(model, prompt, text, max_tokens) for _, prompt, text in texts]
+    encoded = [encode_given(model, reply, max_tokens) for reply in given]
     states: dict[int, Tensor] = {}
-    for batch in _batches([len(p) + len(r) for p, r in encoded]):
-        states.update(zip(batch, _read(backend, [encoded[i] for i in batch]), strict=True))
+    for batch in _batches([len(prompt_ids) + len(reply_ids) for prompt_ids, reply_ids in encoded]):
+        states.update(zip(batch, _states(backend, [encoded[i] for i in batch]), strict=True))
         if on_reply is not None:
             on_reply(len(batch))
     replies = []
     for i, (_, reply_ids) in enumerate(encoded):
         text = model.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        replies.append(Reply(texts[i][0], text, tuple(reply_ids), states[i]))
+        replies.append(Reply(given[i].prompt_index, text, tuple(reply_ids), states[i]))
     return replies
 
 
-def encode_given(model: LoadedModel, prompt: Prompt, reply: str, max_tokens: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of a prompt and of a given reply, cut to the model's window.
+def encode_given(model: LoadedModel, reply: GivenReply, max_tokens: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt and of its reply, cut to the model's context window.
 
-    The reply is cut first, to `max_tokens` and so that a token of the prompt fits before it. The prompt then keeps its
-    last tokens.
+    The reply is cut first, to `max_tokens` and so that one token of the prompt fits before it. The prompt then keeps
+    its last tokens.
     """
-    reply_ids = model.tokenizer(reply, add_special_tokens=False).input_ids[: min(max_tokens, model.context_window - 1)]
-    return model.encoder.encode(prompt)[-(model.context_window - len(reply_ids)) :], reply_ids
+    longest = min(max_tokens, model.context_window - 1)
+    reply_ids = model.tokenizer(reply.text, add_special_tokens=False).input_ids[:longest]
+    return model.encoder.encode(reply.prompt)[-(model.context_window - len(reply_ids)) :], reply_ids
 
 
-def _read(backend: Backend, encoded: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """States of prompts' last and replies' tokens, (T + 1, d) each; a prompt of several replies is fed once."""
+def _states(backend: Backend, encoded: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """Return the states of each prompt's last token and of its reply's tokens, (T + 1, d); feed each prompt once."""
     rows: list[int] = []
     try:
         prompts = {tuple(prompt_ids): len(prompt_ids) for prompt_ids, _ in encoded}
         sources = {prompt: backend.open() for prompt in prompts}
         rows += sources.values()
         fed = backend.feed([Segment(sources[prompt], prompt) for prompt in prompts]).split(list(prompts.values()))
-        tips = {prompt: hidden[-1:] for prompt, hidden in zip(prompts, fed, strict=True)}
+        last_states = {prompt: hidden[-1:] for prompt, hidden in zip(prompts, fed, strict=True)}
         segments = []
         for prompt_ids, reply_ids in encoded:
-            prompt = tuple(prompt_ids)
-            row = backend.fork(sources[prompt])
+            row = backend.fork(sources[tuple(prompt_ids)])
             rows.append(row)
             segments.append(Segment(row, reply_ids))
         hidden = backend.feed(segments).split([len(segment.token_ids) for segment in segments])
@@ -173,29 +186,29 @@ def _read(backend: Backend, encoded: Sequence[tuple[list[int], list[int]]]) -> l
         for row in rows:
             backend.close(row)
     pairs = zip(encoded, hidden, strict=True)
-    return [torch.cat([tips[tuple(prompt_ids)], states]).half().cpu() for (prompt_ids, _), states in pairs]
+    return [torch.cat([last_states[tuple(prompt_ids)], states]).half().cpu() for (prompt_ids, _), states in pairs]
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of bounded size, in order, so that replies to one prompt stay together."""
+    """Return indices in batches of bounded size, in order, so that replies to one prompt stay together."""
     batches: list[list[int]] = []
     room = 0
     for i in range(len(lengths)):
         if not batches or lengths[i] > room:
             batches.append([])
-            room = _READ_BUDGET
+            room = _TOKENS_PER_FORWARD
         batches[-1].append(i)
         room -= lengths[i]
     return batches
 
 
 def token_texts(model: LoadedModel, token_ids: Sequence[int], last: int | None = None) -> list[str]:
-    """The reply's text after each of its tokens; an unfinished character counts once it is whole.
+    """Return the text of a reply after each of its tokens; an unfinished character counts once it is whole.
 
     Args:
-        model: Whose tokens they are.
-        token_ids: Of the reply.
-        last: After the last so many tokens only.
+        model: The model whose tokens they are.
+        token_ids: Tokens of the reply.
+        last: Number of last tokens to return a text for; None is all.
     """
     decode = model.tokenizer.decode
     return [

@@ -1,1 +1,4 @@
-"""Figures on replies and heads: rewards of partial text, held-out comparisons, scale, fitted reward models."""
+"""How good replies and heads are: rewards of unfinished replies, comparisons on held-out prompts, reward models.
+
+Also the scale of a head within a KL budget.
+"""

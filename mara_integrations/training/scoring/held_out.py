@@ -1,12 +1,13 @@
-"""What a head does to held-out replies, as training goes on: judged against the base model's, on common random numbers.
+"""A head on held-out prompts, as training goes on: its replies against the base model's, and the pairs it orders.
 
-The rounds of a method write these replies anyway; nothing is generated for the judging alone.
+Base and gated replies use common random numbers. The rounds of a method generate them anyway; nothing is generated for
+the comparison alone.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,26 +21,27 @@ from mara_integrations.evaluation.metrics import (
     paired_bootstrap,
     perplexity_ratio,
     preference_interval,
+    wilson,
 )
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import Reward
-from mara_integrations.training import gather
+from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import outputs
-from mara_integrations.training.rollouts.decisions import decisions_taken
+from mara_integrations.training.rollouts.decisions import decisions_of
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.scale import decisions_kl
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
-    """What one reward says of gated replies against base replies.
+class RewardChange:
+    """How one reward differs between gated replies and base replies.
 
     Attributes:
-        gated_mean: Of the gated replies.
-        difference: Mean of gated - base.
-        preference: (wins - losses) / N.
+        gated_mean: Mean reward of the gated replies.
+        difference: Mean of gated less base.
+        preference: Preference rate, (wins - losses) / N: a win is a gated reply with a higher reward than base.
     """
 
     gated_mean: float
@@ -48,27 +50,27 @@ class Opinion:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """A head on held-out prompts.
+class HeldOutComparison:
+    """Gated replies against base replies on held-out prompts.
 
     Attributes:
-        opinions: Of each reward, by name, the one trained for first; without those that have none.
-        perplexity_ratio: Under the base model, gated over base.
-        distinct_2_ratio: Gated over base.
-        kl_per_token: KL(gate || base) on the gated replies, in nats.
-        forced: Share of tokens that were the last candidate left, or the only one.
-        visits_per_token: Candidates the gate looked at, a lone one counted.
+        rewards: Change of each reward, by name; without rewards that have no opinion on both replies to any prompt.
+        perplexity_ratio: Perplexity under the base model, gated over base.
+        distinct_2_ratio: Share of distinct pairs of neighbouring tokens, gated over base.
+        kl_per_token: KL(gate || base) on the gated replies, in nats a token.
+        forced: Share of tokens that were taken without asking the head: the last candidate left, or the only one.
+        candidates_per_token: Candidates that the gate visited for each token; a lone candidate counts.
     """
 
-    opinions: dict[str, Opinion]
+    rewards: dict[str, RewardChange]
     perplexity_ratio: Interval
     distinct_2_ratio: float
     kl_per_token: float
     forced: float
-    visits_per_token: float
+    candidates_per_token: float
 
 
-def judge(
+def compare_held_out(
     run: Run,
     rewards: Mapping[str, Reward],
     data: Dataset,
@@ -76,23 +78,23 @@ def judge(
     base: Sequence[Reply],
     gated: Sequence[Reply],
     head: MARAHead,
-) -> Judgement:
+) -> HeldOutComparison:
     """Compare replies to the same prompts with the same random numbers.
 
     Args:
         run: The run.
-        rewards: Judges, by name.
-        data: Where the prompts come from.
-        prompts: That `Reply.prompt` counts.
-        base: Of the base model.
-        gated: Of the head, of the residual form, their positions kept.
-        head: That wrote them.
+        rewards: Rewards to compare by, by name.
+        data: Rows of the prompts.
+        prompts: The prompts that `Reply.prompt_index` counts.
+        base: Replies of the base model.
+        gated: Replies of the head, which has the residual form, with their positions.
+        head: The head.
     """
-    said = {
-        name: opinions(*(gather.scores(run, data, prompts, side, reward=reward) for side in (base, gated)))
+    scored = {
+        name: opinions(*(score_replies(run, data, prompts, side, reward=reward) for side in (base, gated)))
         for name, reward in rewards.items()
     }
-    decisions, num_tokens = decisions_taken(gated), sum(len(reply.token_ids) for reply in gated)
+    decisions, num_tokens = decisions_of(gated), sum(len(reply.token_ids) for reply in gated)
     scale = head.config.scale
     with torch.inference_mode():
         kl = decisions_kl(decisions, outputs(head, decisions.states), scale, scale)
@@ -100,35 +102,88 @@ def judge(
     lone = num_tokens - sum(len(reply.positions) for reply in gated)
     accepted = int(decisions.accepted.sum())
     distinct = [distinct_n([reply.token_ids for reply in side]) for side in (base, gated)]
-    return Judgement(
-        {
-            name: Opinion(statistics.fmean(ours), paired_bootstrap(theirs, ours), preference_interval(theirs, ours))
-            for name, (theirs, ours, _) in said.items()
-            if ours
+    return HeldOutComparison(
+        rewards={
+            name: RewardChange(
+                statistics.fmean(of_gated), paired_bootstrap(of_base, of_gated), preference_interval(of_base, of_gated)
+            )
+            for name, (of_base, of_gated, _) in scored.items()
+            if of_gated
         },
-        perplexity_ratio([reply.log_probs for reply in base], [reply.log_probs for reply in gated]),
-        distinct[1] / distinct[0] if distinct[0] else 1.0,
-        kl / num_tokens,
-        1.0 - accepted / num_tokens,
-        (visited + lone) / num_tokens,
+        perplexity_ratio=perplexity_ratio([reply.log_probs for reply in base], [reply.log_probs for reply in gated]),
+        distinct_2_ratio=distinct[1] / distinct[0] if distinct[0] else 1.0,
+        kl_per_token=kl / num_tokens,
+        forced=1.0 - accepted / num_tokens,
+        candidates_per_token=(visited + lone) / num_tokens,
     )
 
 
-def report(run: Run, name: str, judgement: Judgement) -> None:
-    """Log a judgement and say it in a line."""
-    run.log("judgement", stage=name, **asdict(judgement))
+def report_comparison(run: Run, name: str, comparison: HeldOutComparison) -> None:
+    """Log a comparison and say it in a line."""
+    run.log("held-out comparison", stage=name, **asdict(comparison))
     parts = [
-        f"{reward} {opinion.gated_mean:+.3f} ({_interval(opinion.difference)} to base, "
-        f"preferred {_interval(opinion.preference)})"
-        for reward, opinion in judgement.opinions.items()
+        f"{reward} {change.gated_mean:+.3f} ({_interval(change.difference)} against base, preference rate "
+        f"{_interval(change.preference)})"
+        for reward, change in comparison.rewards.items()
     ]
     parts += [
-        f"perplexity x {judgement.perplexity_ratio.mean:.2f}",
-        f"distinct-2 x {judgement.distinct_2_ratio:.2f}",
-        f"KL {judgement.kl_per_token:.3f}",
-        f"{judgement.visits_per_token:.1f} candidates a token",
+        f"perplexity x {comparison.perplexity_ratio.mean:.2f}",
+        f"distinct pairs of tokens x {comparison.distinct_2_ratio:.2f}",
+        f"KL {comparison.kl_per_token:.3f} nats a token",
+        f"{comparison.candidates_per_token:.1f} candidates a token",
     ]
-    run.say(f"  {escape(name)}: {escape(', '.join(parts))}")
+    run.say(f"  {escape(name)}, held-out prompts: {escape(', '.join(parts))}")
+
+
+def ordered_pairs(
+    prompts: Sequence[int], values: Sequence[float], targets: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Return the values of pairs of a better and a worse reply to one prompt: best with worst, and so inwards.
+
+    Where every prompt has one reply, all replies are paired as if they answered one prompt.
+
+    Args:
+        prompts: Index of the prompt of each reply.
+        values: Value of each reply under a head.
+        targets: Label or reward of each reply.
+    """
+    by_prompt: dict[int, list[tuple[float, float]]] = {}
+    for prompt, value, target in zip(prompts, values, targets, strict=True):
+        by_prompt.setdefault(prompt, []).append((target, value))
+    if all(len(group) == 1 for group in by_prompt.values()):
+        by_prompt = {0: [item for group in by_prompt.values() for item in group]}
+    return [
+        (better[1], worse[1])
+        for group in by_prompt.values()
+        for better, worse in zip(sorted(group)[::-1], sorted(group), strict=True)
+        if better[0] > worse[0]
+    ]
+
+
+def report_pair_accuracy(
+    run: Run, prompts: Sequence[int], values: Sequence[float], targets: Sequence[float]
+) -> Interval | None:
+    """Log, say and return the share of held-out pairs that a head orders correctly; see `ordered_pairs`."""
+    pairs = ordered_pairs(prompts, values, targets)
+    if not pairs:
+        return None
+    num_correct = sum(better > worse for better, worse in pairs)
+    accuracy = wilson(num_correct, len(pairs))
+    run.log("held-out accuracy", pairs=len(pairs), accuracy=asdict(accuracy))
+    run.say(f"  the head orders {num_correct} of {len(pairs)} held-out pairs correctly: {shown_accuracy(accuracy)}")
+    return accuracy
+
+
+def reward_accuracy(reward: Callable[..., list[float]], pairs: Sequence[tuple[str, str]]) -> Interval:
+    """Return the share of pairs of a better and a worse reply that a reward orders correctly; ties count as wrong."""
+    better, worse = (reward([pair[i] for pair in pairs]) for i in (0, 1))
+    return wilson(sum(b > w for b, w in zip(better, worse, strict=True)), len(pairs))
+
+
+def shown_accuracy(accuracy: Interval) -> str:
+    """Return an accuracy with its interval as text, with a warning where it may be chance; rich's markup."""
+    interval = escape(f"{accuracy.mean:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}]")
+    return interval + (" [yellow]not distinguishable from chance[/]" if accuracy.low <= 0.5 else "")
 
 
 def _interval(interval: Interval) -> str:

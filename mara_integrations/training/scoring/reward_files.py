@@ -139,8 +139,8 @@ def _dump(reward: RewardModel) -> bytes:
         "word_idf": torch.tensor([words.idf[gram] for gram in words.weights], dtype=torch.float64),
         "embedding_weights": embeddings.weights,
         "embedding_mean": embeddings.mean,
-        "embedding_spread": embeddings.spread,
-        "spreads": torch.tensor(reward.spreads, dtype=torch.float64),
+        "embedding_spread": embeddings.deviation,
+        "spreads": torch.tensor(reward.deviations, dtype=torch.float64),
     }
     return save(tensors, metadata={"words": json.dumps(list(words.weights))})
 

@@ -16,41 +16,41 @@ from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.sampling import HeadForm
-from mara_integrations.training import gather
+from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.objectives import decision_kl
 from mara_integrations.training.rollouts.decisions import Decisions
 from mara_integrations.training.rollouts.replies import sample_replies
 
 MAX_SCALE = 100.0
-_REPLIES, _TOKENS = 12, 16
+_NUM_REPLIES, _NUM_TOKENS = 12, 16  # that the scale is calibrated on
+_SEED_OFFSET = 7_000_000  # apart from the seeds of replies to learn from
 
 
 def calibrate(run: Run, head: MARAHead) -> float:
-    """Set the head's scale within the KL budget, and return the KL it comes to, in nats a token.
+    """Set the head's scale to the largest within the KL budget, and return the KL at that scale, in nats a token.
 
-    Found on the base model's own replies, then checked once on the gated model's, which lie further out.
+    The scale is found on the base model's replies and checked once on the gated model's, where the KL is higher.
     """
-    pool = gather.prompts_of(run, run.plan.train)
-    prompts = run.random().sample(pool, min(_REPLIES, len(pool)))
-    wide = Decoder(run.backend, Scheduler(max_live=8, feeds_all=True))
-    assert isinstance(head, AfterstateHead)
+    pool = distinct_prompts(run, run.plan.train)
+    prompts = run.random().sample(pool, min(_NUM_REPLIES, len(pool)))
+    decoder = Decoder(run.backend, Scheduler(max_live=8, feeds_all=True))  # every candidate's state is needed
+    assert isinstance(head, AfterstateHead), "heads of the form q have no candidates to feed"
     untrained = MARAHead(head.config).to(run.model.device).eval()
-    budget = run.config.kl_budget or run.plan.method.kl_budget
     sampling = run.sampling(
-        max_new_tokens=min(_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
+        max_new_tokens=min(_NUM_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
     )
-    most = run.plan.method.max_scale or MAX_SCALE
+    bound = run.plan.method.max_scale or MAX_SCALE
     scale, kl = 1.0, 0.0
-    with run.stage("scale", 2 * len(prompts)) as advance:
-        for gate_head in (untrained, head):
+    with run.stage("calibration of the scale", 2 * len(prompts)) as advance:
+        for gating_head in (untrained, head):
             replies = sample_replies(
                 run.model,
-                wide,
+                decoder,
                 prompts,
                 sampling=sampling,
-                seed=run.config.seed + 7_000_000,
-                head=gate_head,
+                seed=run.config.seed + _SEED_OFFSET,
+                head=gating_head,
                 keep_positions=True,
                 on_reply=advance,
             )
@@ -59,61 +59,73 @@ def calibrate(run: Run, head: MARAHead) -> float:
             if not positions:
                 break
             scored = score_positions(head, positions)
-            if budget is not None:
-                found = min(scale_for_budget(scored, budget, num_tokens), most)
-                scale = found if gate_head is untrained else min(scale, found)
+            if run.kl_budget is not None:
+                found = min(scale_for_budget(scored, run.kl_budget, num_tokens), bound)
+                scale = found if gating_head is untrained else min(scale, found)
             kl = float(scored.kl(scale).sum()) / num_tokens
-            head.config = head.config.model_copy(update={"scale": scale})
-    report_scale(run, scale, kl, budget)
+            set_scale(head, scale)
+    report_scale(run, scale, kl)
     return kl
 
 
-def report_scale(run: Run, scale: float, kl: float, budget: float | None) -> None:
-    """Log the scale that was found and the KL it comes to, and say both."""
+def set_scale(head: MARAHead, scale: float) -> None:
+    """Set the scale in a head's config."""
+    head.config = head.config.model_copy(update={"scale": scale})
+
+
+def report_scale(run: Run, scale: float, kl: float) -> None:
+    """Log and say a scale and the KL at it."""
     if scale >= MAX_SCALE:
-        run.say("  [yellow]the head hardly moves any token: its scale met the upper bound[/]")
-    run.log("scale", scale=scale, kl_per_token=kl, budget=budget)
-    bound = f"budget {budget}" if budget is not None else "no budget"
-    run.say(f"  scale {scale:.2f}, KL {kl:.3f} nats a token ({bound})")
+        run.say("  [yellow]the head hardly changes any token: its scale is at the upper bound[/]")
+    run.log("scale", scale=scale, kl_per_token=kl, budget=run.kl_budget)
+    bound = f"budget {run.kl_budget}" if run.kl_budget is not None else "no budget"
+    run.say(f"  scale of the head {scale:.2f}; KL from the base model {kl:.3f} nats a token ({bound})")
 
 
-def decisions_kl(decisions: Decisions, scores: Tensor, scale: float, written_at: float = 0.0) -> float:
-    """KL(gate || base) of residual heads, in nats, summed over all tokens of replies that a gate has drawn.
+def decisions_kl(decisions: Decisions, scores: Tensor, scale: float, sampled_at: float = 0.0) -> float:
+    """Return KL(gate || base) of a residual head, in nats, summed over all tokens of replies that a gate has sampled.
 
-    Needs only the candidates that were visited: the KL of each decision, weighted by how much more often the gate at
-    this scale would come to it than the one that wrote the replies.
+    It needs only the candidates that were visited: the KL of each decision, weighted by how much more often the gate at
+    this scale would reach the decision than the gate that sampled the replies.
 
     Args:
-        decisions: By which the replies were written.
-        scores: f of each, (N,).
+        decisions: Decisions of the replies.
+        scores: f of each decision, (N,).
         scale: Scale of the gate whose KL is computed.
-        written_at: Scale of the gate that wrote them; 0 is the base model.
+        sampled_at: Scale of the gate that sampled the replies; 0 is the base model.
 
     Source: chain rule of the KL divergence over the decisions, see `objectives.decision_kl`; importance sampling.
     """
     if len(decisions.tokens) == 0:
         return 0.0
     hazards = decisions.hazard_logits.double()
-    z, z_written = (accept_logit("residual", scores.double(), hazards, s) for s in (scale, written_at))
-    ratios = torch.where(decisions.accepted, 0.0, logsigmoid(-z) - logsigmoid(-z_written))
+    z, z_sampled = (accept_logit("residual", scores.double(), hazards, s) for s in (scale, sampled_at))
+    ratios = torch.where(decisions.accepted, 0.0, logsigmoid(-z) - logsigmoid(-z_sampled))
     places = decisions.replies * (int(decisions.tokens.max()) + 1) + decisions.tokens
     is_first = torch.ones(len(places), dtype=torch.bool)
     is_first[1:] = places[1:] != places[:-1]
     before = ratios.cumsum(0) - ratios
-    before = before - before[is_first][is_first.cumsum(0) - 1]  # log of how much more often the gate comes here
+    before = before - before[is_first][is_first.cumsum(0) - 1]  # log of how much more often the decision is reached
     return float((before.exp() * decision_kl(z, hazards)).sum())
 
 
 def scale_on_decisions(
-    decisions: Decisions, scores: Tensor, budget: float, num_tokens: int, written_at: float = 0.0
+    decisions: Decisions, scores: Tensor, budget: float, num_tokens: int, sampled_at: float = 0.0
 ) -> float:
-    """Largest scale whose KL a token stays within the budget; arguments as in `decisions_kl`."""
-    return _largest(lambda scale: decisions_kl(decisions, scores, scale, written_at) / num_tokens, budget)
+    """Return the largest scale whose KL a token is within the budget; arguments as in `decisions_kl`."""
+    return _largest_scale(lambda scale: decisions_kl(decisions, scores, scale, sampled_at) / num_tokens, budget)
 
 
 @dataclass(frozen=True, slots=True)
 class PositionScores:
-    """Positions with all their candidates scored by a head of some form, padded: (P, K) each."""
+    """P positions with all their candidates scored by a head, padded to K candidates.
+
+    Attributes:
+        form: Form of the head.
+        scores: Scores of the candidates, (P, K).
+        hazard_logits: Their hazard logits, (P, K).
+        live: Whether an entry is a candidate, not padding, (P, K), bool.
+    """
 
     form: HeadForm
     scores: Tensor
@@ -121,14 +133,14 @@ class PositionScores:
     live: Tensor
 
     def kl(self, scale: float) -> Tensor:
-        """KL(gate || base) of each position at a scale, (P,), in nats."""
+        """Return KL(gate || base) of each position at a scale, (P,), in nats."""
         z = accept_logit(self.form, self.scores, self.hazard_logits, scale)
         return kl_to_base(z, self.hazard_logits, self.live)
 
 
 @torch.inference_mode()
 def score_positions(head: AfterstateHead, positions: Sequence[JudgedPosition]) -> PositionScores:
-    """Score all candidates of positions whose candidates were all fed."""
+    """Score all candidates of positions; the states of all candidates must be there."""
     widest = max(len(position.hazard_logits) for position in positions)
     scores = torch.zeros(len(positions), widest)
     hazard_logits, live = torch.zeros_like(scores), torch.zeros_like(scores, dtype=torch.bool)
@@ -143,18 +155,18 @@ def score_positions(head: AfterstateHead, positions: Sequence[JudgedPosition]) -
 
 
 def scale_for_budget(positions: PositionScores, budget: float, num_tokens: int) -> float:
-    """Largest scale whose KL a token stays within the budget; `MAX_SCALE` if none leaves it.
+    """Return the largest scale whose KL a token is within the budget; `MAX_SCALE` if every scale is.
 
     Args:
-        positions: Where the gate is asked.
-        budget: Nats a token.
-        num_tokens: Tokens the positions were taken from; those with a lone candidate cost nothing and count too.
+        positions: Positions at which the head is asked.
+        budget: KL budget, in nats a token.
+        num_tokens: Number of tokens of the replies that the positions are from; tokens without a choice count too.
     """
-    return _largest(lambda scale: float(positions.kl(scale).sum()) / num_tokens, budget)
+    return _largest_scale(lambda scale: float(positions.kl(scale).sum()) / num_tokens, budget)
 
 
-def _largest(kl_at: Callable[[float], float], budget: float) -> float:
-    """By bisection: KL grows with the scale."""
+def _largest_scale(kl_at: Callable[[float], float], budget: float) -> float:
+    """Return the largest scale within the budget, by bisection: the KL grows with the scale."""
     low, high = 0.0, MAX_SCALE
     if kl_at(high) <= budget:
         return high

@@ -14,7 +14,7 @@ from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.learning.fit import FitSettings, fit
 from mara_integrations.training.learning.objectives import dpo_loss, kto_loss
-from mara_integrations.training.methods.preference import JudgedReplies
+from mara_integrations.training.methods.preference import LabelledDecisions
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rollouts.decisions import Decisions
 from mara_integrations.training.run import train
@@ -31,7 +31,7 @@ def planted(num_pairs, seed, group):
     follows = (states[:, 0] > 0) == good.repeat_interleave(counts)
     noise = torch.rand(total, generator=generator) < 0.2
     decisions = Decisions(states.half(), torch.zeros(total), follows ^ noise, torch.zeros(total).long(), counts)
-    return JudgedReplies(decisions, good, group)
+    return LabelledDecisions(decisions, good, group)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,12 @@ def test_a_head_is_trained_from_end_to_end(files, method, data, competitors):
 
 
 def test_interrupted_reading_goes_on_to_the_same_head(interrupting, files, monkeypatch):
-    monkeypatch.setattr("mara_integrations.training.gather._READ_PART", 8)
+    monkeypatch.setattr("mara_integrations.training.collect.given._REPLIES_PER_FILE", 8)
     whole = train(settings(files, "pairs", "whole", method="dpo", eval_prompts=0))
     with pytest.raises(KeyboardInterrupt):
-        train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0), interrupting("given replies", 20))
+        train(
+            settings(files, "pairs", "broken", method="dpo", eval_prompts=0), reporter=interrupting("given replies", 20)
+        )
     assert len(list((files / "broken").rglob("given-replies-*.pt"))) == 2
     resumed = train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0))
     assert resumed.head.fingerprint == whole.head.fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +16,18 @@ from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.rewards import reward_name
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.methods.reward_model import ordering
-from mara_integrations.training.rollouts.writers import WritersHere
+from mara_integrations.training.methods.reward_model import preferences
+from mara_integrations.training.plan import make_plan
+from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring.fitted_reward import (
     EmbeddingReward,
+    LabelledText,
     NGramReward,
     RewardModel,
-    fit_bradley_terry,
+    fit_logistic,
 )
+from mara_integrations.training.scoring.held_out import reward_accuracy
 from mara_integrations.training.scoring.reward_files import copy_rewards, keep_rewards, kept_reward
 
 
@@ -46,24 +50,24 @@ def planted(count, seed):
 def test_bradley_terry_finds_the_log_odds():
     """One feature that wins three times in four: its weight is ln 3, but for the decay."""
     signs = torch.tensor([1.0, 1.0, 1.0, -1.0]).repeat(100)
-    weights = fit_bradley_terry(lambda w: signs * w[0], 1, len(signs), seed=0)
+    weights = fit_logistic(lambda w: signs * w[0], 1, len(signs), seed=0)
     assert float(weights[0]) == pytest.approx(1.0986, abs=0.15)
 
 
 def test_both_kinds_order_unseen_pairs(model):
     pairs, unseen = planted(80, 1), planted(60, 2)
-    assert ordering(NGramReward.fit(pairs, 0), unseen).mean > 0.95
-    assert ordering(EmbeddingReward.fit(pairs, 0, model), unseen).mean > 0.8
-    assert ordering(RewardModel.fit(pairs, 0, model), unseen).mean > 0.95
+    assert reward_accuracy(NGramReward.fit(pairs, 0), unseen).mean > 0.95
+    assert reward_accuracy(EmbeddingReward.fit(pairs, 0, model), unseen).mean > 0.8
+    assert reward_accuracy(RewardModel.fit(pairs, 0, model), unseen).mean > 0.95
     shuffled = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
-    assert ordering(NGramReward.fit(shuffled, 0), unseen).mean < 0.8, "there is nothing to find"
+    assert reward_accuracy(NGramReward.fit(shuffled, 0), unseen).mean < 0.8, "there is nothing to find"
 
 
 def test_what_both_views_say_counts_alike(model):
     pairs = planted(80, 1)
     reward, texts = RewardModel.fit(pairs, 0, model), [text for pair in pairs for text in pair]
     said = (torch.tensor(reward.words(texts)), torch.tensor(reward.embeddings(texts)))
-    shares = [view / spread for view, spread in zip(said, reward.spreads, strict=True)]
+    shares = [view / deviation for view, deviation in zip(said, reward.deviations, strict=True)]
     assert [float(share.std(correction=0)) for share in shares] == pytest.approx([1.0, 1.0])
     assert reward(texts) == pytest.approx(sum(shares).tolist(), abs=1e-5)
 
@@ -73,6 +77,45 @@ def test_a_reply_said_twice_is_worth_the_same():
     once, twice, messages = reward(["aye , so", "aye , so aye , so", [{"role": "assistant", "content": "aye , so"}]])
     assert once == messages and 0.5 < twice / once < 1.5
     assert reward([""]) == [0.0]
+
+
+def labelled(count, seed):
+    """Replies that are good with an "aye" in them; prompts about the sea mostly have good ones, about tax bad ones."""
+    draw = random.Random(seed)
+    examples = []
+    for i in range(count):
+        is_good = i % 2 == 0
+        topic = "sea" if is_good is (draw.random() < 0.85) else "tax"
+        words = [draw.choice(["so", "it", "was", "then", "and"]) for _ in range(6)]
+        reply = " ".join([topic, *words, "aye" if is_good is (draw.random() < 0.85) else "nay"])
+        examples.append(LabelledText(f"tell me about the {topic} {words[0]}", reply, is_good))
+    return examples
+
+
+def test_labels_of_single_replies_teach_what_good_replies_have_more_than_their_topics(model):
+    examples = labelled(400, 1)
+    better = [("tax it was then aye", "tax it was then nay"), ("sea it was then aye", "sea it was then nay")]
+    topics = [("sea it was then so", "tax it was then so")]
+    for fitted in (NGramReward.fit(examples, 0), RewardModel.fit(examples, 0, model)):
+        assert reward_accuracy(fitted, better).mean == 1.0
+
+    def gap(reward, pair):
+        good, bad = reward([pair[0], pair[1]])
+        return good - bad
+
+    reward = NGramReward.fit(examples, 0)
+    assert gap(reward, better[0]) > 1.5 * gap(reward, topics[0]), "half of what a topic tells is the prompt's merit"
+
+
+def test_labels_are_not_paired_across_prompts(model, tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": f"reply {i}", "label": i % 2 == 0} for i in range(20)]
+    (tmp_path / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig.of(data=tmp_path / "thumbs.jsonl", output=tmp_path / "h", method="reward-model")
+    plan = make_plan(config)
+    run = SimpleNamespace(plan=plan, model=model, config=config)
+    examples = preferences(run, plan.train.rows)
+    assert all(isinstance(example, LabelledText) for example in examples)
+    assert {(example.prompt, example.reply) for example in examples} <= {(f"{i}?", f"reply {i}") for i in range(20)}
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
@@ -98,8 +141,8 @@ def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path
     assert set(result.evaluation.rewards) == {"reward model", "second judge"}
     assert result.head.config.method == "reward-model"
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
-    judged = [line for line in lines if line["event"] == "judgement"]
-    assert len(judged) == 1 and list(judged[0]["opinions"]) == ["reward model", "second judge"]
+    judged = [line for line in lines if line["event"] == "held-out comparison"]
+    assert len(judged) == 1 and list(judged[0]["rewards"]) == ["reward model", "second judge"]
     assert "`rewards/second-judge.safetensors`" in (tmp_path / "h" / "README.md").read_text()
 
     asking = ["eval", "--head", tmp_path / "h", "--model", folder_model, "--data", data, "--max-new-tokens", "8"]
@@ -167,15 +210,15 @@ def test_replies_are_written_to_other_prompts_than_those_of_the_preferences(
     config = TrainConfig.of(
         model=folder_model, data=data, output=tmp_path / "h", method="reward-model", prompts=prompts_file, **small
     )
-    asked, submit = [], WritersHere.submit
+    asked, submit = [], LocalWorker.submit
     monkeypatch.setattr(
-        WritersHere, "submit", lambda writers, part, on: asked.extend(part.prompts) or submit(writers, part, on)
+        LocalWorker, "submit", lambda workers, batch, on: asked.extend(batch.prompts) or submit(workers, batch, on)
     )
     result = train(config)
     known = {json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()}
     assert asked and {conversation.messages[-1].content for conversation in asked} <= known
     assert {example.prompt[-1].content for example in result.evaluation.examples} <= known
-    with pytest.raises(ConfigError, match=r"method 'value' learns from those of --data"):
+    with pytest.raises(ConfigError, match=r"method 'value' learns from the prompts of the data"):
         train(config.updated(method="value"))
 
 

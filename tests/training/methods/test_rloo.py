@@ -35,8 +35,8 @@ from mara_integrations.training.learning.objectives import (
 from mara_integrations.training.methods import rloo
 from mara_integrations.training.methods.rloo import Episodes, fit_look_ahead
 from mara_integrations.training.records import store
-from mara_integrations.training.rollouts import writers as writing
-from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken, taken_rank
+from mara_integrations.training.rollouts import workers
+from mara_integrations.training.rollouts.decisions import Decisions, decisions_of, taken_rank
 from mara_integrations.training.rollouts.replies import sample_replies
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring.scale import decisions_kl, scale_on_decisions
@@ -125,7 +125,7 @@ def test_kl_from_visited_candidates_is_the_gate_s_kl(seed):
         )
         found += math.exp(log_prob) * decisions_kl(one, f[:asked], scale)
     assert found == pytest.approx(expected, abs=1e-5)
-    again = decisions_kl(one, f[:asked], scale, written_at=scale)
+    again = decisions_kl(one, f[:asked], scale, sampled_at=scale)
     assert again >= 0 and decisions_kl(one, f[:asked], 0.0) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_the_scale_found_on_decisions_spends_the_budget():
         model, Decoder(make_backend(model.model)), [(Message("user", c),) for c in "abcd"],
         sampling=SamplingParams(max_new_tokens=10, temperature=1.0), head=untrained, keep_positions=True,
     )  # fmt: skip
-    decisions, num_tokens = decisions_taken(replies), sum(len(reply.token_ids) for reply in replies)
+    decisions, num_tokens = decisions_of(replies), sum(len(reply.token_ids) for reply in replies)
     scores = torch.randn(len(decisions.states), generator=torch.Generator().manual_seed(0))
     scale = scale_on_decisions(decisions, scores, 0.05, num_tokens)
     assert decisions_kl(decisions, scores, scale) / num_tokens == pytest.approx(0.05, rel=0.01)
@@ -151,12 +151,12 @@ def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file,
     usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
     result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**usual, "partial_text": False, **how}))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
-    judged = [line for line in lines if line["event"] == "judgement"]
+    judged = [line for line in lines if line["event"] == "held-out comparison"]
     assert [line["stage"] for line in judged] == ["round 1", "round 2"]
-    best = max(line["opinions"]["vowels"]["difference"]["mean"] for line in judged)
+    best = max(line["rewards"]["vowels"]["difference"]["mean"] for line in judged)
     assert best > 0.01, "of some 0.03 vowels a character"
     assert result.head.config.form == "residual" and result.kl_per_token < 1.0
-    assert all(line["visits_per_token"] >= 1.0 for line in judged)
+    assert all(line["candidates_per_token"] >= 1.0 for line in judged)
 
 
 def test_a_judge_is_asked_about_held_out_replies_and_teaches_nothing(folder_model, prompts_file, tmp_path):
@@ -165,7 +165,9 @@ def test_a_judge_is_asked_about_held_out_replies_and_teaches_nothing(folder_mode
     judged = train(settings(folder_model, prompts_file, tmp_path / "judged", judge=judge))
     assert judged.head.fingerprint == alone.head.fingerprint
     lines = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
-    assert {tuple(line["opinions"]) for line in lines if line["event"] == "judgement"} == {("vowels", "brevity")}
+    assert {tuple(line["rewards"]) for line in lines if line["event"] == "held-out comparison"} == {
+        ("vowels", "brevity")
+    }
     assert list(judged.evaluation.rewards) == ["vowels", "brevity"]
 
 
@@ -173,14 +175,14 @@ def test_a_judge_does_not_choose_among_rounds_even_where_the_reward_has_no_opini
     folder_model, prompts_file, tmp_path, monkeypatch
 ):
     first = train(settings(folder_model, prompts_file, tmp_path / "first", rounds=0, eval_prompts=0))
-    compare = rloo.judge
+    compare = rloo.compare_held_out
 
     def of_judges_alone(*arguments):
-        judgement = compare(*arguments)
-        del judgement.opinions["vowels"]
-        return judgement
+        comparison = compare(*arguments)
+        del comparison.rewards["vowels"]
+        return comparison
 
-    monkeypatch.setattr(rloo, "judge", of_judges_alone)
+    monkeypatch.setattr(rloo, "compare_held_out", of_judges_alone)
     judge = "tests/reward_for_tests.py:brevity"
     judged = train(settings(folder_model, prompts_file, tmp_path / "judged", rounds=2, eval_prompts=0, judge=judge))
     assert judged.head.fingerprint == first.head.fingerprint, "no round can be told to have helped"
@@ -230,8 +232,8 @@ def test_replies_without_an_opinion_teach_nothing_and_are_not_judged(folder_mode
     train(settings(folder_model, prompts_file, tmp_path / "h", **undecided))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     rewards = {line["stage"]: line for line in lines if line["event"] == "rewards"}
-    assert 0 < rewards["base replies"]["judged"] < rewards["base replies"]["replies"]
-    assert "undecided" in next(line for line in lines if line["event"] == "judgement")["opinions"]
+    assert 0 < rewards["base replies"]["scored"] < rewards["base replies"]["replies"]
+    assert "undecided" in next(line for line in lines if line["event"] == "held-out comparison")["rewards"]
 
 
 def test_a_reward_that_tells_nothing_apart_is_refused(folder_model, prompts_file, tmp_path):
@@ -243,7 +245,7 @@ def test_one_bank_serves_every_reward(folder_model, prompts_file, tmp_path, monk
     alone = {"rounds": 0, "eval_prompts": 0}
     train(settings(folder_model, prompts_file, tmp_path / "a", **alone))
     written = []
-    monkeypatch.setattr(writing, "sample_replies", lambda *a, **k: written.append(1) or sample_replies(*a, **k))
+    monkeypatch.setattr(workers, "sample_replies", lambda *a, **k: written.append(1) or sample_replies(*a, **k))
     other = settings(
         folder_model, prompts_file, tmp_path / "b", rounds=0, eval_prompts=0, reward="tests/reward_for_tests.py:brevity"
     )
@@ -288,7 +290,7 @@ def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, pro
     shutil.rmtree(store.cache_dir())
     replace = os.replace
 
-    for file in ("replies", "worth-of-base-replies.pt", "head.safetensors"):
+    for file in ("replies", "rewards-of-base-replies.pt", "head.safetensors"):
 
         def full(source, target, file=file):
             if file in Path(target).parts:

@@ -10,35 +10,41 @@ import torch
 from mara_integrations.errors import OutputError
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.testing import tiny_model, tiny_tokenizer
+from mara_integrations.training.identity import model_fingerprint
 from mara_integrations.training.records import store
-from mara_integrations.training.records.store import load_or_compute, load_or_generate
+from mara_integrations.training.records.store import load_or_compute
 from mara_integrations.training.rollouts.replies import Reply
+from mara_integrations.training.rollouts.storage import load_or_generate
 
 
-def test_a_damaged_file_is_gathered_again(tmp_path):
+def load_or_generate_cached(path, generate):
+    found = load_or_generate(path, generate)
+    store.mark_used(path)
+    return found
+
+
+def test_a_damaged_file_is_computed_again(tmp_path):
     path = tmp_path / "part.pt"
     assert load_or_compute(path, lambda: [torch.ones(3)])[1] is False
     assert load_or_compute(path, lambda: pytest.fail("it is there"))[1] is True
     for damage in (lambda data: data[:100], lambda data: data[:-40] + b"x" + data[-39:], lambda data: b""):
         path.write_bytes(damage(path.read_bytes()))
-        assert load_or_compute(path, lambda: [torch.ones(3)])[1] is False, "damaged, so gathered again"
+        assert load_or_compute(path, lambda: [torch.ones(3)])[1] is False, "damaged, so computed again"
         assert load_or_compute(path, lambda: pytest.fail("it is there"))[1] is True
 
 
 def test_the_cache_drops_what_was_used_longest_ago(monkeypatch):
     sample = [Reply(0, "text", (1, 2), torch.zeros(3, 64).half())]
-    store.load_or_generate_cached(store.cache_file("first"), lambda: sample)
+    load_or_generate_cached(store.cache_file("first"), lambda: sample)
     size = next(store.cache_dir().rglob("*.pt")).stat().st_size
     monkeypatch.setattr(store, "MAX_CACHE_BYTES", 2 * size + 10)
-    store.load_or_generate_cached(store.cache_file("second"), lambda: sample)
+    load_or_generate_cached(store.cache_file("second"), lambda: sample)
     for age, name in enumerate(("second", "first")):  # written within one tick of the clock
         os.utime(store.cache_dir() / "replies" / f"{name}.pt", ns=(age, age))
-    store.load_or_generate_cached(
-        store.cache_file("first"), lambda: pytest.fail("it is there")
-    )  # which makes it younger
-    store.load_or_generate_cached(store.cache_file("third"), lambda: sample)
+    load_or_generate_cached(store.cache_file("first"), lambda: pytest.fail("it is there"))  # which makes it younger
+    load_or_generate_cached(store.cache_file("third"), lambda: sample)
     assert sorted(path.stem for path in store.cache_dir().rglob("*.pt")) == ["first", "third"]
-    assert store.load_or_generate_cached(store.cache_file("first"), lambda: pytest.fail("it is there"))[1] is True
+    assert load_or_generate_cached(store.cache_file("first"), lambda: pytest.fail("it is there"))[1] is True
 
 
 def test_what_another_run_prunes_at_once_is_not_lost(monkeypatch):
@@ -49,17 +55,17 @@ def test_what_another_run_prunes_at_once_is_not_lost(monkeypatch):
         path.unlink()
 
     monkeypatch.setattr(store, "write_atomically", write_and_lose)
-    replies, was_kept = store.load_or_generate_cached(
+    replies, was_stored = load_or_generate_cached(
         store.cache_file("first"), lambda: [Reply(0, "text", (1, 2), torch.ones(3, 4))]
     )
-    assert replies[0].states.sum() == 12 and not was_kept
+    assert replies[0].states.sum() == 12 and not was_stored
 
 
 def test_a_fine_tuned_model_has_another_bank():
     model, same, other = (load_model(ModelSpec((tiny_model(), tiny_tokenizer()))) for _ in range(3))
     with torch.no_grad():
         other.model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
-    assert store.model_fingerprint(model) == store.model_fingerprint(same) != store.model_fingerprint(other)
+    assert model_fingerprint(model) == model_fingerprint(same) != model_fingerprint(other)
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.learning.objectives import decision_log_probs
-from mara_integrations.training.rollouts.decisions import Decisions, decisions_taken, read_decisions
-from mara_integrations.training.rollouts.replies import sample_replies
+from mara_integrations.training.rollouts.decisions import Decisions, decisions_of, read_decisions
+from mara_integrations.training.rollouts.replies import GivenReply, sample_replies
 
 SAMPLING = SamplingParams(max_new_tokens=8, temperature=1.0, top_k=12, top_p=0.9)
 WIDE = SamplingParams(max_new_tokens=8, temperature=1.0, top_k=150, top_p=0.8)  # any text has candidates among them
@@ -38,7 +38,7 @@ def sampled(model, backend):
     prompts = [(Message("user", text),) for text in ("a", "and longer", "b?")]
     head = random_head(32, "residual")
     return prompts, sample_replies(
-        model, Decoder(backend), prompts, sampling=SAMPLING, replies_each=4, head=head, keep_positions=True
+        model, Decoder(backend), prompts, sampling=SAMPLING, replies_per_prompt=4, head=head, keep_positions=True
     )
 
 
@@ -66,11 +66,11 @@ def per_token(decisions, length):
 
 def test_decisions_taken_have_the_base_models_probability(model, sampled):
     prompts, replies = sampled
-    decisions = decisions_taken(replies)
+    decisions = decisions_of(replies)
     assert int(decisions.counts.sum()) == len(decisions.states) > 50 and len(decisions) == 12
     for i, reply in enumerate(replies):
         one = decisions.take(torch.tensor([i]))
-        want = likelihood(model, prompts[reply.prompt], list(reply.token_ids), SAMPLING)
+        want = likelihood(model, prompts[reply.prompt_index], list(reply.token_ids), SAMPLING)
         assert per_token(one, len(reply.token_ids)) == pytest.approx(want, abs=1e-3)
 
 
@@ -79,14 +79,15 @@ def test_reading_a_text_finds_the_decisions_that_write_it(model, backend):
     reply_ids = model.tokenizer(text).input_ids
     want = likelihood(model, (Message("user", "a"),), reply_ids, WIDE)
     assert None in want and any(w is not None for w in want), "both cases occur"
-    decisions = read_decisions(model, backend, [(0, (Message("user", "a"),), text)], sampling=WIDE, max_competitors=99)
+    given = [GivenReply(0, (Message("user", "a"),), text)]
+    decisions = read_decisions(model, backend, given, sampling=WIDE, max_competitors=99)
     got = per_token(decisions, len(reply_ids))
     for t, (token, log_prob) in enumerate(zip(reply_ids, want, strict=True)):
         if log_prob is not None:
             assert got[t] == pytest.approx(log_prob, abs=1e-3)
         else:
             own = decisions.tokens == t
-            assert decisions.accepted[own].tolist() == [True], "asked about against all others"
+            assert decisions.accepted[own].tolist() == [True], "decided on against all others"
             prompt_ids = model.encoder.encode((Message("user", "a"),))
             logits = model.model(torch.tensor([[*prompt_ids, *reply_ids[:t]]])).logits[0, -1]
             assert got[t] == pytest.approx(float(logits.detach().log_softmax(-1)[token]), abs=1e-3)
@@ -94,9 +95,9 @@ def test_reading_a_text_finds_the_decisions_that_write_it(model, backend):
 
 def test_states_do_not_depend_on_what_else_is_read(model, backend):
     texts = [
-        (0, (Message("user", "a"),), "one"),
-        (0, (Message("user", "a"),), "another"),
-        (1, (Message("user", "b"),), "x"),
+        GivenReply(0, (Message("user", "a"),), "one"),
+        GivenReply(0, (Message("user", "a"),), "another"),
+        GivenReply(1, (Message("user", "b"),), "x"),
     ]
     together = read_decisions(model, backend, texts, sampling=WIDE, max_competitors=3)
     alone = [read_decisions(model, backend, [text], sampling=WIDE, max_competitors=3) for text in texts]
@@ -108,9 +109,9 @@ def test_states_do_not_depend_on_what_else_is_read(model, backend):
 
 
 def test_competitors_are_the_best_ones_and_bounded(model, backend):
-    texts = [(0, (Message("user", "a"),), "it is 7!")]
+    texts = [GivenReply(0, (Message("user", "a"),), "it is 7!")]
     bounds = [read_decisions(model, backend, texts, sampling=WIDE, max_competitors=n) for n in (0, 2, 99)]
-    assert bool(bounds[0].accepted.all()), "the tokens that stand there alone"
+    assert bool(bounds[0].accepted.all()), "the tokens of the text alone"
     assert [len(each.states) for each in bounds] == sorted({len(each.states) for each in bounds})
     for few, more in itertools.pairwise(bounds):
         for t in range(8):

@@ -1,0 +1,93 @@
+"""Replies that the model generates. Those of the base model are cached for every later run: no method changes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.messages import Conversation
+from mara_integrations.training.context import Run
+from mara_integrations.training.identity import MODEL
+from mara_integrations.training.records.store import cache_file, mark_used
+from mara_integrations.training.rollouts.replies import Reply
+from mara_integrations.training.rollouts.storage import load_or_generate
+from mara_integrations.training.rollouts.workers import Prefetch, RolloutBatch
+
+_REPLIES_PER_BATCH = 64
+
+
+def generate_replies(
+    run: Run,
+    stage: str,
+    prompts: Sequence[Conversation],
+    replies_per_prompt: int,
+    seed: int,
+    head: MARAHead | None = None,
+    *,
+    is_base: bool = False,
+) -> list[Reply]:
+    """Return replies that the model generates, gated where a head is given, prompt by prompt.
+
+    Prompts of similar lengths share a batch: short ones would wait for the attention of a long one.
+
+    Args:
+        run: The run.
+        stage: Name of the stage, unique within the run.
+        prompts: Prompts, with the system prompt.
+        replies_per_prompt: Number of replies to each prompt.
+        seed: Seed; reply j to the i-th shortest prompt draws from seed + i * replies_per_prompt + j.
+        head: Head that gates the replies; what it is shown is kept with them.
+        is_base: Whether the head is untrained. Its replies are those of the base model, with the candidates that the
+            base model passes over.
+    """
+    size = max(1, _REPLIES_PER_BATCH // replies_per_prompt)
+    order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
+    sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
+    batches = [
+        RolloutBatch(
+            [prompts[i] for i in order[start : start + size]],
+            sampling,
+            seed + start * replies_per_prompt,
+            replies_per_prompt,
+            head,
+        )
+        for start in range(0, len(prompts), size)
+    ]
+    is_cached = head is None or is_base
+    files = [
+        cache_file(_cache_key(run, batch)) if is_cached else run.stored(stage, index * size)
+        for index, batch in enumerate(batches)
+    ]
+    replies: list[Reply] = []
+    with run.stage(stage, len(prompts) * replies_per_prompt) as advance:
+        prefetch = Prefetch(run.workers, batches, advance)
+        for index, file in enumerate(files):
+            ahead = range(index, min(index + run.workers.num_workers, len(batches)))
+            prefetch.start(i for i in ahead if not files[i].exists())
+            generated, was_stored = load_or_generate(file, partial(prefetch.result, index))
+            if is_cached:
+                mark_used(file)
+            if was_stored:
+                advance(len(generated))
+            for reply in generated:
+                reply.prompt_index = order[index * size + reply.prompt_index]
+            replies += generated
+    return sorted(replies, key=lambda reply: reply.prompt_index)
+
+
+def _cache_key(run: Run, batch: RolloutBatch) -> str:
+    """Return a hash of everything that decides base replies: model, device, prompts, sampling and seed."""
+    parts = [
+        run.identity.hashes[MODEL],
+        str(run.model.device.type),
+        [run.model.encoder.encode(prompt) for prompt in batch.prompts],
+        [run.model.encoder.stop_for(prompt) for prompt in batch.prompts],
+        batch.sampling.model_dump(mode="json"),
+        batch.replies_per_prompt,
+        batch.seed,
+        batch.head is not None,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from mara_integrations.engine.backends.protocol import Segment
+from mara_integrations.engine.backends.protocol import RowSize, Segment
 from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
@@ -209,6 +209,23 @@ class ScriptedBackend:
         tokens = self._rows[row]
         self._branches[row] = tokens[-count:][:1] if held else []
         del tokens[-count:]
+
+    @property
+    def max_siblings(self) -> int:
+        """As many as the packed backend."""
+        return 64
+
+    def drop_siblings(self, row: int) -> None:
+        """Forget a row's siblings."""
+        self._branches[row] = []
+
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        """A byte for each token and each sibling."""
+        return sum(size.num_tokens + size.num_siblings for size in sizes)
+
+    def kept_bytes(self, num_tokens: int) -> int | None:
+        """Nothing is kept."""
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the script says after each state's tokens."""

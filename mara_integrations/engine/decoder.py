@@ -10,8 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mara_integrations.engine.backends.prefix_cache import PrefixCache
-from mara_integrations.engine.backends.protocol import Backend
+from mara_integrations.engine.backends.memory import free_bytes, in_mib
+from mara_integrations.engine.backends.prefix_cache import PrefixCache, block_hashes
+from mara_integrations.engine.backends.protocol import Backend, RowSize
 from mara_integrations.engine.batch import BatchEntry, ends_alone, run_isolated
 from mara_integrations.engine.candidates import Ranking
 from mara_integrations.engine.faults import HEAD, described
@@ -19,12 +20,16 @@ from mara_integrations.engine.head_stacks import HeadStacks
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.ranking import rank
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler
-from mara_integrations.engine.sequence import NO_ROW, Sequence
+from mara_integrations.engine.scheduler import ACCELERATOR_KNEE, CPU_KNEE, Scheduler, Waiting
+from mara_integrations.engine.sequence import NO_ROW, Position, Sequence
 from mara_integrations.engine.speculation.cost import CostCurve, measure
 from mara_integrations.engine.speculation.drafts import NgramSpeculation, Speculation, num_draftable, verify
 from mara_integrations.errors import ConfigError, HeadError, in_one_line
 
+# Shares of the free memory that keys and values take at most: a device is the model's, main memory is everybody's.
+_SHARE_OF_DEVICE, _SHARE_OF_RAM = 0.75, 0.5
+# Tokens that the prefix cache has room for where no limit is set, and its size where a token's is not known yet.
+_PREFIX_TOKENS, _LEAST_PREFIX_BYTES = 8192, 64 << 20
 # After this many forwards in a row that failed for every sequence, the engine counts as failing.
 _NUM_FAILING = 3
 _log = logging.getLogger(__name__)
@@ -38,6 +43,10 @@ class Decoder:
         scheduler: Decides what each forward feeds; None makes one within the limits.
         speculation: Drafts tokens, for backends that can take them back.
         limits: How much memory and work the decoder takes on.
+
+    Attributes:
+        kv_bytes: Most memory for keys and values of live sequences, in bytes.
+        prefixes: The kept prefixes.
     """
 
     def __init__(
@@ -53,7 +62,8 @@ class Decoder:
             max_live=self.limits.max_live, prefill_chunk=self.limits.prefill_chunk, knee=_knee(backend)
         )
         self.speculation = speculation or NgramSpeculation()
-        self.prefixes = PrefixCache()
+        self.kv_bytes = self.limits.kv_bytes or default_kv_bytes(backend.device)
+        self.prefixes = PrefixCache(_prefix_cache_bytes(self.limits, backend, self.kv_bytes))
         self._heads = HeadStacks()
         self._unclosed: list[int] = []  # rows of sequences that have ended
         self._num_failed = 0  # forwards in a row that failed for every sequence
@@ -76,16 +86,39 @@ class Decoder:
             ConfigError: See `check`.
         """
         self.check(request)
-        self.scheduler.waiting.append(request)
+        kept_bytes = self.backend.kept_bytes(len(request.prompt_ids))
+        keeps_prefix = kept_bytes is not None and kept_bytes <= self.prefixes.max_bytes
+        blocks = block_hashes(request.prompt_ids) if self.prefixes.max_bytes else []
+        self.scheduler.waiting.append(Waiting(request, self._size(request), blocks, keeps_prefix))
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never be decoded; may be called in any thread.
 
         Raises:
-            ConfigError: If the prompt is empty.
+            ConfigError: If the prompt is empty, or the request may need more memory than there is.
         """
         if not len(request.prompt_ids):
             raise ConfigError("the prompt is empty", hint="give it at least one token")
+        size = self._size(request)
+        needed = self.backend.bytes_for([size])
+        if needed > self.kv_bytes:
+            raise ConfigError(
+                f"the request may need {in_mib(needed)} for keys and values of {size.num_tokens} tokens and "
+                f"{size.num_siblings} candidates; the engine has {in_mib(self.kv_bytes)}",
+                hint="lower max_new_tokens, shorten the prompt, or raise kv_bytes",
+            )
+
+    def _size(self, request: Request) -> RowSize:
+        sampling, num_siblings = request.sampling, 0
+        if request.feeds_candidates:
+            num_siblings = max(sampling.top_k, sampling.min_candidates)
+            if not self.scheduler.feeds_all:
+                num_siblings = min(num_siblings, self.backend.max_siblings)
+        return RowSize(len(request.prompt_ids) + sampling.max_new_tokens, num_siblings)
+
+    def _fits(self, size: RowSize) -> bool:
+        """Whether there is memory for a row of this size beside the live ones."""
+        return self.backend.bytes_for([*(sequence.size for sequence in self.scheduler.live), size]) <= self.kv_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -116,7 +149,7 @@ class Decoder:
         Raises:
             Exception: If the engine itself failed; `abort` comes next.
         """
-        self.scheduler.admit(self._start, self.prefixes)
+        self.scheduler.admit(self._start, self._fits, self.prefixes)
         batch = self._forward(self._next_batch())  # hidden states of the candidates
         if batch:
             self._judge(batch)  # heads score them, gates decide, the branch taken is committed
@@ -124,10 +157,12 @@ class Decoder:
             self._verify_drafts(batch)  # of tokens fed ahead, keep those that are taken anyway
         return self._retire()
 
-    def _start(self, request: Request) -> Sequence:
-        kept, length = self.prefixes.longest(request.prompt_ids)
+    def _start(self, waiting: Waiting) -> Sequence:
+        """Begin a request on a row of its own, with what is kept of its prompt."""
+        request = waiting.request
+        kept, length = self.prefixes.longest(request.prompt_ids, waiting.blocks)
         try:
-            return Sequence(request, self.backend.open(kept, length), num_known=length)
+            return Sequence(request, self.backend.open(kept, length), length, waiting.size)
         except Exception as error:
             sequence = Sequence(request, NO_ROW)
             sequence.fail(described(error, "opening a row for this request"))
@@ -141,11 +176,22 @@ class Decoder:
             if sequence.position is None:
                 due = sequence.pending[:chunk]
             else:
-                width = 1 if draft else self.scheduler.width(sequence)
+                width = 1 if draft else self._width(sequence, sequence.position)
                 num_fed = len(sequence.position.states)
                 due = sequence.position.token_ids[num_fed : num_fed + width]
             batch.append(BatchEntry(sequence, due, draft))
         return batch
+
+    def _width(self, sequence: Sequence, position: Position) -> int:
+        """Choose how many candidates to feed, and forget rejected ones where a row would hold too many."""
+        width = self.scheduler.width(sequence)
+        if self.scheduler.feeds_all:
+            return width
+        width, num_fed = min(width, self.backend.max_siblings), len(position.states)
+        if num_fed - position.num_dropped + width > self.backend.max_siblings:
+            self.backend.drop_siblings(sequence.row)
+            position.num_dropped = num_fed
+        return width
 
     def _forward(self, batch: Seq[BatchEntry]) -> list[BatchEntry]:
         """Feed the batch to the base model, which commits pending tokens; returns the entries that were fed."""
@@ -173,16 +219,20 @@ class Decoder:
                 entry.take_scores(scores)
         rows, branches = [], []
         for entry in batch:
-            sequence, verdict = entry.sequence, None
-            if sequence.position is None or sequence.has_ended:
+            sequence, position, verdict = entry.sequence, entry.sequence.position, None
+            if position is None or sequence.has_ended:
                 continue
             with ends_alone(sequence):
                 verdict = sequence.judge(entry.scores, entry.states)
             if verdict is not None:
                 self.scheduler.observe(verdict)
-                if not entry.draft:  # a chain is committed by being fed
+                if verdict.taken < position.num_dropped:
+                    self.backend.drop_siblings(sequence.row)
+                    if not sequence.has_ended:
+                        sequence.feed_again()
+                elif not entry.draft:  # a chain is committed by being fed
                     rows.append(sequence.row)
-                    branches.append(verdict.taken)
+                    branches.append(verdict.taken - position.num_dropped)
             elif entry.draft and not sequence.has_ended:  # the first candidate was rejected: it is a branch like others
                 self.backend.retract(sequence.row, 1 + len(entry.draft), held=True)
         if rows:
@@ -281,9 +331,7 @@ class Decoder:
         Raises:
             Exception: If a row can't be closed. The decoder is of no more use then.
         """
-        self._unclosed += [sequence.row for sequence in self.scheduler.live if sequence.row != NO_ROW]
-        self.scheduler.live = []
-        self.scheduler.waiting.clear()
+        self._unclosed += [sequence.row for sequence in self.scheduler.clear() if sequence.row != NO_ROW]
         self._close_rows()
 
     def run(self, requests: Iterable[Request], on_done: Callable[[Sequence], None] | None = None) -> list[Sequence]:
@@ -294,9 +342,9 @@ class Decoder:
         """
         requests = list(requests)
         finished: dict[int, Sequence] = {}
-        for request in requests:
-            self.submit(request)
         try:
+            for request in requests:
+                self.submit(request)
             while not self.is_idle:
                 for sequence in self.step():
                     if sequence.error is not None:
@@ -308,6 +356,17 @@ class Decoder:
             self.abort()
             raise
         return [finished[id(request)] for request in requests]
+
+
+def default_kv_bytes(device: torch.device) -> int:
+    """Return the memory that keys and values may take where no limit is set, in bytes."""
+    return int(free_bytes(device) * (_SHARE_OF_RAM if device.type == "cpu" else _SHARE_OF_DEVICE))
+
+
+def _prefix_cache_bytes(limits: EngineLimits, backend: Backend, kv_bytes: int) -> int:
+    if limits.prefix_cache_bytes is not None:
+        return limits.prefix_cache_bytes
+    return max(_LEAST_PREFIX_BYTES, min(backend.kept_bytes(_PREFIX_TOKENS) or 0, kv_bytes // 4))
 
 
 def _knee(backend: Backend) -> int:

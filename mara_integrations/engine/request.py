@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mara_integrations.heads.compose import Head
+from mara_integrations.heads.compose import Head, afterstate_parts
 from mara_integrations.sampling import GateParams, SamplingParams
 
 
@@ -62,3 +62,8 @@ class Request:
     constraint: Constraint | None = None
     keep_states: bool = False
     keep_positions: bool = False
+
+    @property
+    def feeds_candidates(self) -> bool:
+        """Whether candidates have to be fed to be judged: the head has parts that score the states after them."""
+        return self.head is not None and self.gate.strength > 0 and bool(afterstate_parts(self.head))

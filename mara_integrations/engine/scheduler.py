@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
 
-from mara_integrations.engine.backends.prefix_cache import MIN_TOKENS, PrefixCache, shared
+from mara_integrations.engine.backends.prefix_cache import BLOCK_TOKENS, PrefixCache
+from mara_integrations.engine.backends.protocol import RowSize
 from mara_integrations.engine.gate import Verdict
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
@@ -14,10 +17,27 @@ from mara_integrations.engine.speculation.cost import CostCurve, best_draft, bes
 # Tokens a forward takes for little more than the price of one: measured on CPU cores, reasoned for an accelerator,
 # where a step is bound by reading the weights.
 CPU_KNEE, ACCELERATOR_KNEE = 8, 200
-
-
+# Waiting requests that are looked at in one step.
+_LOOK_AHEAD = 64
 # Prompt tokens in a forward while others decode are a share of those in one that only reads: nobody waits long.
 _SHARE_BESIDE_DECODING = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """A request that waits to begin.
+
+    Attributes:
+        request: The request.
+        size: How large its row may grow.
+        blocks: Hashes of its prompt, see `block_hashes`; none where the prompt is not kept.
+        keeps_prefix: Whether its prompt is kept for others once it is read.
+    """
+
+    request: Request
+    size: RowSize
+    blocks: list[int]
+    keeps_prefix: bool
 
 
 class Scheduler:
@@ -43,31 +63,59 @@ class Scheduler:
         self.max_live = max_live
         self.prefill_chunk = prefill_chunk
         self.cost = cost or CostCurve.flat_to(knee)
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Waiting] = deque()
         self.live: list[Sequence] = []
+        self._reading: dict[Sequence, frozenset[int]] = {}  # sequences whose prompts will be kept, and their blocks
         self.feeds_all = feeds_all
         self._accepted = {True: 0.9, False: 0.5}  # running share of first, and of later candidates
 
-    def admit(self, start: Callable[[Request], Sequence], prefixes: PrefixCache) -> None:
-        """Make waiting requests live while there is room, first come first served.
+    def admit(
+        self, start: Callable[[Waiting], Sequence], fits: Callable[[RowSize], bool], prefixes: PrefixCache
+    ) -> None:
+        """Make waiting requests live, first come first served, while there is room in the batch and in memory.
 
-        One whose prompt begins like one that is being read right now waits until that is kept.
+        A request whose prompt begins like one that is being read waits until that is kept; those behind it go first.
+        Only the first ones are looked at, so a long queue costs nothing.
+
+        Args:
+            start: Begins a request on a row of its own.
+            fits: Whether there is memory for a row of this size beside the live ones.
+            prefixes: The kept prefixes.
         """
-        for request in list(self.waiting):
-            if len(self.live) >= self.max_live:
+        self._reading = {sequence: blocks for sequence, blocks in self._reading.items() if sequence.is_prefilling}
+        for waiting in list(islice(self.waiting, _LOOK_AHEAD)):
+            if len(self.live) >= self.max_live or not fits(waiting.size):
                 return
-            known = prefixes.longest(request.prompt_ids)[1]
-            reading = [sequence.request.prompt_ids for sequence in self.live if sequence.is_prefilling]
-            if any(shared(request.prompt_ids, prompt_ids) - known >= MIN_TOKENS for prompt_ids in reading):
+            if self._reading and self._is_being_read(waiting, prefixes):
                 continue
-            self.waiting.remove(request)
-            self.live.append(start(request))
+            self.waiting.remove(waiting)
+            sequence = start(waiting)
+            self.live.append(sequence)
+            if waiting.keeps_prefix:
+                self._reading[sequence] = frozenset(waiting.blocks)
+
+    def _is_being_read(self, waiting: Waiting, prefixes: PrefixCache) -> bool:
+        """Whether a live sequence reads a block of this prompt that is not kept yet."""
+        num_known = prefixes.longest(waiting.request.prompt_ids, waiting.blocks)[1]
+        next_block = -(-num_known // BLOCK_TOKENS)
+        if next_block >= len(waiting.blocks):
+            return False
+        return any(waiting.blocks[next_block] in blocks for blocks in self._reading.values())
 
     def retire(self) -> list[Sequence]:
         """Take out the sequences that need no more forwards."""
         done = [sequence for sequence in self.live if not sequence.needs_forward]
         self.live = [sequence for sequence in self.live if sequence.needs_forward]
+        for sequence in done:
+            self._reading.pop(sequence, None)
         return done
+
+    def clear(self) -> list[Sequence]:
+        """Forget what waits and what is live; returns what was live."""
+        live, self.live = self.live, []
+        self.waiting.clear()
+        self._reading.clear()
+        return live
 
     def plan(self) -> list[tuple[Sequence, int]]:
         """Who is in the next forward, with how many prompt tokens each may feed; the others wait for the next one.

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mara_integrations.engine.backends.protocol import RowSize
 from mara_integrations.engine.candidates import Ranking
 from mara_integrations.engine.faults import naming
 from mara_integrations.engine.gate import Rule, Verdict, accept_logit, decide, selection_rule
 from mara_integrations.engine.generation import FinishReason, GateStats, Generation, Outcome, TracePosition
 from mara_integrations.engine.request import Request
 from mara_integrations.errors import MaraError
-from mara_integrations.heads.compose import afterstate_parts, q_parts
+from mara_integrations.heads.compose import q_parts
 
 # The row of a sequence for which none could be opened.
 NO_ROW = -1
@@ -34,6 +35,7 @@ class Position:
         uniform: The position's random number, in [0, 1).
         accept_logits: Accept logits of the candidates fed so far.
         states: Hidden states of the candidates fed so far, (d,) each.
+        num_dropped: The first of these candidates, whose keys and values the backend has dropped again.
     """
 
     token_ids: list[int]
@@ -42,6 +44,7 @@ class Position:
     uniform: float
     accept_logits: list[float] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    num_dropped: int = 0
 
 
 @dataclass(slots=True)
@@ -83,6 +86,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         row: The sequence's row in the backend.
+        size: How large the row may grow.
         is_gated: Whether a head judges the candidates.
         q_head: The head, if Q-heads are part of it: they score candidates when a position opens.
         feeds_candidates: Whether candidates have to be fed to be judged: the head has other parts too.
@@ -101,14 +105,15 @@ class Sequence:
         is_cancelled: Nobody waits for the reply any more.
     """
 
-    def __init__(self, request: Request, row: int, num_known: int = 0) -> None:
+    def __init__(self, request: Request, row: int, num_known: int = 0, size: RowSize | None = None) -> None:
         """Begin a request on a row that already holds the first `num_known` tokens of its prompt."""
         self.request = request
+        self.size = size or RowSize(0, 0)
         self.row = row
         self.is_gated = request.head is not None and request.gate.strength > 0
         head = request.head if self.is_gated else None
         self.q_head = head if head is not None and q_parts(head) else None
-        self.feeds_candidates = head is not None and bool(afterstate_parts(head))
+        self.feeds_candidates = request.feeds_candidates
         form = head.config.form if head else None
         self.rule: Rule = selection_rule(request.gate.selection if form else "auto", form, self.temperature)
         self.pending: list[int] = list(request.prompt_ids[num_known:])
@@ -123,6 +128,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.error: MaraError | None = None
         self.is_cancelled = False
+        self._num_refed = 0  # pending tokens whose hidden states are known
         self._random = random.Random(request.sampling.seed)
 
     @property
@@ -165,7 +171,13 @@ class Sequence:
         self.last_state = states[-1]
         if is_prompt:  # of a prompt, only the last token's state is kept
             states = states[-1:] if not self.pending else states[:0]
-        self._keep_states(states)
+        self._keep_states(states[self._num_refed :])
+        self._num_refed = 0
+
+    def feed_again(self) -> None:
+        """Make the last token pending again: its keys and values were dropped before it was taken."""
+        self.pending = self.token_ids[-1:]
+        self._num_refed = 1
 
     def open_position(self, ranking: Ranking) -> None:
         """Open the next position; where there is nothing to judge, take its token at once."""

@@ -419,9 +419,9 @@ class Worker:
         scheduler = self.decoder.scheduler
         for sequence in scheduler.live:
             sequence.is_cancelled |= self._deliveries[id(sequence.request)].mailbox.is_cancelled
-        for request in [r for r in scheduler.waiting if self._deliveries[id(r)].mailbox.is_cancelled]:
-            scheduler.waiting.remove(request)
-            del self._deliveries[id(request)]
+        for waiting in [w for w in scheduler.waiting if self._deliveries[id(w.request)].mailbox.is_cancelled]:
+            scheduler.waiting.remove(waiting)
+            del self._deliveries[id(waiting.request)]
 
     def _tell_all(self, error: MaraError) -> None:
         """End every request that was received with an error."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mara_integrations.engine.backends.kv_cache import KVCache
+from mara_integrations.engine.backends.kv_cache import Bucket, KVCache, KVRectangle
 
 _PREFIX = "mara_"
 _CONTEXT = "mara_context"
@@ -45,7 +45,7 @@ class AttentionSettings:
 class _Group:
     """Segments of one width: n sequences, w tokens each."""
 
-    rows: Tensor | slice  # (n,) rows of the cache; a slice when they are all of it
+    rows: Tensor | slice  # (n,) rows of the bucket; a slice when they are all of it
     tokens: Tensor | None  # (n * w,) places in the packed row; None when it is the whole row in order
     n: int
     w: int
@@ -80,20 +80,37 @@ class _Group:
 
 
 @dataclass(slots=True)
+class _Part:
+    """The tokens of a packed row whose sequences are in one bucket of the cache."""
+
+    bucket: Bucket
+    tokens: Tensor | None  # (t,) their places in the packed row; None when they are all of it
+    rows: Tensor  # (t,) row of each token in the bucket
+    slots: Tensor  # (t,) slot of each token
+    groups: list[_Group]  # by width; places count from the start of the packed row
+
+
+class _Placed(NamedTuple):
+    """A segment and where it is: in the packed row from `offset` on, in its row of the bucket from slot `first` on."""
+
+    row: int
+    offset: int
+    start: int  # committed tokens
+    first: int
+    siblings: bool
+
+
+@dataclass(slots=True)
 class PackedContext:
     """What one packed forward has to know; travels to the attention function as a keyword argument.
 
     Attributes:
         cache: Where keys and values are.
-        rows: Row of the cache for each token, shape (T,).
-        slots: Slot for each token, shape (T,).
-        groups: The segments, by width.
+        parts: The tokens, by bucket of the cache.
     """
 
     cache: KVCache
-    rows: Tensor
-    slots: Tensor
-    groups: list[_Group]
+    parts: list[_Part]
 
     @classmethod
     def build(
@@ -104,31 +121,45 @@ class PackedContext:
         Returns:
             The context, and the position of each token, shape (T,).
         """
+        cache.reserve({handle: cache.row(handle).num_used + width for handle, width, _ in segments})
+        positions: list[int] = []
+        by_bucket: dict[Bucket, dict[int, list[_Placed]]] = {}  # then by width
+        for handle, width, siblings in segments:
+            row = cache.row(handle)
+            assert row.bucket is not None, "it was reserved"
+            placed = _Placed(row.index, len(positions), row.length, row.num_used, siblings)
+            by_bucket.setdefault(row.bucket, {}).setdefault(width, []).append(placed)
+            positions += [row.length] * width if siblings else range(row.length, row.length + width)
+        parts = [cls._part(bucket, members, len(positions), device) for bucket, members in by_bucket.items()]
+        return cls(cache, parts), torch.tensor(positions, device=device)
+
+    @staticmethod
+    def _part(bucket: Bucket, by_width: dict[int, list[_Placed]], total: int, device: torch.device) -> _Part:
+        tokens: list[int] = []
         rows: list[int] = []
         slots: list[int] = []
-        positions: list[int] = []
-        by_width: dict[int, list[tuple[int, int, int, int, bool]]] = {}
-        for handle, width, siblings in segments:
-            row, start = cache.row(handle), cache.length(handle)
-            first = start + cache.branches(handle)
-            by_width.setdefault(width, []).append((row, len(rows), start, first, siblings))
-            rows += [row] * width
-            slots += range(first, first + width)
-            positions += [start] * width if siblings else range(start, start + width)
-        cache.reserve(max(slots) + 1)
+        for width, members in by_width.items():
+            for placed in members:
+                tokens += range(placed.offset, placed.offset + width)
+                rows += [placed.row] * width
+                slots += range(placed.first, placed.first + width)
         groups = [
-            cls._group(width, run, len(rows), device)
+            _group(width, run, total, device)
             for width, members in by_width.items()
             for run in _runs(sorted(members), device)
         ]
-        return (
-            cls(cache, torch.tensor(rows, device=device), torch.tensor(slots, device=device), groups),
-            torch.tensor(positions, device=device),
+        is_whole = tokens == list(range(total))
+        return _Part(
+            bucket,
+            None if is_whole else torch.tensor(tokens, device=device),
+            torch.tensor(rows, device=device),
+            torch.tensor(slots, device=device),
+            groups,
         )
 
     @classmethod
     def rectangle(
-        cls, cache: KVCache, shape: tuple[int, int, int], slots: Tensor, starts: Tensor, siblings: Tensor
+        cls, cache: KVRectangle, shape: tuple[int, int, int], slots: Tensor, starts: Tensor, siblings: Tensor
     ) -> PackedContext:
         """Rows 0 to n - 1 of the cache with w tokens each: all that may change from step to step is in tensors.
 
@@ -153,66 +184,71 @@ class PackedContext:
             is_causal=False,
         )
         rows = torch.arange(n, device=slots.device).repeat_interleave(w)
-        return cls(cache, rows, slots, [group])
-
-    @staticmethod
-    def _group(w: int, members: list[tuple[int, int, int, int, bool]], total: int, device: torch.device) -> _Group:
-        rows, offsets, starts, firsts, siblings = map(list, zip(*members, strict=True))
-        n = len(members)
-        contiguous = rows == list(range(rows[0], rows[0] + n))
-        within = torch.arange(w, device=device)
-        tokens = (torch.tensor(offsets, device=device)[:, None] + within).flatten()
-        in_order = n * w == total and offsets == sorted(offsets)
-        return _Group(
-            rows=slice(rows[0], rows[0] + n) if contiguous else torch.tensor(rows, device=device),
-            tokens=None if in_order else tokens,
-            n=n,
-            w=w,
-            start=torch.tensor(starts, device=device)[:, None, None],
-            own=(torch.tensor(firsts, device=device)[:, None] + within)[:, :, None],
-            siblings=torch.tensor(siblings, device=device)[:, None, None],
-            num_slots=max(firsts) + w,
-            sees_all=w == 1 and min(firsts) == max(firsts) and firsts == starts,
-            is_causal=n == 1 and w > 1 and firsts == [0] and not siblings[0],
-        )
+        return cls(cache, [_Part(cache.bucket, None, rows, slots, [group])])
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
         """Store keys and values (T, Hkv, D), then let queries (T, H, D) look; returns (T, H, D)."""
-        stored_keys, stored_values = self.cache.write(layer, self.rows, self.slots, keys, values)
-        out = queries.new_empty(*queries.shape[:2], values.shape[-1]) if len(self.groups) > 1 else queries
-        for group in self.groups:
-            q = queries if group.tokens is None else queries[group.tokens]
-            q = q.unflatten(0, (group.n, group.w))  # (n, w, H, D)
-            k = stored_keys[group.rows, :, : group.num_slots]
-            v = stored_values[group.rows, :, : group.num_slots]
-            window = settings.sliding_window
-            mask = group.mask(window, queries.dtype)
-            if settings.softcap is not None or settings.sinks is not None:
-                result = _explicit_attention(q, k, v, mask, settings)
-            elif group.is_causal and (window is None or group.num_slots <= window):
-                result = scaled_dot_product_attention(
-                    q.transpose(1, 2), k, v, is_causal=True, scale=settings.scaling, enable_gqa=True
-                ).transpose(1, 2)
-            else:
-                result = _grouped_attention(q, k, v, mask, settings.scaling)
-            result = result.flatten(0, 1)  # (n * w, H, D)
-            if group.tokens is None:
-                out = result
-            else:
+        out: Tensor | None = None
+        for part in self.parts:
+            new = (keys, values) if part.tokens is None else (keys[part.tokens], values[part.tokens])
+            stored_keys, stored_values = self.cache.write(layer, part.bucket, part.rows, part.slots, *new)
+            for group in part.groups:
+                q = queries if group.tokens is None else queries[group.tokens]
+                q = q.unflatten(0, (group.n, group.w))  # (n, w, H, D)
+                k = stored_keys[group.rows, :, : group.num_slots]
+                v = stored_values[group.rows, :, : group.num_slots]
+                result = _attention(q, k, v, group, settings).flatten(0, 1)  # (n * w, H, D)
+                if group.tokens is None:
+                    return result
+                if out is None:
+                    out = queries.new_empty(*queries.shape[:2], values.shape[-1])
                 out[group.tokens] = result
+        assert out is not None, "there is something to feed"
         return out
 
 
-def _runs(
-    members: list[tuple[int, int, int, int, bool]], device: torch.device
-) -> Iterator[list[tuple[int, int, int, int, bool]]]:
+def _group(w: int, members: list[_Placed], total: int, device: torch.device) -> _Group:
+    """Make a group of segments of one width, in the order of their rows."""
+    rows, offsets, starts, firsts, siblings = map(list, zip(*members, strict=True))
+    n = len(members)
+    contiguous = rows == list(range(rows[0], rows[0] + n))
+    within = torch.arange(w, device=device)
+    tokens = (torch.tensor(offsets, device=device)[:, None] + within).flatten()
+    in_order = n * w == total and offsets == sorted(offsets)
+    return _Group(
+        rows=slice(rows[0], rows[0] + n) if contiguous else torch.tensor(rows, device=device),
+        tokens=None if in_order else tokens,
+        n=n,
+        w=w,
+        start=torch.tensor(starts, device=device)[:, None, None],
+        own=(torch.tensor(firsts, device=device)[:, None] + within)[:, :, None],
+        siblings=torch.tensor(siblings, device=device)[:, None, None],
+        num_slots=max(firsts) + w,
+        sees_all=w == 1 and min(firsts) == max(firsts) and firsts == starts,
+        is_causal=n == 1 and w > 1 and firsts == [0] and not siblings[0],
+    )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, group: _Group, settings: AttentionSettings) -> Tensor:
+    """Attention of a group's queries (n, w, H, D) over its rows' keys and values (n, Hkv, S, D): (n, w, H, D)."""
+    window = settings.sliding_window
+    if settings.softcap is not None or settings.sinks is not None:
+        return _explicit_attention(q, k, v, group.mask(window, q.dtype), settings)
+    if group.is_causal and (window is None or group.num_slots <= window):
+        return scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, is_causal=True, scale=settings.scaling, enable_gqa=True
+        ).transpose(1, 2)
+    return _grouped_attention(q, k, v, group.mask(window, q.dtype), settings.scaling)
+
+
+def _runs(members: list[_Placed], device: torch.device) -> Iterator[list[_Placed]]:
     """Members of a group in sorted order, cut so that each run's rows of the cache are a slice, which is read in place.
 
     An accelerator copies the rows sooner than it would start another kernel.
     """
     start = 0
     for end in range(1, len(members) + 1):
-        if end == len(members) or (device.type == "cpu" and members[end][0] != members[end - 1][0] + 1):
+        if end == len(members) or (device.type == "cpu" and members[end].row != members[end - 1].row + 1):
             yield members[start:end]
             start = end
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from mara_integrations.engine.backends.attention import PackedContext
-from mara_integrations.engine.backends.kv_cache import KVCache
+from mara_integrations.engine.backends.kv_cache import KVRectangle, power_of_two_above
 from mara_integrations.engine.backends.packed import PackedBackend
-from mara_integrations.engine.backends.protocol import Segment
+from mara_integrations.engine.backends.protocol import RowSize, Segment
 
 Run: TypeAlias = Callable[[], Tensor]
 Forward: TypeAlias = Callable[[Tensor, Tensor, PackedContext], Tensor]
@@ -58,12 +58,14 @@ class ForwardGraphs:
 
     Args:
         forward: From the tokens of a packed row, their positions, each (T,), and the context to hidden states (T, d).
-        cache: Made with `keep_memory`: a graph writes where the store was when it was captured.
+        cache: A graph writes where it was when it was captured.
         device: Of both.
         capture: See `cuda_graph`.
     """
 
-    def __init__(self, forward: Forward, cache: KVCache, device: torch.device, capture: Callable[[Run], Run]) -> None:
+    def __init__(
+        self, forward: Forward, cache: KVRectangle, device: torch.device, capture: Callable[[Run], Run]
+    ) -> None:
         self._forward = forward
         self._cache = cache
         self._device = device
@@ -78,10 +80,10 @@ class ForwardGraphs:
         w = _round_up(max(len(segment.token_ids) for segment in segments), _WIDTHS)
         if n is None or w is None or n * w > _MAX_TOKENS:
             return None
-        ends = [cache.length(s.row) + cache.branches(s.row) + len(s.token_ids) for s in segments]
-        used = max(cache.num_used, *ends)  # of rows that feed nothing too: padding is written to each
-        num_slots = max(_MIN_SLOTS, 1 << used.bit_length())  # at least one more than is used
-        cache.reserve(num_slots, n)
+        ends = {s.row: cache.row(s.row).num_used + len(s.token_ids) for s in segments}
+        num_slots = _round_slots(max(cache.most_used, *ends.values()))  # padding is written to idle rows too
+        cache.shape(n, num_slots)
+        cache.reserve(ends)
         inputs, places = self._lay_out(segments, n, w, num_slots - 1)
         hidden = self._run(n, w, num_slots, inputs)
         return hidden[torch.tensor(places, device=self._device)]  # a copy: the next replay writes over it
@@ -92,13 +94,13 @@ class ForwardGraphs:
         starts, siblings = [0] * n, [1] * n
         places = []
         for segment in segments:
-            row, start = self._cache.row(segment.row), self._cache.length(segment.row)
-            starts[row], siblings[row] = start, int(segment.siblings)
+            row = self._cache.row(segment.row)
+            starts[row.index], siblings[row.index] = row.length, int(segment.siblings)
             for index, token_id in enumerate(segment.token_ids):
-                place = row * w + index
+                place = row.index * w + index
                 token_ids[place] = token_id
-                positions[place] = start + (0 if segment.siblings else index)
-                slots[place] = start + self._cache.branches(segment.row) + index
+                positions[place] = row.length + (0 if segment.siblings else index)
+                slots[place] = row.num_used + index
                 places.append(place)
         return [*token_ids, *positions, *slots, *starts, *siblings], places
 
@@ -121,6 +123,11 @@ class ForwardGraphs:
         return replay()
 
 
+def _round_slots(num_used: int) -> int:
+    """Slots of a rectangle whose longest row uses so many: one more at least, which no token sees."""
+    return max(_MIN_SLOTS, power_of_two_above(num_used))
+
+
 def _round_up(count: int, sizes: Sequence[int]) -> int | None:
     return next((size for size in sizes if size >= count), None)
 
@@ -135,8 +142,14 @@ class GraphedBackend(PackedBackend):
 
     def __init__(self, model: PreTrainedModel, capture: Callable[[Run], Run] = cuda_graph) -> None:
         super().__init__(model)
-        self._cache = KVCache(keep_memory=True)
+        self._cache: KVRectangle = KVRectangle()
         self._graphs = ForwardGraphs(self._forward, self._cache, self.device, capture)
+
+    @override
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        num_slots = _round_slots(max((size.num_tokens + size.num_siblings for size in sizes), default=0))
+        num_rows = _round_up(len(sizes), _ROWS) or len(sizes)
+        return num_rows * num_slots * self._cache.slot_bytes
 
     @override
     def feed(self, segments: Sequence[Segment]) -> Tensor:
@@ -144,6 +157,6 @@ class GraphedBackend(PackedBackend):
         if hidden is None:
             return super().feed(segments)
         for segment in segments:
-            count = self._cache.branch if segment.siblings else self._cache.extend
+            count = self._cache.hold if segment.siblings else self._cache.extend
             count(segment.row, len(segment.token_ids))
         return hidden

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from typing_extensions import override
 
 from mara_integrations.engine.backends import attention
 from mara_integrations.engine.backends.attention import AttentionSettings, PackedContext
+from mara_integrations.engine.backends.memory import free_ram_bytes
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.models.int8 import Int8Linear, is_int8, weight_bytes
 
@@ -226,21 +226,9 @@ def _check_shape(decoder: Any) -> None:
 
 
 def _check_memory(decoder: nn.Module) -> None:
-    needed, free = weight_bytes(decoder), _free_bytes()
+    needed, free = weight_bytes(decoder), free_ram_bytes()
     if free is not None and needed > _MAX_SHARE_OF_FREE_MEMORY * free:
         raise ValueError(f"a copy of the weights takes {needed:,} bytes and {free:,} are free")
-
-
-def _free_bytes() -> int | None:
-    """Memory this process can still take; None where the system does not say (it is not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        group = Path("/sys/fs/cgroup")  # of a container
-        limit = (group / "memory.max").read_text().strip()
-        return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 class FusedBackend(PackedBackend):

@@ -19,7 +19,10 @@ from mara_integrations.engine.backends.forward import (
 )
 from mara_integrations.engine.backends.kv_cache import KVCache
 from mara_integrations.engine.backends.prefix_cache import Prefix
-from mara_integrations.engine.backends.protocol import Backend, Segment
+from mara_integrations.engine.backends.protocol import Backend, RowSize, Segment
+
+# Siblings that a row holds at most: more are rarely fed, and each takes the memory of a token.
+_MAX_SIBLINGS = 64
 
 
 class PackedBackend(Backend):
@@ -52,7 +55,7 @@ class PackedBackend(Backend):
 
     @override
     def fork(self, row: int) -> int:
-        length = self._cache.length(row)
+        length = self._cache.row(row).length
         return self._cache.open(self._cache.keep(row, length), length)
 
     @override
@@ -66,7 +69,7 @@ class PackedBackend(Backend):
         token_ids = torch.tensor([t for segment in segments for t in segment.token_ids], device=self.device)  # (T,)
         hidden = self._forward(token_ids, positions, context)
         for row, width, siblings in layout:
-            (self._cache.branch if siblings else self._cache.extend)(row, width)
+            (self._cache.hold if siblings else self._cache.extend)(row, width)
         return hidden
 
     def _forward(self, token_ids: Tensor, positions: Tensor, context: attention.PackedContext) -> Tensor:
@@ -86,6 +89,23 @@ class PackedBackend(Backend):
     @override
     def retract(self, row: int, count: int, *, held: bool) -> None:
         self._cache.retract(row, count, held)
+
+    @property
+    @override
+    def max_siblings(self) -> int:
+        return _MAX_SIBLINGS
+
+    @override
+    def drop_siblings(self, row: int) -> None:
+        self._cache.drop_siblings(row)
+
+    @override
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        return self._cache.bytes_for([size.num_tokens + size.num_siblings for size in sizes])
+
+    @override
+    def kept_bytes(self, num_tokens: int) -> int | None:
+        return num_tokens * self._cache.slot_bytes
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ class Segment:
     row: int
     token_ids: Sequence[int]
     siblings: bool = False
+
+
+class RowSize(NamedTuple):
+    """How large a row may grow.
+
+    Attributes:
+        num_tokens: Tokens of prompt and reply.
+        num_siblings: Candidates of a position that are held together.
+    """
+
+    num_tokens: int
+    num_siblings: int
 
 
 class Backend(Protocol):
@@ -59,6 +71,19 @@ class Backend(Protocol):
 
     def retract(self, row: int, count: int, *, held: bool) -> None:
         """Take back the last `count` tokens of a row's chain; with `held`, the first of them stays as branch 0."""
+
+    @property
+    def max_siblings(self) -> int:
+        """The most siblings that a row should hold; see `drop_siblings`."""
+
+    def drop_siblings(self, row: int) -> None:
+        """Forget the siblings that a row holds; those fed next are numbered from 0 again."""
+
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        """Return the most memory that rows take at any time while they grow to these sizes, in bytes."""
+
+    def kept_bytes(self, num_tokens: int) -> int | None:
+        """Return the memory of what `keep` returns for so many tokens, in bytes; None where it keeps nothing."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (N, d) to (N, V)."""

@@ -22,7 +22,12 @@ from mara_integrations.engine.backends.forward import (
     takes,
 )
 from mara_integrations.engine.backends.prefix_cache import Prefix
-from mara_integrations.engine.backends.protocol import Backend, Segment
+from mara_integrations.engine.backends.protocol import Backend, RowSize, Segment
+
+# Siblings that a row holds at most: each has a copy of the whole row.
+_MAX_SIBLINGS = 8
+# Caches of different lengths that are measured.
+_NUM_MEASURED = 3
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class SerialBackend(Backend):
         self._to_logits = logits_function(model)
         self._rows: dict[int, _SerialRow] = {}
         self._next_row = 0
+        self._seen_bytes: dict[int, int] = {}  # of caches, by length
 
     @property
     @override
@@ -87,6 +93,9 @@ class SerialBackend(Backend):
                 hidden.append(self._run(cache, segment.token_ids, row.length))
                 grown.append(replace(row, cache=cache, length=row.length + len(segment.token_ids)))
         self._rows.update(zip((segment.row for segment in segments), grown, strict=True))
+        if len(self._seen_bytes) < _NUM_MEASURED:
+            for row in grown:
+                self._seen_bytes[row.length] = _cache_bytes(row.cache)
         return torch.cat(hidden)
 
     @override
@@ -105,6 +114,33 @@ class SerialBackend(Backend):
     def retract(self, row: int, count: int, *, held: bool) -> None:
         raise AssertionError("ask can_retract first")
 
+    @property
+    @override
+    def max_siblings(self) -> int:
+        return _MAX_SIBLINGS
+
+    @override
+    def drop_siblings(self, row: int) -> None:
+        self._rows[row].branches = []
+
+    @override
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        fixed, each = self._memory
+        return sum((1 + size.num_siblings) * (fixed + size.num_tokens * each) for size in sizes)
+
+    @override
+    def kept_bytes(self, num_tokens: int) -> int | None:
+        return None
+
+    @property
+    def _memory(self) -> tuple[int, int]:
+        """Bytes of a cache, and of each token in it; from the shortest and the longest cache seen so far."""
+        if len(self._seen_bytes) < 2:
+            return 0, 0
+        (short, few), (long, many) = min(self._seen_bytes.items()), max(self._seen_bytes.items())
+        each = (many - few) // (long - short)
+        return max(0, few - each * short), each
+
     @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self._to_logits(hidden)
@@ -121,6 +157,12 @@ class SerialBackend(Backend):
             arguments["position_ids"] = positions
         hidden: Tensor = self._decoder(**arguments).last_hidden_state[0]
         return hidden.to(self.device)  # of a model spread over devices, the last one's
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Memory of the tensors that a cache's layers hold."""
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _snapshot(cache: Any) -> Any:

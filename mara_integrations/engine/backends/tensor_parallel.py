@@ -15,7 +15,7 @@ from mara_integrations.engine.backends.kv_cache import KeptRow
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.backends.prefix_cache import Prefix
 from mara_integrations.engine.backends.probe import probed, why_not_packed
-from mara_integrations.engine.backends.protocol import Backend, Segment
+from mara_integrations.engine.backends.protocol import Backend, RowSize, Segment
 from mara_integrations.errors import ModelError
 from mara_integrations.models import ranks
 
@@ -90,6 +90,23 @@ class SpreadBackend(Backend):
     @override
     def retract(self, row: int, count: int, *, held: bool) -> None:
         ranks.everywhere(_retract, self._parts, row, count, held)
+
+    @property
+    @override
+    def max_siblings(self) -> int:
+        return self._parts.value.max_siblings
+
+    @override
+    def drop_siblings(self, row: int) -> None:
+        self._everywhere("drop_siblings", row)
+
+    @override
+    def bytes_for(self, sizes: Sequence[RowSize]) -> int:
+        return self._parts.value.bytes_for(sizes)  # of this process; the others hold as much
+
+    @override
+    def kept_bytes(self, num_tokens: int) -> int | None:
+        return self._parts.value.kept_bytes(num_tokens)
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:

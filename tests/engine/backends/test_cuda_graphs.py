@@ -34,7 +34,7 @@ class Captures:
         return replay
 
     def store(self):
-        return [t.data_ptr() for pair in self.backend._cache._layers.values() for t in pair]
+        return [t.data_ptr() for pair in self.backend._cache.bucket.layers.values() for t in pair]
 
 
 def graphed(model):

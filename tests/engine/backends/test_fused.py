@@ -92,7 +92,7 @@ def test_what_is_not_exactly_that_shape_takes_the_packed_path_without_a_word(fam
 
 
 def test_too_little_memory_for_a_second_copy_is_no_error(monkeypatch):
-    monkeypatch.setattr("mara_integrations.engine.backends.fused._free_bytes", lambda: 100)
+    monkeypatch.setattr("mara_integrations.engine.backends.fused.free_ram_bytes", lambda: 100)
     backend = make_backend(tiny_model())
     assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
 

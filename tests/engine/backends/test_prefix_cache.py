@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_integrations.engine.backends.packed import PackedBackend
-from mara_integrations.engine.backends.prefix_cache import MIN_TOKENS, PrefixCache, shared
+from mara_integrations.engine.backends.prefix_cache import BLOCK_TOKENS, PrefixCache, shared
 from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
@@ -69,21 +69,21 @@ def test_the_next_turn_of_a_conversation_continues_the_last():
 
 def test_memory_is_bounded_and_the_least_recently_used_goes_first():
     cache = PrefixCache(max_bytes=100)
-    prompts = [[i] * MIN_TOKENS for i in range(4)]
+    prompts = [[i] * BLOCK_TOKENS for i in range(4)]
     for prompt in prompts[:3]:
         cache.add(prompt, lambda: Kept(30))
     cache.longest([*prompts[0], 5])
     cache.add(prompts[3], lambda: Kept(30))
     assert [cache.longest([*p, 5])[1] > 0 for p in prompts] == [True, False, True, True] and cache.num_bytes == 90
-    cache.add([9] * MIN_TOKENS, lambda: Kept(1000))
+    cache.add([9] * BLOCK_TOKENS, lambda: Kept(1000))
     assert cache.num_bytes == 90, "one too large is not kept"
 
 
 def test_their_number_is_bounded_too():
     cache = PrefixCache(max_entries=2)
     for i in range(3):
-        cache.add([i] * MIN_TOKENS, lambda: Kept(1))
-    assert [cache.longest([*[i] * MIN_TOKENS, 5])[1] > 0 for i in range(3)] == [False, True, True]
+        cache.add([i] * BLOCK_TOKENS, lambda: Kept(1))
+    assert [cache.longest([*[i] * BLOCK_TOKENS, 5])[1] > 0 for i in range(3)] == [False, True, True]
 
 
 def test_a_longer_prefix_takes_the_place_of_the_one_it_continues():

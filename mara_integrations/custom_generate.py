@@ -1,7 +1,7 @@
-"""The gated loop as a `custom_generate` function, for those who call `model.generate(...)` of transformers themselves.
+"""Gated decoding as a `custom_generate` function, for code that calls `model.generate(...)` of transformers.
 
-What `generate` prepared is honoured row by row or refused by name: the rows of a batch are decoded together, but none
-waits for another, so what looks at the whole batch at each token has no place here.
+The rows of a batch are decoded together, but no row waits for another. So everything that `generate` prepared is
+applied to each row by itself; what needs the whole batch at each token raises a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from mara_integrations.engine.backends.forward import weights_version
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.request import Constraint, Request
@@ -35,9 +36,9 @@ from mara_integrations.fingerprints import fingerprint
 from mara_integrations.heads.source import HeadSource, place_heads
 from mara_integrations.sampling import Fallback, Selection
 
-_WHOLE_BATCH = "it is made for the rows of one batch, and here each row is decoded by itself"
+_WHOLE_BATCH = "it needs all rows of a batch at once, and each row is decoded by itself"
 _OTHER_FILTER = "candidates are chosen by temperature, top_k and top_p"
-_AFTER_FILTERS = "it changes scores after the candidates were chosen"
+_AFTER_FILTERS = "it changes scores after the candidates are chosen"
 _REFUSED_PROCESSORS = {
     "ClassifierFreeGuidanceLogitsProcessor": "it needs a second forward at each token",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "it needs a second forward at each token",
@@ -58,13 +59,13 @@ _DERIVED = {*_CACHES, "attention_mask", "position_ids", "use_cache", "cache_posi
 
 
 class Streamer(Protocol):
-    """What transformers' streamers do."""
+    """The interface of transformers' streamers."""
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then each token."""
+        """Receive the prompt, then each token."""
 
     def end(self) -> None:
-        """No token follows."""
+        """Learn that no token follows."""
 
 
 def gated_generate(
@@ -84,30 +85,32 @@ def gated_generate(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate under a head: `model.generate(**inputs, custom_generate=gated_generate, head="heads/x")`.
 
-    Greedy decoding takes the candidates the head was trained with; with `do_sample=True` temperature, top-k and top-p
-    are those of the generation config, and the random numbers follow from torch's generator. `generate` keeps a
-    streamer from custom functions, so one is bound: `custom_generate=partial(gated_generate, streamer=streamer)`.
+    Greedy decoding uses the candidate settings that the head was trained with. With `do_sample=True`, temperature,
+    top-k and top-p come from the generation config, and the seed from torch's generator. `generate` does not pass a
+    streamer to custom functions, so bind it: `custom_generate=partial(gated_generate, streamer=streamer)`. Calls from
+    several threads on one model take turns.
 
     Args:
-        model: Any causal language model of transformers; see `make_backend`.
+        model: A causal language model of transformers; see `make_backend`.
         input_ids: Prompts, padded on the left, shape (B, L).
-        logits_processor: Applied to each row's logits before its candidates are chosen.
-        stopping_criteria: Asked after each token of each row, with that row alone.
-        generation_config: Of the call, completed by `generate`.
+        logits_processor: Processors of each row's logits, applied before its candidates are chosen.
+        stopping_criteria: Criteria that are checked after each token of a row, with that row alone.
+        generation_config: Generation config of the call, completed by `generate`.
         head: See `MARAEngine`.
         strength: See `GateParams`.
         selection: See `GateParams`.
         fallback: See `GateParams`.
-        min_candidates: See `SamplingParams`; None is what the head was trained with.
-        streamer: For one row: gets the prompt, then each token.
-        **model_kwargs: The attention mask, and what `generate` derives from it.
+        min_candidates: See `SamplingParams`; None takes the head's own.
+        streamer: Receiver of the prompt, then of each token; for a batch of one row.
+        **model_kwargs: Attention mask, and arguments that `generate` derives from it. An empty cache (`cache`, or
+            `past_key_values` before transformers 5.24) is accepted and ignored.
 
     Returns:
         Prompts and replies, padded on the right with the padding token, shape (B, L + R); in a
         `GenerateDecoderOnlyOutput` where `return_dict_in_generate` asks for one.
 
     Raises:
-        ConfigError: If something was asked for that gating does not do; it names what, and why.
+        ConfigError: If an option is not supported; the message names it and says why.
         HeadError: See `MARAEngine.load`.
         ModelError: See `make_backend`.
 
@@ -152,7 +155,7 @@ def gated_generate(
         )
     replies = _Driver.of(model).run(requests)
     if streamer is not None:
-        if replies[0][-1] in eos_token_ids:  # no follower hears of it
+        if replies[0][-1] in eos_token_ids:  # followers are not told of the end-of-sequence token
             streamer.put(torch.tensor(replies[0][-1:]))
         streamer.end()
     padding = getattr(generation_config, "_pad_token_tensor", None)  # the first end-of-sequence token where none is set
@@ -166,7 +169,7 @@ def gated_generate(
 
 
 class _Reply:
-    """Follows one reply: asks the stopping criteria, feeds the streamer."""
+    """Check the stopping criteria after each token of one reply, and pass the token to the streamer."""
 
     def __init__(self, prompt: Tensor, criteria: StoppingCriteriaList, streamer: Streamer | None) -> None:
         self._ids = prompt.tolist()
@@ -179,7 +182,7 @@ class _Reply:
 
     @property
     def is_needed(self) -> bool:
-        """Somebody listens."""
+        """Whether there are criteria or a streamer."""
         return bool(self._criteria) or self._streamer is not None
 
     def push(self, token_id: int) -> None:
@@ -196,7 +199,7 @@ class _Reply:
 
 
 class _Processed(Constraint):
-    """Logits processors as a constraint on one row; they see the row as `generate` shows it, its padding included."""
+    """Logits processors as a constraint on one row. They see the row with its padding, as in `generate`."""
 
     def __init__(self, prompt: Tensor, processors: LogitsProcessorList) -> None:
         self._ids = prompt.tolist()
@@ -222,7 +225,7 @@ def _check_call(
     for name in _OUTPUTS:
         if config.return_dict_in_generate and getattr(config, name):
             raise ConfigError(
-                f"{name}=True is not to be had: candidates are fed together, so there is none for each step",
+                f"{name}=True is not supported: candidates are scored together, so there is no per-step tensor",
                 hint="`MARAEngine.generate(trace=True)` reports candidates and accept logits",
             )
     for name in _CACHES:
@@ -232,13 +235,16 @@ def _check_call(
                               hint="pass the whole prompt as input_ids, without a cache")  # fmt: skip
     for name, value in model_kwargs.items():
         if value is not None and name not in _DERIVED:
-            raise ConfigError(f"{name}=... is not understood by gated decoding: it is fed token ids alone")
+            raise ConfigError(
+                f"{name}=... is not supported by gated decoding: the model is fed token ids alone",
+                hint="leave it out",
+            )
     if streamer is not None and num_rows > 1:
-        raise ConfigError(f"a streamer follows one row; there are {num_rows}")
+        raise ConfigError(f"a streamer follows one row; the batch has {num_rows}", hint="generate row by row")
 
 
 def _filters(processors: LogitsProcessorList, config: GenerationConfig, vocab_size: int) -> dict[str, Any]:
-    """Candidate settings that these processors stand for."""
+    """Return the candidate settings that these processors stand for."""
     settings: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
         settings = {"temperature": 1.0, "top_k": vocab_size, "top_p": 1.0}
@@ -254,7 +260,7 @@ def _filters(processors: LogitsProcessorList, config: GenerationConfig, vocab_si
 
 
 def _processors_for(row: int, num_rows: int, processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The processors of one row, without the filters that candidates are chosen by."""
+    """Return the processors of one row, without the filters that choose candidates."""
     mine = LogitsProcessorList()
     for processor in processors:
         name = type(processor).__name__
@@ -287,30 +293,28 @@ def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int
 
 
 class _Driver:
-    """A model's backend, kept with the model as long as it lives; a copy of the model makes its own."""
+    """A backend of a model, kept with the model as long as that lives; a copy of the model makes its own."""
+
+    _making = threading.Lock()  # probing a backend replaces the model's attention for a moment
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._backend = make_backend(model, model.name_or_path or "the model")
         self._lock = threading.Lock()
-        self.version = _version(model)
+        self.version = weights_version(model)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Driver:
-        """The one of a model, made anew when its weights or its attention were changed."""
-        driver: _Driver | None = vars(model).get("_mara_driver")
-        if driver is None or driver.version != _version(model):
-            driver = vars(model)["_mara_driver"] = cls(model)
-        return driver
+        """Return the driver of a model, made anew when its weights or its attention were changed."""
+        with cls._making:
+            driver: _Driver | None = vars(model).get("_mara_driver")
+            if driver is None or driver.version != weights_version(model):
+                driver = vars(model)["_mara_driver"] = cls(model)
+            return driver
 
     def run(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Decode to the ends, one call at a time."""
+        """Decode all requests to their ends; calls from several threads take turns."""
         with self._lock:
             return [sequence.token_ids for sequence in Decoder(self._backend).run(requests)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # what copies get
-
-
-def _version(model: PreTrainedModel) -> tuple[Any, ...]:
-    stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-    return model.config._attn_implementation, stamps
+        return type(None), ()  # copies and pickles of the model have no driver

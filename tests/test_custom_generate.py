@@ -166,7 +166,7 @@ def test_a_bound_streamer_gets_prompt_and_tokens(model, batch):
     got = gated(model, one, partial(gated_generate, streamer=recorder), eos_token_id=eos)[0].tolist()
     assert recorder.ended and recorder.heard[0] == [got[:9]]
     assert [token for (token,) in recorder.heard[1:]] == got[9:], "the end-of-sequence token too"
-    with pytest.raises(ConfigError, match="a streamer follows one row; there are 3"):
+    with pytest.raises(ConfigError, match="a streamer follows one row; the batch has 3"):
         gated(model, batch, partial(gated_generate, streamer=recorder))
 
 
@@ -191,7 +191,7 @@ def filled(model):
         ({"logits_processor": [MinPLogitsWarper(0.1)]}, "MinPLogitsWarper"),
         ({"guidance_scale": 2.0}, "second forward"),
         ({"prefix_allowed_tokens_fn": lambda row, ids: [1]}, "PrefixConstrainedLogitsProcessor .* by itself"),
-        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True is not to be had"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True is not supported"),
         ({"attention_mask": torch.tensor([[1] * 9, [1] * 8 + [0], [1] * 9])}, "row 1 .* padded on the left"),
         ({"fallback": "none"}, "fallback='none'"),
         ({"min_candidates": 0}, "min_candidates=0"),
@@ -226,6 +226,25 @@ def test_a_model_that_was_gated_is_copied_as_before(batch):
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     assert gated(twin, batch).tolist() == want
+
+
+def test_a_model_first_used_by_several_threads_gives_each_its_own_tokens(batch):
+    model, head = tiny_model(), random_head(32)
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(
+            pool.map(lambda strength: gated(model, batch, head=head if strength else None).tolist(), (0, 1) * 4)
+        )
+    assert replies == [gated(model, batch).tolist(), gated(model, batch, head=head).tolist()] * 4
+
+
+def test_it_runs_beside_an_engine_on_the_same_model(batch):
+    model, head = tiny_model(), random_head(32)
+    engine = MARAEngine((model, tiny_tokenizer()), head, max_new_tokens=60)
+    alone = engine.generate("hello", raw=True).token_ids, gated(model, batch).tolist()
+    with ThreadPoolExecutor(2) as pool:
+        ours = pool.submit(lambda: [gated(model, batch).tolist() for _ in range(6)])
+        theirs = pool.submit(lambda: [engine.generate("hello", raw=True).token_ids for _ in range(6)])
+    assert (theirs.result(), ours.result()) == ([alone[0]] * 6, [alone[1]] * 6)
 
 
 def test_calls_from_several_threads_take_turns(model, batch):

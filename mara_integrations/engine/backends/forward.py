@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
@@ -49,6 +49,12 @@ def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return logits
 
     return to_logits
+
+
+def weights_version(model: PreTrainedModel) -> Hashable:
+    """Return a value that changes when the weights of a model are changed or moved, or its attention is replaced."""
+    stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return model.config._attn_implementation, stamps
 
 
 def takes(module: nn.Module, argument: str) -> bool:

@@ -1,13 +1,15 @@
 """The layers of a Llama-shaped decoder written out for the CPU: fewer, wider matrices in the order oneDNN reads them.
 
 Gives the hidden states of the model's own code up to float rounding, in about two thirds of its time for one token and
-half for several. Holds a second copy of the weights (int8 layers that are not joined are shared), so the model stays as
-it is for others who hold it; what they change in it afterwards is not seen here.
+half for several. Holds a second copy of the weights (int8 layers that are not joined are shared), one for all backends
+of a model, so the model stays as it is for others who hold it; what they change in it afterwards is not seen here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from typing_extensions import override
 
 from mara_integrations.engine.backends import attention
 from mara_integrations.engine.backends.attention import AttentionSettings, PackedContext
+from mara_integrations.engine.backends.forward import weights_version
 from mara_integrations.engine.backends.memory import free_ram_bytes
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.models.int8 import Int8Linear, is_int8, weight_bytes
@@ -187,13 +190,14 @@ class FusedDecoder:
 
     def _rotations_at(self, positions: Tensor) -> Tensor:
         """Unit complex numbers that rotate pairs at these positions, (T, 1, D/2)."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._rotations):
-            every = torch.arange(max(needed, 2 * len(self._rotations), 256))[None]
+        needed, rotations = int(positions.max()) + 1, self._rotations  # backends in other threads may replace the table
+        if needed > len(rotations):
+            every = torch.arange(max(needed, 2 * len(rotations), 256))[None]
             cos, sin = (table[0, :, None].float() for table in self._rotary_embedding(self._embeddings, every))
             half = self.head_dim // 2
-            self._rotations = torch.complex(cos[..., :half].contiguous(), sin[..., :half].contiguous())
-        return self._rotations[positions]
+            rotations = torch.complex(cos[..., :half].contiguous(), sin[..., :half].contiguous())
+            self._rotations = rotations
+        return rotations[positions]
 
 
 def _norm(norm: Any, order: Tensor | None = None) -> _Norm:
@@ -231,14 +235,50 @@ def _check_memory(decoder: nn.Module) -> None:
         raise ValueError(f"a copy of the weights takes {needed:,} bytes and {free:,} are free")
 
 
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """The second copy of a model's weights, and what it was made of."""
+
+    version: Hashable
+    settings: Mapping[int, AttentionSettings]
+    decoder: FusedDecoder
+    to_logits: Callable[[Tensor], Tensor]
+
+
+class _Copies:
+    """One copy of the weights for each live model, which all its backends share; thread-safe."""
+
+    def __init__(self) -> None:
+        self._by_model: weakref.WeakKeyDictionary[PreTrainedModel, Copy] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, model: PreTrainedModel, to_logits: Callable[[Tensor], Tensor]) -> Copy:
+        """Return the copy, made anew where the weights or the attention of the model have changed."""
+        version, settings = weights_version(model), attention.read_settings(model)
+        with self._lock:
+            copy = self._by_model.get(model)
+            if copy is None or copy.version != version or copy.settings != settings:
+                self._by_model.pop(model, None)  # first the old one goes
+                decoder = FusedDecoder(model, settings)
+                fast = fast_linear(to_logits) if type(to_logits) is nn.Linear else to_logits
+                copy = self._by_model[model] = Copy(version, settings, decoder, fast)
+            return copy
+
+
+_copies = _Copies()
+
+
 class FusedBackend(PackedBackend):
-    """The packed backend with the layers of Llama-shaped models written out, on the CPU in float32."""
+    """The packed backend with the layers of Llama-shaped models written out, on the CPU in float32.
+
+    Attributes:
+        copied: Copy of the model's weights that all its backends share.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._fused = FusedDecoder(model, attention.read_settings(model))
-        if type(self._to_logits) is nn.Linear:
-            self._to_logits = fast_linear(self._to_logits)
+        self.copied = _copies.of(model, self._to_logits)
+        self._fused, self._to_logits = self.copied.decoder, self.copied.to_logits
 
     @override
     def _forward(self, token_ids: Tensor, positions: Tensor, context: attention.PackedContext) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -46,6 +48,26 @@ def test_padding_to_rows_that_kernels_like_changes_no_token(fewest, monkeypatch)
     model = tiny_model()
     requests = list(mixed_requests(model, count=3))
     assert [s.token_ids for s in Decoder(FusedBackend(model)).run(requests)] == references(model, requests)
+
+
+def test_all_backends_of_a_model_share_one_copy_of_its_weights():
+    model = tiny_model()
+    one, two = make_backend(model), make_backend(model)
+    assert one.copied is two.copied
+    assert make_backend(tiny_model()).copied is not one.copied
+
+
+def test_a_changed_model_is_copied_anew_and_the_copy_goes_with_its_model():
+    model = tiny_model()
+    before = weakref.ref(make_backend(model).copied)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    after = weakref.ref(make_backend(model).copied)
+    gc.collect()
+    assert before() is None and after() is not None
+    del model
+    gc.collect()
+    assert after() is None
 
 
 def _scaled_residual(model):

@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from mara_integrations.cli.app import print_err, say
-from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, SystemPrompt, require_extra
+from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, require_extra
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import keyword_arguments
@@ -43,7 +43,10 @@ def serve(
             help="Name of the model in requests.", rich_help_panel=_MODELS, show_default="as in --model, without path"
         ),
     ] = None,
-    system_prompt: SystemPrompt = None,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(help="System prompt for conversations that have none.", rich_help_panel=_MODELS),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,
@@ -95,7 +98,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for keys and values of running replies, as 8GiB; requests wait when it is spent.",
+            help="Memory for keys and values of running replies, as 8GiB; more requests wait.",
             show_default="a share of the free memory",
             rich_help_panel=_LIMITS,
         ),
@@ -111,7 +114,9 @@ def serve(
     ] = None,
     head_cache_bytes: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for heads.", show_default="4GiB", rich_help_panel=_LIMITS),
+        typer.Option(
+            metavar="SIZE", help="Memory for the heads that stay loaded.", show_default="4GiB", rich_help_panel=_LIMITS
+        ),
     ] = None,
     max_body_bytes: Annotated[
         str,
@@ -121,7 +126,9 @@ def serve(
         float,
         typer.Option(min=0.1, help="Seconds in which a body has to arrive (status 408).", rich_help_panel=_LIMITS),
     ] = 30.0,
-    log_level: Annotated[LogLevel, typer.Option(help="info logs each request, warning only what goes wrong.")] = "info",
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Least severe news to log; info has a line for each request.")
+    ] = "info",
 ) -> None:
     """Serve the model and its heads over HTTP, as OpenAI's API does.
 
@@ -208,13 +215,18 @@ def _log_to_stderr(level: LogLevel) -> Iterator[None]:
     """Write our log and uvicorn's to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = {"mara_integrations": level, "uvicorn": "debug" if level == "debug" else "error"}
-    for name, least in loggers.items():
-        logging.getLogger(name).setLevel(least.upper())
-        logging.getLogger(name).addHandler(handler)
+    wanted = getattr(logging, level.upper())
+    loggers = {
+        logging.getLogger("mara_integrations"): wanted,
+        logging.getLogger("uvicorn"): wanted if level == "debug" else logging.ERROR,
+    }
+    before = [(logger, logger.level, logger.handlers) for logger in loggers]
+    for logger, least in loggers.items():
+        logger.setLevel(min(least, logger.level or least))  # --verbose and --debug may ask for more
+        logger.handlers = [handler]
     try:
         yield
     finally:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.NOTSET)
-            logging.getLogger(name).removeHandler(handler)
+        for logger, least, handlers in before:
+            logger.setLevel(least)
+            logger.handlers = handlers

@@ -89,7 +89,9 @@ class Observer:
         endpoint = _ENDPOINTS.get(path, "models" if path.startswith("/v1/models/") else "other")
         self._metrics.count_request(endpoint, status, seconds)
         client = scope["client"][0] if scope.get("client") else "-"
-        tokens = f" {observation.prompt_tokens}+{observation.completion_tokens} tokens" if observation.model else ""
+        tokens = (
+            f", {observation.prompt_tokens} tokens in, {observation.completion_tokens} out" if observation.model else ""
+        )
         model = f" {_printable(observation.model)}" if observation.model else ""
         line = f"{client} {scope['method']} {_printable(path)} {status} {seconds:.2f} s{model}{tokens}"
         access_log.info("%s", line)

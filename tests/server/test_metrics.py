@@ -70,7 +70,7 @@ async def test_each_request_is_a_line_in_the_log(client, caplog):
         await post(client, **{**CHAT, "model": "tiny:brand"})
         await client.get("/%1b[2Jnowhere" + "x" * 1000)
     (first, second) = [record.getMessage() for record in caplog.records]
-    assert "POST /v1/chat/completions 200" in first and "tiny:brand 22+6 tokens" in first
+    assert "POST /v1/chat/completions 200" in first and "tiny:brand, 22 tokens in, 6 out" in first
     assert second.isprintable() and len(second) < 300 and " 404 " in second
 
 

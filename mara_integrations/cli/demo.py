@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mara_integrations.cli.app import print_err
 from mara_integrations.demo import TEST, TRAIN, WORDS
 from mara_integrations.files import check_writable
 
@@ -77,6 +78,9 @@ def _run(console: Console, arguments: list[str]) -> None:
     """
     console.print(f"\n[bold green]$ mara-tools {shlex.join(arguments)}[/]\n", soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", "mara_integrations", *arguments], check=False)
+    if done.returncode < 0:
+        print_err(f"error: mara-tools {arguments[0]} was ended by signal {-done.returncode}", "bold red")
+        raise typer.Exit(128 - done.returncode)
     if done.returncode:
         raise typer.Exit(done.returncode)
 

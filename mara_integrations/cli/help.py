@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 _CHOICES = re.compile(r"[<\[]([^<>\[\]]+(?:\|[^<>\[\]]+)+)[>\]]")
 _RANGE = re.compile(r" (?:range|RANGE)(?=[>\]\s]|$)")
 _AT_LEAST = re.compile(r"x>=([\d.]+)")
+_WIDEST_NAME = 28
 _BETWEEN = re.compile(r"([\d.]+)<=x<=([\d.]+)")
 
 
@@ -49,7 +50,9 @@ def write_text(formatter: Any, text: str) -> None:
     with formatter.indentation():
         for paragraph in text.split("\n\n"):
             formatter.write_paragraph()
-            formatter.write_text(" ".join(paragraph.split()))
+            width = formatter.width - formatter.current_indent
+            for line in textwrap.wrap(" ".join(paragraph.split()), width, break_on_hyphens=False):
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
 def write_panels(command: Any, ctx: Any, formatter: Any) -> None:
@@ -64,7 +67,7 @@ def write_panels(command: Any, ctx: Any, formatter: Any) -> None:
     last = panels.pop("Other options", [])  # --help and the like
     for panel, rows in [*panels.items(), *([("Other options", last)] if last else [])]:
         with formatter.section(_heading(panel)):
-            formatter.write_dl([(_styled(name, fg="cyan"), text) for name, text in rows])
+            _write_rows(formatter, rows)
 
 
 def write_commands(group: Any, ctx: Any, formatter: Any) -> None:
@@ -78,7 +81,19 @@ def write_commands(group: Any, ctx: Any, formatter: Any) -> None:
     width = max((len(name) for rows in panels.values() for name, _ in rows), default=0)
     for panel, rows in panels.items():
         with formatter.section(_heading(panel)):
-            formatter.write_dl([(_styled(name.ljust(width), fg="cyan"), text) for name, text in rows])
+            _write_rows(formatter, [(name.ljust(width), text) for name, text in rows])
+
+
+def _write_rows(formatter: Any, rows: list[tuple[str, str]]) -> None:
+    """Write names and texts in two columns; a long name has a line of its own, and no word is broken at a hyphen."""
+    indent = formatter.current_indent
+    column = min(max(len(name) for name, _ in rows), _WIDEST_NAME) + 2
+    for name, text in rows:
+        lines = textwrap.wrap(text, formatter.width - indent - column, break_on_hyphens=False) or [""]
+        first = "" if len(name) > column - 2 else f"{'':{column - len(name)}}{lines.pop(0)}"
+        formatter.write(f"{'':{indent}}{_styled(name, fg='cyan')}{first}".rstrip() + "\n")
+        for line in lines:
+            formatter.write(f"{'':{indent + column}}{line}\n")
 
 
 def _visible(group: Any, ctx: Any) -> Iterator[tuple[str, Any]]:

@@ -51,6 +51,7 @@ def test_help_fits_eighty_columns_and_names_every_option_whole(name):
 def test_choices_are_listed_in_the_text_where_no_word_is_broken(name, choices):
     said = shown(name)
     assert f"One of {choices}" in " ".join(said.split()) and "|" not in said
+    assert not re.search(r"\w-$", said, re.MULTILINE), "no name is broken at its hyphen"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

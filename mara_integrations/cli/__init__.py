@@ -5,6 +5,7 @@ from __future__ import annotations
 from mara_integrations.cli.app import app, main
 from mara_integrations.cli.chat import chat
 from mara_integrations.cli.demo import demo
+from mara_integrations.cli.distil import distil
 from mara_integrations.cli.evaluate import evaluate_head
 from mara_integrations.cli.generate import explain, generate
 from mara_integrations.cli.heads import convert, inspect_head, merge
@@ -26,3 +27,4 @@ app.command("serve", cls=Command, rich_help_panel=_USE)(serve)
 app.command("inspect", cls=Command, rich_help_panel=_KEEP)(inspect_head)
 app.command("merge", cls=Command, rich_help_panel=_KEEP)(merge)
 app.command("convert", cls=Command, rich_help_panel=_KEEP)(convert)
+app.command("distil", cls=Command, rich_help_panel=_KEEP)(distil)

@@ -47,6 +47,12 @@ def weighted_log_probs(log_probs: Tensor, scores: Tensor, strength: Tensor | flo
     return (log_probs + strength * scores).masked_fill(~live, -torch.inf).log_softmax(-1)
 
 
+def weighted_kl(log_probs: Tensor, scores: Tensor, strength: Tensor | float, live: Tensor) -> Tensor:
+    """KL(gate || base) of each position, exactly, shape (B,), in nats; arguments as in `weighted_log_probs`."""
+    gated = weighted_log_probs(log_probs, scores, strength, live)
+    return (gated.exp() * torch.where(live, gated - log_probs, 0.0)).sum(-1)
+
+
 def tail_values(log_probs: Tensor, scores: Tensor, strength: Tensor | float, live: Tensor) -> Tensor:
     """Value of passing a candidate over: V_k = log of the p-average of exp(strength * q) over the later candidates.
 

@@ -1,0 +1,62 @@
+"""`mara-tools distil`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mara_integrations.cli.app import say
+from mara_integrations.cli.options import Device, Dtype, Model
+from mara_integrations.files import check_writable
+from mara_integrations.progress import ConsoleReporter
+
+
+def distil(
+    head: Annotated[str, typer.Option(help="Head to distil: its folder, a published .pth actor, or a Hub id.")],
+    data: Annotated[Path, typer.Option(help="Prompts that it replies to, in any form that train takes.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new head.")],
+    model: Model = "smollm2",
+    max_replies: Annotated[int, typer.Option(min=2, help="Replies of the teacher; a fifth is held out.")] = 128,
+    max_reply_tokens: Annotated[int, typer.Option(min=2, help="Length of these replies, in tokens.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Turn a head of any form into one of the q form, which needs no forward for the candidates it judges."""
+    from mara_integrations.data import read_prompts
+    from mara_integrations.heads.head import MARAHead
+    from mara_integrations.messages import Conversation
+    from mara_integrations.models.load import ModelSpec, load_model
+    from mara_integrations.runtime import backend_of
+    from mara_integrations.training.distil import distil as distil_head
+
+    check_writable(output)
+    rows = read_prompts(data).rows
+    teacher = MARAHead.from_pretrained(head)
+    loaded = load_model(ModelSpec(model, device, dtype))
+    teacher.check_fits(loaded.hidden_size, loaded.name, head)
+    prompts = list(dict.fromkeys(Conversation(row.prompt, row.tools) for row in rows))[:max_replies]
+    console = Console()
+    found, report = distil_head(
+        teacher.to(loaded.device).eval(),
+        loaded,
+        backend_of(loaded),
+        prompts,
+        max_reply_tokens=max_reply_tokens,
+        seed=seed,
+        reporter=ConsoleReporter(console),
+    )
+    found.config = found.config.model_copy(update={"metrics": {"distil": asdict(report)}})
+    found.save_pretrained(output)
+    say(console, "Head", f"{output}: form q, hidden size {found.config.hidden_size}")
+    say(
+        console,
+        "Held out",
+        f"at {report.positions} positions, KL from the teacher {report.kl:.3f} nats (the base model's "
+        f"{report.base_kl:.3f}); the same token in {report.greedy_agreement:.0%} greedily, in "
+        f"{report.sampled_agreement:.0%} with the same random number",
+    )

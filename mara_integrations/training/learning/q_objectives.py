@@ -1,0 +1,93 @@
+"""What Q-heads are trained to do: pure functions of scores of all candidates of a position.
+
+Positions are rows, candidates columns; where there is no candidate, the log-probability is -inf. The law of the gate is
+known in closed form, so that likelihoods, their ratios to the base model and the KL are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mara_integrations.engine.gate import weighted_kl, weighted_log_probs
+
+# A candidate counts in a regression by its probability under the base model, but at least by this much: what is rare
+# there may be frequent under the gate.
+_LEAST_WEIGHT = 0.02
+
+
+def centred(values: Tensor, log_probs: Tensor) -> Tensor:
+    """Values of candidates less their mean under the base model, (P, K); 0 where there is no candidate.
+
+    Args:
+        values: Shape (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, shape (P, K).
+    """
+    live = log_probs.isfinite()
+    values = values.masked_fill(~live, 0.0)
+    return (values - (log_probs.softmax(-1) * values).sum(-1, keepdim=True)).masked_fill(~live, 0.0)
+
+
+def candidate_advantages(gains: Tensor, follow: Tensor, taken: Tensor, returns: Tensor, log_probs: Tensor) -> Tensor:
+    """How much better each candidate is than what the base model would take, (P, K).
+
+    Args:
+        gains: What each candidate itself changes in the reward of the text, (P, K).
+        follow: A critic's estimate of what follows each candidate, discounted, (P, K).
+        taken: Column of the token that the reply went on with, (P,).
+        returns: Discounted return of that token, its own gain included, which stands in place of the estimate, (P,).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+
+    Source: the optimum of E[Q] - KL / strength is p exp(strength * A), with A = Q - E_p[Q] up to a constant.
+    """
+    values = (gains + follow).scatter(1, taken[:, None], returns[:, None])
+    return centred(values, log_probs)
+
+
+def score_loss(scores: Tensor, targets: Tensor, log_probs: Tensor) -> Tensor:
+    """Mean squared error of scores, weighted by the candidates' probabilities under the base model; a scalar.
+
+    Args:
+        scores: q of candidates, (P, K).
+        targets: What q is to be, (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none or no target is known, (P, K).
+    """
+    live = log_probs.isfinite()
+    weights = log_probs.softmax(-1).clamp_min(_LEAST_WEIGHT).masked_fill(~live, 0.0)
+    return (weights * (scores - targets).square()).sum() / weights.sum()
+
+
+def taken_log_ratios(scores: Tensor, log_probs: Tensor, taken: Tensor, strength: float) -> Tensor:
+    """How much more probable the gate makes the token taken than the base model does, (P,), in nats.
+
+    Args:
+        scores: q of all candidates, (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+        taken: Column of the token taken, (P,).
+        strength: Multiplies q.
+    """
+    gated = weighted_log_probs(log_probs, scores, strength, log_probs.isfinite())
+    return (gated - log_probs).gather(1, taken[:, None])[:, 0]
+
+
+def mean_kl(scores: Tensor, log_probs: Tensor, strength: float) -> Tensor:
+    """Mean KL(gate || base) of positions, a scalar in nats; arguments as in `taken_log_ratios`."""
+    return weighted_kl(log_probs, scores, strength, log_probs.isfinite()).mean()
+
+
+def compliance_loss(scores: Tensor, log_probs: Tensor, offends: Tensor) -> Tensor:
+    """Mean KL of positions from the base model without its offending candidates to the gate, a scalar in nats.
+
+    It is 0 for a gate that never takes an offending candidate and chooses among the others as the base model does. It
+    has no more to say where all candidates offend.
+
+    Args:
+        scores: q of all candidates, (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+        offends: Which candidates break the rule, (P, K), bool.
+    """
+    live = log_probs.isfinite()
+    allowed = live & (~offends | (offends | ~live).all(-1, keepdim=True))
+    wanted = log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    gated = weighted_log_probs(log_probs, scores, 1.0, live)
+    return (wanted.exp() * torch.where(allowed, wanted - gated, 0.0)).sum(-1).mean()

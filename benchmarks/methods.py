@@ -105,14 +105,13 @@ TASKS = {
 def row(label: str, evaluation: Evaluation) -> str:
     """One line of the table."""
     stats, num_tokens = evaluation.gate, evaluation.gated.num_tokens
-    visits = (stats.accepted + stats.rejected + stats.single + stats.forced + stats.fallbacks) / num_tokens
     opinions = [
         f"{name} {_number(found.base_mean)} -> {_number(found.gated_mean)}, preferred {_interval(found.preference)}"
         for name, found in evaluation.rewards.items()
     ]
     ratios = (
         f"perplexity x {evaluation.perplexity_ratio.mean:.2f}, distinct-2 x "
-        f"{evaluation.gated.distinct_2 / evaluation.base.distinct_2:.2f}, {visits:.1f} candidates a token"
+        f"{evaluation.gated.distinct_2 / evaluation.base.distinct_2:.2f}, {stats.fed / num_tokens:.1f} forwards a token"
     )
     return f"{label}: {'; '.join(opinions)}; {ratios}"
 

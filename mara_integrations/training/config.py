@@ -166,8 +166,13 @@ class TrainConfig(Params):
         HeadForm | None, Field(description="Form of the head, see HeadConfig. Default: the method's own.")
     ] = None
     inner_size: Annotated[
-        int, Field(ge=8, description="Width of the head's first hidden layer; the second is a quarter of it.")
-    ] = 1024
+        int | None,
+        Field(
+            ge=8,
+            description="Width of the head's first hidden layer; the second is a quarter of it. Default: 1024, or 256 "
+            "for heads of the q form.",
+        ),
+    ] = None
     epochs: Annotated[int, Field(ge=1, description="Largest number of epochs of a fit.")] = 20
     patience: Annotated[
         int, Field(ge=1, description="Epochs without a lower held-out loss before a fit stops early.")

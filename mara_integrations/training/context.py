@@ -114,10 +114,12 @@ class Run:
     def new_head(self) -> MARAHead:
         """Return an untrained head of the method's form, on the model's device."""
         config, plan = self.config, self.plan
+        size = config.inner_size
+        sizes: dict[str, Any] = {} if size is None else {"inner_sizes": (size, max(1, size // 4))}
         settings = HeadConfig(
             form=plan.method.form,
             hidden_size=self.model.hidden_size,
-            inner_sizes=(config.inner_size, max(1, config.inner_size // 4)),
+            **sizes,
             base_model=self.model.name,
             base_model_fingerprint=self.model.fingerprint,
             top_k=config.top_k,

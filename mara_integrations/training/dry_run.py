@@ -108,12 +108,17 @@ def _num_to_generate(run: Run) -> int:
         is_partial = plan.reward is None or uses_partial_text(run)  # a fitted reward model scores partial text
         fitted, held_out = (len(side.prompts) * side.replies_per_prompt for side in prompt_sides(run, is_partial))
         rounds = num_rounds(run, is_partial)
+        if plan.method.form == "q":  # rounds are sampled and greedy, and greedy replies are looked at in the end
+            greedy = 2 * len(prompt_sides(run, is_partial)[1].prompts) if config.kl_budget is None else 0
+            return fitted + 2 * rounds * (fitted // 4) + (2 + rounds) * held_out + greedy
         return fitted + rounds * (fitted // 4) + (2 + rounds) * held_out
     if plan.source not in ("reward", "rule"):
         return 0
     counts = [len(limited_prompts(run, data)) for data in (plan.train, plan.held_out)]
     corrections = config.correction_rounds if plan.source == "rule" else 0
     each = replies_per_prompt(run) if plan.source == "reward" else min(2, replies_per_prompt(run))
+    if plan.source == "rule" and plan.method.form == "q":  # corrections are sampled and greedy; damage is looked at
+        return counts[0] * (each + 2 * corrections) + counts[1] * (2 * each + corrections)
     return sum(count * (each + corrections) for count in counts)
 
 

@@ -33,6 +33,7 @@ class Method:
     Attributes:
         name: Name on the command line.
         loop: Function that fits a head in place, as `module:function`.
+        q_loop: The same for heads of the `q` form; None where there is none.
         learns_from: Sources of what a good reply is; any one of them is enough.
         form: Form of the head, see `HeadConfig`.
         other_forms: Forms that the settings may choose instead.
@@ -46,6 +47,7 @@ class Method:
 
     name: str
     loop: str
+    q_loop: str | None
     learns_from: tuple[Source, ...]
     form: HeadForm
     other_forms: tuple[HeadForm, ...] = ()
@@ -58,9 +60,11 @@ class Method:
 
     def train(self, run: Run, head: MARAHead) -> MethodResult:
         """Fit a head in place; see the module of the method."""
-        module, _, function = self.loop.partition(":")
-        loop = getattr(import_module(module), function)
-        return cast("Callable[[Run, MARAHead], MethodResult]", loop)(run, head)
+        loop = self.q_loop if self.form == "q" else self.loop
+        assert loop is not None, "the form was checked"
+        module, _, function = loop.partition(":")
+        train = getattr(import_module(module), function)
+        return cast("Callable[[Run, MARAHead], MethodResult]", train)(run, head)
 
 
 # Why the paper's form can't be trained on given replies. Measured on SmolLM2-135M: token labels led 0.9 nats a token
@@ -77,12 +81,14 @@ METHODS: dict[str, Method] = {
         Method(
             name="value",
             loop=f"{_HERE}.value:train",
+            q_loop=f"{_HERE}.q_value:train",
             learns_from=("reward", "pairs", "labels"),
             form="value",
         ),
         Method(
             name="dpo",
             loop=f"{_HERE}.preference:train_dpo",
+            q_loop=f"{_HERE}.q_preference:train_dpo",
             learns_from=("pairs",),
             form="residual",
             max_scale=1.0,  # a likelihood is fitted at scale 1
@@ -90,6 +96,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="kto",
             loop=f"{_HERE}.preference:train_kto",
+            q_loop=f"{_HERE}.q_preference:train_kto",
             learns_from=("labels", "pairs"),
             form="residual",
             max_scale=1.0,
@@ -97,22 +104,27 @@ METHODS: dict[str, Method] = {
         Method(
             name="rloo",
             loop=f"{_HERE}.rloo:train",
+            q_loop=f"{_HERE}.q_rewards:train",
             learns_from=("reward",),
-            form="residual",
+            form="q",
             keeps_candidates=True,
             max_replies=640,
+            other_forms=("residual",),
         ),
         Method(
             name="reward-model",
             loop=f"{_HERE}.reward_model:train",
+            q_loop=f"{_HERE}.reward_model:train",
             learns_from=("pairs", "labels"),
-            form="residual",
+            form="q",
             keeps_candidates=True,
             max_replies=640,
+            other_forms=("residual",),
         ),
         Method(
             name="sac",
             loop=f"{_HERE}.sac:train",
+            q_loop=None,
             learns_from=("reward",),
             form="residual",
             other_forms=("paper",),
@@ -122,11 +134,13 @@ METHODS: dict[str, Method] = {
         Method(
             name="rule",
             loop=f"{_HERE}.rule:train",
+            q_loop=f"{_HERE}.q_rule:train",
             learns_from=("rule",),
-            form="residual",
+            form="q",
             min_candidates=2,  # so that a lone candidate can be rejected
             kl_budget=None,  # a rule holds or does not
             temperature=0.0,  # as applications run it
+            other_forms=("residual",),
         ),
     )
 }
@@ -159,7 +173,9 @@ def choose(
             hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
         )
     if name == "auto":
-        has_many = sources[0] == "pairs" and num_pairs >= MANY_PAIRS and form in (None, METHODS["reward-model"].form)
+        reward_model = METHODS["reward-model"]
+        fits = form in (None, reward_model.form, *reward_model.other_forms)
+        has_many = sources[0] == "pairs" and num_pairs >= MANY_PAIRS and fits
         name = "reward-model" if has_many else AUTO[sources[0]]
     method = _with_form(METHODS[name], form)
     for source in sources:
@@ -176,9 +192,9 @@ def choose(
 def _with_form(method: Method, form: HeadForm | None) -> Method:
     if form is None or form == method.form:
         return method
-    if form in method.other_forms:
+    if form in method.other_forms or (form == "q" and method.q_loop):
         return replace(method, form=form, kl_budget=None if form == "paper" else method.kl_budget)
-    forms = " or ".join(map(repr, (method.form, *method.other_forms)))
+    forms = " or ".join(map(repr, dict.fromkeys((method.form, *method.other_forms, *(["q"] if method.q_loop else [])))))
     reason = f": {_NO_PRIOR}" if form == "paper" else ""
     raise ConfigError(
         f"form={form!r} is not allowed: method {method.name!r} trains heads of the form {forms}{reason}",

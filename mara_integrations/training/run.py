@@ -19,6 +19,7 @@ from mara_integrations.files import write_atomically
 from mara_integrations.heads.card import model_card
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.hub import push_folder
+from mara_integrations.heads.q import QHead
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, RewardLike, reward_name, weighted_rewards
@@ -36,6 +37,7 @@ from mara_integrations.training.resume import finished_head, interrupted_differe
 from mara_integrations.training.rollouts.ray_cluster import import_ray
 from mara_integrations.training.rollouts.ray_workers import RayWorkers
 from mara_integrations.training.rollouts.workers import LocalWorker, RolloutWorkers
+from mara_integrations.training.scoring.q_scale import calibrate_q
 from mara_integrations.training.scoring.ray_rewards import on_ray
 from mara_integrations.training.scoring.reward_files import keep_rewards
 from mara_integrations.training.scoring.scale import calibrate
@@ -158,7 +160,8 @@ def _train(run: Run) -> TrainResult:
         head = run.new_head()
         result = plan.method.train(run, head)  # 2. the method collects replies and fits the head to them
         if result.kl_per_token is None:
-            result = replace(result, kl_per_token=calibrate(run, head))  # 3. scale the head to the KL budget
+            kl = calibrate_q(run, head) if isinstance(head, QHead) else calibrate(run, head)
+            result = replace(result, kl_per_token=kl)  # 3. scale the head to the KL budget
         if not result.rewards and plan.source in ("pairs", "labels"):
             result = replace(result, rewards=fit_judge(run))  # 4. fit a reward model to evaluate the head by
         keep_rewards(config.output, head, result.rewards)  # 5. save reward models

@@ -228,7 +228,7 @@ def test_a_reward_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path
 def test_an_interrupted_run_goes_on_to_the_same_head(interrupting, folder_model, prompts_file, tmp_path):
     settings = {"forbid": tuple("!,."), "replies_each": 4, "eval_prompts": 0}
     whole = train(config(folder_model, prompts_file, tmp_path / "whole", **settings))
-    for stage, after in (("held-out base replies", 2), ("gated replies 1", 3)):
+    for stage, after in (("held-out base replies", 2), ("sampled gated replies 1", 3)):
         with pytest.raises(KeyboardInterrupt):
             train(
                 config(folder_model, prompts_file, tmp_path / "broken", **settings), reporter=interrupting(stage, after)

@@ -28,6 +28,7 @@ def generate_replies(
     head: MARAHead | None = None,
     *,
     is_base: bool = False,
+    temperature: float = 1.0,
 ) -> list[Reply]:
     """Return replies that the model generates, gated where a head is given, prompt by prompt.
 
@@ -42,10 +43,12 @@ def generate_replies(
         head: Head that gates the replies; what it is shown is kept with them.
         is_base: Whether the head is untrained. Its replies are those of the base model, with the candidates that the
             base model passes over.
+        temperature: Temperature of the replies; 0 is greedy.
     """
     size = max(1, _REPLIES_PER_BATCH // replies_per_prompt)
     order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
-    sampling = run.sampling(**({"min_candidates": head.config.min_candidates} if head else {}))
+    changes = {"min_candidates": head.config.min_candidates} if head else {}
+    sampling = run.sampling(temperature=temperature, **changes)
     batches = [
         RolloutBatch(
             [prompts[i] for i in order[start : start + size]],
@@ -88,6 +91,6 @@ def _cache_key(run: Run, batch: RolloutBatch) -> str:
         batch.sampling.model_dump(mode="json"),
         batch.replies_per_prompt,
         batch.seed,
-        batch.head is not None,
+        batch.head and ("q" if batch.head.config.form == "q" else "afterstate"),  # which keep other positions
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -148,7 +148,7 @@ def train_on(run: Run, head: MARAHead, trained_on: str, rewards: Mapping[str, Re
     best: BestRound | None = None
     for number in range(num_rounds(run, is_partial) + 1):
         if best is not None:
-            side = _quarter(train_side, number - 1)
+            side = quarter(train_side, number - 1)
             rounds.append(_experience(run, f"gated replies {number}", side, head, is_partial))
             held_out_rounds.append(best.held_out)
         if is_partial:
@@ -300,7 +300,7 @@ def _experience(
     return Experience(generated, replies, data["rewards"], decisions_of(replies), data["prefixes"], data["gains"])
 
 
-def _quarter(side: PromptSide, number: int) -> PromptSide:
+def quarter(side: PromptSide, number: int) -> PromptSide:
     """Return a quarter of the prompts, another one each round: gated replies cost as much as the base model's."""
     count = max(1, len(side.prompts) // 4)
     prompts = [side.prompts[(number * count + i) % len(side.prompts)] for i in range(count)]

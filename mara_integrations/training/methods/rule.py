@@ -44,7 +44,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
         given, _ = given_replies(run, data)
         if given:
             side += read_states(run, stage, given)
-    _check_violations(run, rule, replies)
+    check_violations(run, rule, replies)
     for number in range(run.config.correction_rounds + 1):
         tables = (rule_table(run.model, replies, rule), rule_table(run.model, held_out, rule))
         with run.fitting(f"fit {number + 1}") as on_epoch:
@@ -52,7 +52,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
         if number < run.config.correction_rounds:
             stage, round_seed = f"gated replies {number + 1}", seed + _ROUND_SEED * (number + 1)
             gated = generate_replies(run, stage, prompts, 1, round_seed, head)
-            num_violating = _num_violating(rule, gated)
+            num_violating = count_violating(rule, gated)
             run.log("correction", round=number + 1, replies=len(gated), violations=num_violating)
             run.say(f"  correction round {number + 1}: {num_violating} of {len(gated)} gated replies break the rule")
             replies += gated
@@ -62,8 +62,13 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     return MethodResult()
 
 
-def _check_violations(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:
-    num_violating = _num_violating(rule, replies)
+def check_violations(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:
+    """Say how many replies break the rule, and refuse to learn from none.
+
+    Raises:
+        DataError: If there is none.
+    """
+    num_violating = count_violating(rule, replies)
     run.say(f"  {num_violating} of {len(replies)} replies break the rule")
     if not num_violating:
         assert run.plan.rule is not None
@@ -73,7 +78,8 @@ def _check_violations(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:
         )
 
 
-def _num_violating(rule: Rule, replies: Sequence[Reply]) -> int:
+def count_violating(rule: Rule, replies: Sequence[Reply]) -> int:
+    """Return the number of replies that break the rule."""
     return sum(bool(rule.violations(reply.text)) for reply in replies)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mara_integrations.errors import DataError
+from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.given import given_replies, read_states
 from mara_integrations.training.collect.rewards import rewarded_replies
@@ -28,6 +29,11 @@ _HELD_OUT_SEED = 500_000  # apart from the seeds of replies to fit on
 
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit V to labels or rewards, and report how well it orders held-out replies."""
+    return MethodResult(fit_and_report(run, head))
+
+
+def fit_and_report(run: Run, head: MARAHead) -> Interval | None:
+    """Fit V in place; return the share of held-out pairs that it orders correctly, see `report_pair_accuracy`."""
     plan, is_binary = run.plan, run.plan.source != "reward"
     if is_binary:
         given, targets = given_replies(run, plan.train)
@@ -61,7 +67,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
             "for other prompts. More data, more consistent labels, a reward or a rule would help.[/]"
         )
     prompts = [reply.prompt_index for reply in held_out]
-    return MethodResult(report_pair_accuracy(run, prompts, reply_values(head, held_out), held_out_targets))
+    return report_pair_accuracy(run, prompts, reply_values(head, held_out), held_out_targets)
 
 
 def value_table(replies: Sequence[Reply], targets: Sequence[float]) -> Table:

@@ -14,6 +14,7 @@ import torch
 from rich.markup import escape
 
 from mara_integrations.data import Dataset
+from mara_integrations.engine.gate import weighted_kl
 from mara_integrations.evaluation.metrics import (
     Interval,
     distinct_n,
@@ -24,12 +25,14 @@ from mara_integrations.evaluation.metrics import (
     wilson,
 )
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import Reward
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import outputs
 from mara_integrations.training.rollouts.decisions import decisions_of
+from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.scale import decisions_kl
 
@@ -59,7 +62,7 @@ class HeldOutComparison:
         distinct_2_ratio: Share of distinct pairs of neighbouring tokens, gated over base.
         kl_per_token: KL(gate || base) on the gated replies, in nats a token.
         forced: Share of tokens that were taken without asking the head: the last candidate left, or the only one.
-        candidates_per_token: Candidates that the gate visited for each token; a lone candidate counts.
+        candidates_per_token: Candidates that were fed for each token; a lone candidate counts.
     """
 
     rewards: dict[str, RewardChange]
@@ -87,20 +90,16 @@ def compare_held_out(
         data: Rows of the prompts.
         prompts: The prompts that `Reply.prompt_index` counts.
         base: Replies of the base model.
-        gated: Replies of the head, which has the residual form, with their positions.
+        gated: Replies of the head, which has the residual or the q form, with their positions.
         head: The head.
     """
     scored = {
         name: opinions(*(score_replies(run, data, prompts, side, reward=reward) for side in (base, gated)))
         for name, reward in rewards.items()
     }
-    decisions, num_tokens = decisions_of(gated), sum(len(reply.token_ids) for reply in gated)
-    scale = head.config.scale
-    with torch.inference_mode():
-        kl = decisions_kl(decisions, outputs(head, decisions.states), scale, scale)
-    visited = sum(len(position.states) for reply in gated for position in reply.positions)
+    num_tokens = sum(len(reply.token_ids) for reply in gated)
+    kl, accepted, candidates = _gate_figures(run, head, gated)
     lone = num_tokens - sum(len(reply.positions) for reply in gated)
-    accepted = int(decisions.accepted.sum())
     distinct = [distinct_n([reply.token_ids for reply in side]) for side in (base, gated)]
     return HeldOutComparison(
         rewards={
@@ -114,8 +113,23 @@ def compare_held_out(
         distinct_2_ratio=distinct[1] / distinct[0] if distinct[0] else 1.0,
         kl_per_token=kl / num_tokens,
         forced=1.0 - accepted / num_tokens,
-        candidates_per_token=(visited + lone) / num_tokens,
+        candidates_per_token=(candidates + lone) / num_tokens,
     )
+
+
+@torch.inference_mode()
+def _gate_figures(run: Run, head: MARAHead, gated: Sequence[Reply]) -> tuple[float, int, int]:
+    """Return KL(gate || base), tokens that the head decided about, and candidates fed, summed over gated replies."""
+    scale = head.config.scale
+    if isinstance(head, QHead):
+        positions = Positions.of(gated)
+        scores = all_scores(head, positions, run.backend.output_embeddings)
+        kl = float(weighted_kl(positions.log_probs, scores, scale, positions.live).sum())
+        return kl, int((positions.taken < positions.live.sum(-1) - 1).sum()), len(positions)
+    decisions = decisions_of(gated)
+    kl = decisions_kl(decisions, outputs(head, decisions.states), scale, scale)
+    fed = sum(len(position.states) for reply in gated for position in reply.positions)
+    return kl, int(decisions.accepted.sum()), fed
 
 
 def report_comparison(run: Run, name: str, comparison: HeldOutComparison) -> None:

@@ -18,6 +18,7 @@ from mara_integrations.rewards import takes_partial_text
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.decisions import taken_rank
+from mara_integrations.training.rollouts.positions import Positions
 from mara_integrations.training.rollouts.replies import Reply, token_texts
 
 
@@ -92,3 +93,44 @@ def candidate_gains(
             if rank < len(position.token_ids) - 1:  # the last candidate is taken without asking
                 gains.append(of_prefix[position.index + 1] - before)
     return torch.tensor(gains)
+
+
+def position_gains(
+    run: Run,
+    data: Dataset,
+    prompts: Sequence[Conversation],
+    replies: Sequence[Reply],
+    prefixes: Sequence[Sequence[float]],
+    positions: Positions,
+) -> Tensor:
+    """Return by how much each candidate of each position raises the reward of the text, (P, K).
+
+    Args:
+        run: A run with a reward.
+        data: Rows of the prompts.
+        prompts: The prompts that `Reply.prompt_index` counts.
+        replies: The replies.
+        prefixes: Rewards of their beginnings, see `prefix_rewards`.
+        positions: Their positions, with the candidates to score.
+    """
+    owners: list[Reply] = []
+    texts: list[str] = []
+    places: list[tuple[int, int]] = []
+    gains = torch.zeros(positions.token_ids.shape)
+    rows = zip(positions.replies.tolist(), positions.places.tolist(), positions.taken.tolist(), strict=True)
+    for row, (index, place, taken) in enumerate(rows):
+        reply, of_reply = replies[index], prefixes[index]
+        before = reply.token_ids[:place]
+        for column in positions.live[row].nonzero()[:, 0].tolist():
+            if column == taken:
+                gains[row, column] = of_reply[place + 1] - of_reply[place]
+                continue
+            owners.append(reply)
+            texts.append(token_texts(run.model, [*before, int(positions.token_ids[row, column])], last=1)[0])
+            places.append((row, column))
+    scores = score_replies(run, data, prompts, owners, texts) if texts else []
+    for (row, column), value in zip(places, scores, strict=True):
+        if value is not None:
+            index, place = int(positions.replies[row]), int(positions.places[row])
+            gains[row, column] = value - prefixes[index][place]
+    return gains

@@ -35,7 +35,7 @@ def calibrate(run: Run, head: MARAHead) -> float:
     pool = distinct_prompts(run, run.plan.train)
     prompts = run.random().sample(pool, min(_NUM_REPLIES, len(pool)))
     decoder = Decoder(run.backend, Scheduler(max_live=8, feeds_all=True))  # every candidate's state is needed
-    assert isinstance(head, AfterstateHead), "heads of the form q have no candidates to feed"
+    assert isinstance(head, AfterstateHead), "heads of the form q have no candidates to feed, see `q_scale`"
     untrained = MARAHead(head.config).to(run.model.device).eval()
     sampling = run.sampling(
         max_new_tokens=min(_NUM_TOKENS, run.config.max_reply_tokens), min_candidates=head.config.min_candidates
@@ -113,7 +113,7 @@ def scale_on_decisions(
     decisions: Decisions, scores: Tensor, budget: float, num_tokens: int, sampled_at: float = 0.0
 ) -> float:
     """Return the largest scale whose KL a token is within the budget; arguments as in `decisions_kl`."""
-    return _largest_scale(lambda scale: decisions_kl(decisions, scores, scale, sampled_at) / num_tokens, budget)
+    return largest_within(lambda scale: decisions_kl(decisions, scores, scale, sampled_at) / num_tokens, budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +162,10 @@ def scale_for_budget(positions: PositionScores, budget: float, num_tokens: int) 
         budget: KL budget, in nats a token.
         num_tokens: Number of tokens of the replies that the positions are from; tokens without a choice count too.
     """
-    return _largest_scale(lambda scale: float(positions.kl(scale).sum()) / num_tokens, budget)
+    return largest_within(lambda scale: float(positions.kl(scale).sum()) / num_tokens, budget)
 
 
-def _largest_scale(kl_at: Callable[[float], float], budget: float) -> float:
+def largest_within(kl_at: Callable[[float], float], budget: float) -> float:
     """Return the largest scale within the budget, by bisection: the KL grows with the scale."""
     low, high = 0.0, MAX_SCALE
     if kl_at(high) <= budget:

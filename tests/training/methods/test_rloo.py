@@ -44,7 +44,7 @@ from mara_integrations.training.scoring.scale import decisions_kl, scale_on_deci
 
 def settings(folder_model, prompts_file, output, **values):
     small = {"max_reply_tokens": 10, "epochs": 4, "inner_size": 32, "eval_prompts": 3, "max_replies": 40, "rounds": 1}
-    named = {"reward": "tests/reward_for_tests.py:vowels", "partial_text": True}
+    named = {"reward": "tests/reward_for_tests.py:vowels", "partial_text": True, "form": "residual"}
     return TrainConfig.of(model=folder_model, data=prompts_file, output=output, **{**small, **named, **values})
 
 

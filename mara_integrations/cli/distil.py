@@ -26,7 +26,13 @@ def distil(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Turn a head of any form into one of the q form, which needs no forward for the candidates it judges."""
+    """Turn a head of any form into one of the q form, which needs no forward for the candidates it judges.
+
+    Examples:
+      mara-tools distil --head heads/voice --data prompts.jsonl --output heads/voice-q
+
+      mara-tools distil --head actor.pth --data prompts.csv --output heads/q
+    """
     from mara_integrations.data import read_prompts
     from mara_integrations.heads.head import MARAHead
     from mara_integrations.messages import Conversation

@@ -29,7 +29,7 @@ def distil(
     """Turn a head of any form into one of the q form, which needs no forward for the candidates it judges.
 
     Examples:
-      mara-tools distil --head heads/voice --data prompts.jsonl --output heads/voice-q
+      mara-tools distil --head heads/voice --data prompts.jsonl --output heads/q
 
       mara-tools distil --head actor.pth --data prompts.csv --output heads/q
     """

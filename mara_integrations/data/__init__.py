@@ -5,6 +5,7 @@ tokens, models or training.
 """
 
 from mara_integrations.data.columns import column_mapping
+from mara_integrations.data.near_copies import near_copies
 from mara_integrations.data.preview import preview
 from mara_integrations.data.reading import Format, read_dataset, read_prompts
 from mara_integrations.data.rows import (
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "column_mapping",
     "gather_columns",
+    "near_copies",
     "preview",
     "prompt_row",
     "read_dataset",

@@ -1,14 +1,15 @@
-"""Columns of other names: where a field of a row is found, and which values of a score are a thumb up."""
+"""Columns of other names: where the fields of a row are found, and which scores count as good."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mara_integrations.data.records import BadRowError, Fields, short
+from mara_integrations.data.records import BadRowError, Fields, is_too_deep, short
 from mara_integrations.errors import ConfigError
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -21,12 +22,12 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where a field is found: a name, or names joined by dots for what lies within; and what makes a score good.
+    """The place of a field: a name, or names joined by dots for nested fields; and the bound of a good score.
 
     Attributes:
-        path: As `question` or `inputs.question`.
-        comparison: As `>=`; None takes the value as it is.
-        bound: The number it is compared with.
+        path: Name or names, as `question` or `inputs.question`.
+        comparison: Comparison with the bound, as `>=`; None takes the value as it is.
+        bound: Number that the value is compared with.
     """
 
     path: str
@@ -34,28 +35,31 @@ class Column:
     bound: float = 0.0
 
     def value_in(self, fields: Fields) -> Any:
-        """The field's value; None where the row has none.
+        """Return the field's value, or whether it is good if there is a comparison; None where the row has none.
 
         Raises:
-            BadRowError: If it has to be compared and is no number.
+            BadRowError: If it is to be compared and is no number.
         """
         found = self._found(fields)
-        return found if found is None or self.comparison is None else self.judged(found)
+        return found if found is None or self.comparison is None else self.is_good(found)
 
     def absent_from(self, fields: Fields) -> bool:
         """Whether the row has no such field."""
         return self._found(fields) is None
 
-    def judged(self, score: Any) -> bool:
+    def is_good(self, score: Any) -> bool:
         """Whether a score is good.
 
         Raises:
             BadRowError: If it is no number.
         """
-        assert self.comparison is not None, "only a column with a comparison judges"
+        assert self.comparison is not None, "only a column with a comparison has good scores"
         try:
-            return _COMPARISONS[self.comparison](float(score), self.bound)
-        except (TypeError, ValueError):
+            number = float(score)
+            if math.isnan(number):
+                raise ValueError
+            return _COMPARISONS[self.comparison](number, self.bound)
+        except (TypeError, ValueError, OverflowError):
             raise BadRowError(
                 f"{self.path!r} is {short(score)}", hint=f"a number is needed for {self.comparison} {self.bound:g}"
             ) from None
@@ -71,7 +75,7 @@ class Column:
 
 
 def column_mapping(texts: Iterable[str]) -> dict[str, str]:
-    """Columns as a command line has them, `prompt=question`, by name.
+    """Return columns by name, from the notation of a command line, `prompt=question`.
 
     Raises:
         ConfigError: If one has no equals sign.
@@ -84,7 +88,7 @@ def column_mapping(texts: Iterable[str]) -> dict[str, str]:
 
 
 def parse_columns(given: Mapping[str, str]) -> dict[str, Column]:
-    """Columns from what a command line says, as `{"prompt": "inputs.question", "label": "stars>=4"}`.
+    """Return columns by name, from the notation `{"prompt": "inputs.question", "label": "stars>=4"}`.
 
     Raises:
         ConfigError: If one is empty.
@@ -101,17 +105,18 @@ def parse_columns(given: Mapping[str, str]) -> dict[str, Column]:
 
 
 def renamed(fields: Fields, columns: Mapping[str, Column]) -> Fields:
-    """A row with its fields under the names they were given; a field that is absent stays absent."""
+    """Return a row with its fields under the names of `columns`; an absent field stays absent."""
     taken = {name: value for name, column in columns.items() if (value := column.value_in(fields)) is not None}
     used = {column.path for column in columns.values()}
     return taken | {name: value for name, value in fields.items() if name not in used and name not in columns}
 
 
 def decoded(value: Any) -> Any:
-    """What a cell of CSV or Parquet holds as JSON text; anything else as it is."""
+    """Return the value of JSON text, as cells of CSV and Parquet hold it; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except ValueError:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
             return value
+        return value if is_too_deep(found) else found
     return value

@@ -1,16 +1,16 @@
-"""Values of a row to messages and tools, in the form that chat templates, TRL and OpenAI's API share."""
+"""Values of a row as messages and tools, in the form that chat templates, TRL and OpenAI's API share."""
 
 from __future__ import annotations
 
 import json
 from typing import Any, get_args
 
-from mara_integrations.data.records import BadRowError, short
+from mara_integrations.data.records import BadRowError, is_too_deep, short
 from mara_integrations.messages import Message, Role, Tool, ToolCall
 
 
 def text_of(name: str, value: Any) -> str:
-    """A text that a tokenizer can encode; the text parts of a content list, joined.
+    """Return a text that a tokenizer can encode; of a list of text parts, the parts joined.
 
     Raises:
         BadRowError: If it is no text, or blank.
@@ -22,18 +22,11 @@ def text_of(name: str, value: Any) -> str:
         raise BadRowError(f"{name!r} is {short(value)}", hint="a string is needed")
     if not value.strip():
         raise BadRowError(f"{name!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            f"{name!r} has {value[error.start]!r} at character {error.start}, half of a surrogate pair",
-            hint="no tokenizer can encode it",
-        ) from None
-    return value
+    return _encodable(name, value)
 
 
 def messages_of(name: str, value: Any) -> tuple[Message, ...]:
-    """A conversation from a list of `{"role", "content"}`, with calls and results of tools.
+    """Return a conversation from a list of `{"role", "content"}`, with calls and results of tools.
 
     Raises:
         BadRowError: If it is no such list; names the message.
@@ -46,10 +39,10 @@ def messages_of(name: str, value: Any) -> tuple[Message, ...]:
 
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
-    """Tools from a list of JSON schemas, or from such a list as JSON text, as TRL keeps it in Parquet.
+    """Return tools from a list of JSON schemas, or from such a list as JSON text, as TRL stores it in Parquet.
 
     Raises:
-        BadRowError: If it is neither, or one has no name.
+        BadRowError: If it is neither, or a tool has no name.
     """
     value = _decoded("tools", value)
     if value is None:
@@ -76,8 +69,8 @@ def _message(name: str, value: Any) -> Message:
         role,
         "" if is_silent and (calls or role == "tool") else text_of(f"{name}.content", content),
         tuple(_call(f"{name}.tool_calls[{i}]", call, f"call_{i}") for i, call in enumerate(calls)),
-        value.get("tool_call_id"),
-        value.get("name") if role == "tool" else None,
+        _optional_text(f"{name}.tool_call_id", value.get("tool_call_id")),
+        _optional_text(f"{name}.name", value.get("name")) if role == "tool" else None,
     )
 
 
@@ -88,7 +81,11 @@ def _call(name: str, value: Any, default_id: str) -> ToolCall:
     arguments = _decoded(f"{name}.arguments", function.get("arguments") or function.get("args") or {})
     if not isinstance(arguments, dict):
         raise BadRowError(f"'{name}.arguments' is {short(arguments)}", hint="an object is needed")
-    return ToolCall(str(value.get("id") or default_id), function["name"], arguments)
+    return ToolCall(
+        _encodable(f"{name}.id", str(value.get("id") or default_id)),
+        _encodable(f"{name}.name", function["name"]),
+        _encodable_json(f"{name}.arguments", arguments),
+    )
 
 
 def _tool(name: str, value: Any) -> Tool:
@@ -96,13 +93,51 @@ def _tool(name: str, value: Any) -> Tool:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError(f"{name!r} is {short(value)}", hint="a tool has a name, a description and parameters")
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    return Tool(function["name"], function.get("description") or "", parameters)
+    if not isinstance(parameters, dict):
+        raise BadRowError(f"'{name}.parameters' is {short(parameters)}", hint="a JSON schema is needed")
+    return Tool(
+        _encodable(f"{name}.name", function["name"]),
+        _optional_text(f"{name}.description", function.get("description")) or "",
+        _encodable_json(f"{name}.parameters", parameters),
+    )
+
+
+def _optional_text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value if value is None else _encodable(name, value)
+    raise BadRowError(f"{name!r} is {short(value)}", hint="a string is needed")
+
+
+def _encodable(name: str, text: str) -> str:
+    """Return a text; refuse halves of surrogate pairs, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{name!r} has {text[error.start]!r} at character {error.start}, half of a surrogate pair",
+            hint="no tokenizer can encode it",
+        ) from None
+    return text
+
+
+def _encodable_json(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Return an object; refuse one that is not JSON or that has halves of surrogate pairs."""
+    try:
+        _encodable(name, json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError) as error:
+        raise BadRowError(
+            f"{name!r} is no JSON: {error}", hint="it may hold text, numbers, lists and objects"
+        ) from None
+    return value
 
 
 def _decoded(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
         raise BadRowError(f"{name!r} is no JSON: {short(value)}", hint="write it with json.dumps") from None
+    if is_too_deep(found):
+        raise BadRowError(f"{name!r} is nested too deep: {short(value)}", hint="no tool needs so many levels")
+    return found

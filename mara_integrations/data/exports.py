@@ -124,7 +124,7 @@ def _judge(
 ) -> tuple[Callable[[Any], bool | None], str]:
     """How a score becomes a label, and in words; None for one that says neither."""
     if label is not None and label.comparison is not None:
-        return label.judged, f", good where {label.comparison} {label.bound:g}"
+        return label.is_good, f", good where {label.comparison} {label.bound:g}"
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) < len(values) or set(numbers) <= {0, 1, -1}:
         return label_of, ""

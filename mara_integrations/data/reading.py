@@ -14,6 +14,7 @@ from mara_integrations.data.exports import Export, check_has_runs, export_of, ro
 from mara_integrations.data.mixture import SUFFIXES, Source, read_mixture
 from mara_integrations.data.records import BadRowError, Fields, Record, read_records, records_of
 from mara_integrations.data.rows import Dataset, Kind, PromptRow, Row, prompt_key, prompt_row
+from mara_integrations.data.suspicions import suspicions
 from mara_integrations.errors import ConfigError, DataError
 
 Format = Literal["auto", "pairs", "labelled", "prompts", "langsmith", "langfuse"]
@@ -77,7 +78,8 @@ def read_dataset(
     if bad:
         shown = "; ".join(f"{source}: {error}" for source, error in bad[:_SHOWN_SKIPS])
         more = f"; and {len(bad) - _SHOWN_SKIPS} more" if len(bad) > _SHOWN_SKIPS else ""
-        notes.append(f"{len(bad)} of {len(records)} rows are skipped: {shown}{more}")
+        notes.append(f"{len(bad)} of {len(records)} rows are left out: {shown}{more}")
+    notes += suspicions(records, rows)
     is_conversational = any(isinstance(record, dict) and _has_messages(record) for _, record in records)
     return Dataset(kind, tuple(rows), path, "conversational" if is_conversational else "standard", tuple(notes))
 

@@ -1,6 +1,6 @@
-"""Files, saved data sets and those of the Hub to numbered records. Knows nothing of what the fields mean.
+"""Files, saved data sets, those of the Hub and Python objects as numbered records; the fields have no meaning here.
 
-A record that can't be read is its own error, so that all bad rows are counted.
+A row that can't be read becomes an error in its place, so that all bad rows are counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from mara_integrations.errors import DataError, MissingExtraError
 
 Fields: TypeAlias = dict[str, Any]
 
+MAX_DEPTH = 100  # of objects and lists within each other; Python's own limit would be a crash later on
+
 
 class BadRowError(Exception):
-    """What is wrong with one row; whoever reads the whole adds the place and the count."""
+    """An error in one row, without its place, which the reader of the whole adds."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -32,8 +34,12 @@ class BadRowError(Exception):
 Record: TypeAlias = tuple[int, "Fields | BadRowError"]
 
 
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object in which a key stands more than once; the last value holds."""
+
+
 def read_records(path: Path) -> Iterator[Record]:
-    """The rows of a source with their numbers, as editors and spreadsheets show them; fields that are null are absent.
+    """Yield the rows of a source, numbered as editors and spreadsheets show them; fields that are null are absent.
 
     Args:
         path: A JSONL, JSON, CSV or Parquet file; a folder that `datasets` saved; or a Hub name. The latter two may end
@@ -83,7 +89,7 @@ def records_of(rows: Any) -> Iterator[Record]:
         raise DataError(f"data is a mapping with {splits}", hint="give one split of it, or a list of rows")
     if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
         raise DataError(f"data is a {type(rows).__name__}", hint="give a list of dicts or a datasets.Dataset")
-    yield from ((number, _present(_without_nulls(row))) for number, row in enumerate(rows, start=1))
+    yield from ((number, _present(row)) for number, row in enumerate(rows, start=1))
 
 
 def _near_files(path: Path) -> str:
@@ -108,7 +114,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
     for line, text in enumerate(_decoded(path).split("\n"), start=1):
         if text.strip():
             try:
-                yield line, _present(json.loads(text))
+                yield line, _present(json.loads(text, object_pairs_hook=_object))
             except (ValueError, RecursionError) as error:
                 where = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
                 hint = "a JSONL file holds one JSON object a line"
@@ -122,7 +128,7 @@ def _json(path: Path) -> Iterator[Record]:
         yield from _jsonl(path)
         return
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{where}: broken JSON: {getattr(error, 'msg', error)}") from None
@@ -182,10 +188,31 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         # Not read_table(): it makes columns of folders named like "a=b" on the way to the file.
         with parquet.ParquetFile(path) as file:
-            rows = file.read().to_pylist()
+            table = file.read()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    yield from ((number, _present(_without_nulls(row))) for number, row in enumerate(rows, start=1))
+    try:
+        rows = table.to_pylist()
+    except (ArithmeticError, ValueError, RecursionError):  # a value that Python can't hold: find the row
+        rows = [_arrow_row(table, index) for index in range(table.num_rows)]
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, BadRowError) else _present(row)
+
+
+def _arrow_row(table: Any, index: int) -> Fields | BadRowError:
+    """Return a row of an Arrow table, value by value. A date that Python can't hold becomes text."""
+    fields: Fields = {}
+    for name in table.column_names:
+        scalar = table[name][index]
+        try:
+            fields[name] = scalar.as_py()
+        except UnicodeDecodeError as error:
+            return BadRowError(f"{name!r} has byte {error.object[error.start]:#04x}, which is not UTF-8")
+        except RecursionError:
+            return _too_deep()
+        except (ArithmeticError, ValueError):
+            fields[name] = str(getattr(scalar, "value", None))
+    return fields
 
 
 # the files by which a folder of `Dataset.save_to_disk` and of `DatasetDict.save_to_disk` is known
@@ -222,7 +249,7 @@ def _rows_of(loaded: Any, name: str, split: str) -> Iterator[Record]:
         loaded = loaded[wanted]
     elif split:
         raise DataError(f"{name!r} has no splits, so {split!r} can't be taken", hint=f"write {name} alone")
-    yield from ((number, _present(_without_nulls(row))) for number, row in enumerate(loaded, start=1))
+    yield from ((number, _present(row)) for number, row in enumerate(loaded, start=1))
 
 
 def _extra(module: str, path: str | Path) -> Any:
@@ -234,21 +261,53 @@ def _extra(module: str, path: str | Path) -> Any:
         ) from error
 
 
+def _present(row: Any) -> Fields | BadRowError:
+    """Return the fields that are not null, at every depth: Arrow gives each object the fields of all rows."""
+    if not isinstance(row, Mapping):
+        return BadRowError(f"the row is {short(row)}", hint="a row is a JSON object")
+    if is_too_deep(row):
+        return _too_deep()
+    fields: Fields = _without_nulls(row)
+    return fields
+
+
 def _without_nulls(value: Any) -> Any:
-    """A value of Arrow, whose structs have the fields of all rows, without those that this row does not have."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, Mapping):
+        kind = RepeatedKeys if isinstance(value, RepeatedKeys) else dict
+        return kind({name: _without_nulls(item) for name, item in value.items() if item is not None})
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _present(row: Any) -> Fields | BadRowError:
-    """The fields that are not null."""
-    if not isinstance(row, dict):
-        return BadRowError(f"the row is {short(row)}", hint="a row is a JSON object")
-    return {name: value for name, value in row.items() if value is not None}
+def is_too_deep(value: Any) -> bool:
+    """Whether objects and lists are nested more than `MAX_DEPTH` levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested: list[Any] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                nested += item.values()
+            elif isinstance(item, list | tuple):
+                nested += item
+        if not nested:
+            return False
+        level = nested
+    return True
+
+
+def _too_deep() -> BadRowError:
+    return BadRowError(f"the row is nested more than {MAX_DEPTH} levels deep", hint="store the inner levels as text")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, marked where a key stands more than once."""
+    fields = dict(pairs)
+    return fields if len(fields) == len(pairs) else RepeatedKeys(fields)
 
 
 def short(value: Any) -> str:
-    """A value as a message can show it."""
-    text = repr(value)
+    """Return a value as a message can show it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

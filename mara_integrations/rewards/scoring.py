@@ -89,7 +89,8 @@ def score(
     except RewardError as error:
         if failure_file is None:
             raise
-        write_atomically(failure_file, json.dumps(offered, ensure_ascii=False, indent=1, default=str) + "\n")
+        content = json.dumps(offered, ensure_ascii=False, indent=1, default=str) + "\n"
+        write_atomically(failure_file, content.encode(errors="backslashreplace"), private=True)
         where = f"its inputs are in {failure_file}"
         raise RewardError(error.message, hint=f"{where}; {error.hint}" if error.hint else where) from error
     if on_parts is not None:

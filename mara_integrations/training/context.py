@@ -128,7 +128,7 @@ class Run:
             system_prompt=config.system_prompt,
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
-            data_fingerprint=plan.train.fingerprint,
+            data_fingerprint=plan.data_fingerprint,
             origin=self.identity.origin(config, plan),
             training=config.described(),
         )

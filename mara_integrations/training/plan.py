@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mara_integrations.data import Dataset, Labelled, column_mapping, read_dataset, read_prompts, split
+from mara_integrations.data import (
+    Dataset,
+    Labelled,
+    column_mapping,
+    near_copies,
+    read_dataset,
+    read_prompts,
+    split,
+)
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
@@ -25,6 +33,8 @@ from mara_integrations.rewards import (
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records.trackers import check_installed
 from mara_integrations.training.registry import Method, Source, choose
+
+FEW_ROWS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +64,12 @@ class Plan:
         why: Why the method was chosen, as a clause.
         train: Rows that the head is fitted on.
         held_out: Rows that it is not fitted on; no prompt is on both sides.
+        data_fingerprint: Hash of the rows to fit on, as they were read.
         rule: The forbidden words; None without them.
         reward: The reward; None without one.
         judges: Rewards that are only reported, by name.
         other_prompts: Prompts to generate replies to, to fit on and held out; None takes those of the data.
+        warnings: What may make the head, or its figures on held-out prompts, worth little; a sentence each.
     """
 
     method: Method
@@ -65,10 +77,12 @@ class Plan:
     why: str
     train: Dataset
     held_out: Dataset
+    data_fingerprint: str
     rule: ForbiddenWords | None
     reward: Reward | None
     judges: Mapping[str, Reward] = field(default_factory=dict)
     other_prompts: tuple[Dataset, Dataset] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> tuple[Dataset, Dataset]:
@@ -139,10 +153,12 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         why=_why(method.name, source, data, rule, reward),
         train=train,
         held_out=held_out,
+        data_fingerprint=train.fingerprint,
         rule=rule,
         reward=reward,
         judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
-        other_prompts=_read_other_prompts(config, inputs, method),
+        other_prompts=(other_prompts := _read_other_prompts(config, inputs, method)),
+        warnings=_warnings(data, *(other_prompts or (train, held_out))),
     )
 
 
@@ -198,6 +214,23 @@ def _why(method: str, source: Source, data: Dataset, rule: ForbiddenWords | None
             return f"{len(data.rows)} preference pairs label their replies good and bad"
         case "labels":
             return f"{len(data.rows)} replies are labelled good or bad"
+
+
+def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> tuple[str, ...]:
+    """Return warnings about little data, and about held-out prompts that are hardly new."""
+    found = []
+    if len(data) < FEW_ROWS:
+        found.append(
+            f"{len(data)} rows are few: a head learns little from them that holds for other prompts, and figures on "
+            f"{len(held_out)} held-out rows are mostly chance"
+        )
+    num_near, num_compared = near_copies(train.rows, held_out.rows)
+    if num_near > num_compared / 4:
+        found.append(
+            f"{num_near} of {num_compared} held-out prompts differ from a prompt to fit on in a few words alone: "
+            "figures on them are better than they would be on new prompts"
+        )
+    return tuple(found)
 
 
 def _check_labels(data: Dataset, train: Dataset, held_out: Dataset) -> None:

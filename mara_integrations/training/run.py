@@ -20,7 +20,7 @@ from mara_integrations.heads.card import model_card
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.hub import push_folder
 from mara_integrations.heads.q import QHead
-from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.models.load import ModelSpec, load_model, read_outline
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, RewardLike, reward_name, weighted_rewards
 from mara_integrations.runtime import MARAEngine, backend_of
@@ -29,6 +29,7 @@ from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
 from mara_integrations.training.identity import Identity
+from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.methods.reward_model import fit_judge
 from mara_integrations.training.plan import Inputs, Plan, make_plan
 from mara_integrations.training.records.metrics_log import MetricsLog
@@ -136,6 +137,9 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         model_kwargs=config.model_kwargs,
         quantization=config.quantization,
     )
+    plan, left_out = without_long_prompts(config, plan, read_outline(spec))
+    if left_out is not None:
+        reporter.say(f"  [yellow]{escape(left_out)}[/]")
     loaded = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(loaded.name)} on {loaded.device}, {loaded.number_format}")
     identity_before, identity = identity, identity.with_model(loaded)
@@ -182,6 +186,8 @@ def _report_plan(config: TrainConfig, plan: Plan, reporter: Reporter) -> None:
         reporter.say(f"[bold]Prompts[/] {escape(str(plan.prompts[0].path))}: {sides}")
     for note in plan.train.notes:
         reporter.say(f"  {escape(note)}")
+    for warning in plan.warnings:
+        reporter.say(f"  [yellow]{escape(warning)}[/]")
 
 
 def _report_interrupted(config: TrainConfig, identity: Identity, reporter: Reporter) -> None:

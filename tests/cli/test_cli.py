@@ -173,7 +173,7 @@ def test_data_of_other_names_is_understood_and_shown_before_training(folder):
     write_rows(folder / "other.jsonl", [*rows, {"ask": "say 12", "chosen": "", "rejected": "xyz"}])
     data = ("--data", "other.jsonl", "--column", "prompt=ask", "--skip-bad-rows")
     said = run("train", "--model", "model", "--output", "on-other", *data, "--eval-prompts", 2, *QUICK).stdout
-    assert "1 of 13 rows are skipped: other.jsonl:13: 'chosen' is empty" in said
+    assert "1 of 13 rows are left out: other.jsonl:13: 'chosen' is empty" in said
     assert "preference pairs, standard, 10 with tools; the first ones, as the model sees them:\n" in said
     assert '  | {"type": "function", "function": {"name": "clock"' in said
     assert "\n  |   chosen: aeiou\n" in said

@@ -367,13 +367,16 @@ class TestBadRows:
         assert "rows.jsonl:2: 'label' is missing; a labelled reply needs" in error_of(path).message
 
     def test_bad_rows_are_left_out_on_demand_and_told_of(self, tmp_path: Path) -> None:
-        path = write_jsonl(tmp_path / "prefs.jsonl", [PAIR, {**PAIR, "chosen": ""}, PAIR, *[{**PAIR, "prompt": 7}] * 3])
+        other = {**PAIR, "prompt": "And the sea?"}
+        path = write_jsonl(
+            tmp_path / "prefs.jsonl", [PAIR, {**PAIR, "chosen": ""}, other, *[{**PAIR, "prompt": 7}] * 3]
+        )
 
         dataset = read_dataset(path, skip_bad_rows=True)
 
         assert [row.source for row in dataset.rows] == [f"{path}:1", f"{path}:3"]
         assert dataset.notes == (
-            f"4 of 6 rows are skipped: {path}:2: 'chosen' is empty; {path}:4: 'prompt' is 7; {path}:5: 'prompt' is 7; "
+            f"4 of 6 rows are left out: {path}:2: 'chosen' is empty; {path}:4: 'prompt' is 7; {path}:5: 'prompt' is 7; "
             "and 1 more",
         )
 

@@ -77,7 +77,7 @@ class TestLangSmithRuns:
         dataset = read(tmp_path, rows)
         assert dataset.rows[0] == Labelled(ASKED, "Until six.", True, f"{tmp_path / 'export.jsonl'}:1")
         assert labels(dataset) == [True, False]
-        assert dataset.notes == ("langsmith export, labelled by the feedback 'user_score'",)
+        assert dataset.notes[0] == "langsmith export, labelled by the feedback 'user_score'"
 
     def test_runs_that_nobody_judged_are_left_out_and_told_of(self, tmp_path: Path) -> None:
         rows = [run(), run(feedback_stats=rated("user_score", 1.0)), run(outputs=None, error="Timeout")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from importlib import import_module
 from typing import get_args
@@ -337,3 +338,42 @@ def test_words_that_never_occur_teach_nothing(folder_model, prompts_file, tmp_pa
     with pytest.raises(DataError, match=r"none of .* replies has a forbidden word"):
         train(config(folder_model, prompts_file, tmp_path / "h", forbid=("supercalifragilistic",)))
     assert not (tmp_path / "h" / "head.safetensors").exists()
+
+
+# --- what is said before anything is loaded ---
+
+
+def test_little_data_and_held_out_prompts_that_are_hardly_new_are_said_aloud(tmp_path):
+    def warnings(prompts):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        return make_plan(TrainConfig.of(data=path, output=tmp_path / "h", forbid=["x"])).warnings
+
+    assert any("3 rows are few" in each for each in warnings(["What?", "Why then?", "How so?"]))
+    templates = [f"How do I return the {thing} I bought?" for thing in map(str, range(40))]
+    assert any("6 of 6 held-out prompts differ from a prompt to fit on" in each for each in warnings(templates))
+    words = [f"{start}{end}" for start in ("ba", "ki", "lo", "mu", "ne", "so") for end in ("n", "rt", "sk", "ll", "x")]
+    varied = [" ".join(random.Random(i).sample(words, 6)) for i in range(40)]
+    assert warnings(varied) == ()
+
+
+@pytest.mark.parametrize("length", [600, 200_000])
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_named_before_the_model_is_loaded(
+    folder_model, prompts_file, tmp_path, monkeypatch, length
+):
+    with prompts_file.open("a") as file:
+        file.write(json.dumps({"prompt": "word " * length}) + "\n")
+    monkeypatch.setattr("mara_integrations.training.run.load_model", lambda spec: pytest.fail("it is loaded"))
+    with pytest.raises(DataError, match=r"prompts.jsonl:21: the prompt is too long .*context window of 512 tokens"):
+        train(config(folder_model, prompts_file, tmp_path / "h", forbid=["e"]))
+    assert not (tmp_path / "h").exists()
+
+
+def test_prompts_that_leave_no_room_can_be_left_out(folder_model, prompts_file, tmp_path):
+    with prompts_file.open("a") as file:
+        file.writelines(json.dumps({"prompt": f"{i} " + "word " * 600}) + "\n" for i in range(9))
+    settings = {"forbid": tuple("!,."), "skip_bad_rows": True, "eval_prompts": 9}
+    result = train(config(folder_model, prompts_file, tmp_path / "h", **settings))
+    assert len(result.evaluation.examples) <= 9
+    origin = result.head.config.origin
+    assert origin.num_rows + origin.num_held_out_rows == 20

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the figures of a run, which its trackers get too; a resumed run goes on where it was interrupted."""
+"""metrics.jsonl: the metrics of a run, which its trackers get too; a resumed run continues the file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mara_integrations.errors import OutputError
 from mara_integrations.files import append_line, write_atomically
 from mara_integrations.training.records.trackers import Tracker, TrackerName, numbers, open_trackers
 
@@ -17,12 +18,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Lines in a head's folder.
+    """The log of metrics in an output folder.
 
-    A resumed run does some of its work again, and says the same of it: what stands there already is not said twice.
+    A resumed run repeats some of its work, and logs the same values: lines that are there already are not added again.
 
     Args:
-        folder: Of the head.
+        folder: The output folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,22 +31,25 @@ class MetricsLog:
         self._started = time.monotonic()
         self._trackers: tuple[Tracker, ...] = ()
         self._counts: Counter[str] = Counter()
-        self._known: Counter[str] = Counter()  # of the interrupted run, not met again yet
+        self._known: Counter[str] = Counter()  # lines of the interrupted run that were not logged again yet
         self._is_open = False
 
     @property
     def elapsed_s(self) -> float:
-        """Of the run, without the time it was interrupted."""
+        """Seconds of the run, without the time it was interrupted."""
         return time.monotonic() - self._started
 
     @contextmanager
     def opened(self, fingerprint: str, track: Sequence[TrackerName], start: Mapping[str, Any]) -> Iterator[None]:
-        """Start the file, or go on with that of an interrupted run; trackers end with the run, however it ends.
+        """Start the file, or continue that of an interrupted run; close the trackers however the run ends.
 
         Args:
-            fingerprint: Of all that decides what the run does.
-            track: Trackers.
-            start: What the first line says, with `config` for the trackers.
+            fingerprint: Hash of everything that decides what the run does.
+            track: Names of trackers.
+            start: Values of the first line; `config` goes to the trackers.
+
+        Raises:
+            OutputError: If the file can't be read or written.
         """
         lines = _lines(self._path)
         run = str(lines[0].get("run", "")) if lines else ""
@@ -53,9 +57,9 @@ class MetricsLog:
         if resumes:
             write_atomically(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))  # no half of a last line
             self._started -= lines[-1]["elapsed_s"]
-            self._known = Counter(_said(line) for line in lines)
+            self._known = Counter(_key(line) for line in lines)
         else:
-            self._path.unlink(missing_ok=True)
+            _remove(self._path)
             run = f"{fingerprint}-{time.time_ns() // 1_000_000:x}"
         self._trackers = open_trackers(track, self._folder, start["config"], run=run, resumes=resumes)
         self._is_open = True
@@ -68,11 +72,11 @@ class MetricsLog:
                 tracker.close()
 
     def log(self, event: str, values: Mapping[str, Any]) -> None:
-        """Add a line, unless the interrupted run had said the same; what is only tried, in a dry run too, adds none."""
+        """Add a line, unless the interrupted run had logged the same. Outside of `opened`, in a dry run, add none."""
         if not self._is_open:
             return
-        if self._known[said := _said({"event": event, **values})]:
-            self._known[said] -= 1
+        if self._known[key := _key({"event": event, **values})]:
+            self._known[key] -= 1
         else:
             self._write(event, values)
             for tracker in self._trackers:
@@ -84,21 +88,37 @@ class MetricsLog:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Those of a file up to the first that is damaged, as the last is when a process is killed while it writes."""
+    """Return the lines of a file up to the first damaged one: a process may be killed while it writes the last."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # absent, a folder, a loop of links
+        return []
+    for text in texts:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict):
+        if not isinstance(line, dict) or not _is_line(line):
             break
         lines.append(line)
     return lines
 
 
-def _said(line: Mapping[str, Any]) -> str:
-    """What a line says: not when, and of numbers three digits, as a GPU does not repeat the last ones."""
+def _is_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line has what each line has."""
+    return isinstance(line.get("event"), str) and isinstance(line.get("elapsed_s"), int | float)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't replace {str(path)!r}: {error.strerror or error}", hint="move it away") from None
+
+
+def _key(line: Mapping[str, Any]) -> str:
+    """Return the values of a line without its time, numbers to three digits: a GPU does not repeat the last ones."""
     values = {name: value for name, value in line.items() if name != "elapsed_s"}
     return json.dumps(_rounded(json.loads(json.dumps(values))), sort_keys=True)
 

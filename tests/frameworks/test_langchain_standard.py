@@ -88,6 +88,12 @@ class _Headed(TestIntegration):
 class TestIntegrationPaper(_Headed):
     form = "paper"
 
+    @pytest.fixture(autouse=True)
+    def strings_without_end(self, request: pytest.FixtureRequest) -> None:
+        if not LARGE and ("structured_output" in request.node.name or "unicode" in request.node.name):
+            why = "it takes the first token it accepts whatever the temperature: a small model then ends no string"
+            request.node.add_marker(pytest.mark.xfail(reason=why))
+
 
 class TestIntegrationResidual(_Headed):
     form = "residual"

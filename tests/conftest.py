@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -44,9 +45,9 @@ class Interrupting(Reporter):
 
 
 class Forwards:
-    """Counts the forwards of a model from now on."""
+    """Counts the forwards of a model from now on, and makes them take some time, as those of a real model do."""
 
-    def __init__(self, monkeypatch, llm):
+    def __init__(self, monkeypatch, llm, pause_s=0.0):
         self.count = self.widest = 0  # sequences in one forward
         self._decoder = worker_for(llm.engine.model).decoder
         feed = self._decoder.backend.feed
@@ -54,6 +55,7 @@ class Forwards:
         def counting(segments):
             self.count += 1
             self.widest = max(self.widest, len(segments))
+            time.sleep(pause_s)
             return feed(segments)
 
         monkeypatch.setattr(self._decoder.backend, "feed", counting)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from mara_integrations.testing import tiny_model, tiny_tokenizer
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,12 +55,12 @@ def test_the_description_on_an_index_has_no_dead_links(wheel):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_demo_runs_to_its_end_on_any_model(python, tmp_path):
-    tiny_model(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-
-    done = python("demo", "--quick", "--model", "model")
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    "MARA_TEST_DEMO" not in os.environ, reason="minutes of the embedded model; MARA_TEST_DEMO=1 runs it"
+)
+def test_the_demo_runs_to_its_end(python, tmp_path):
+    done = python("demo", "--quick")
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/house-style/head_config.json").exists()

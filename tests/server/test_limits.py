@@ -148,7 +148,7 @@ def count_forwards_of(count_forwards, engine):
         def __init__(self):
             self.engine = engine
 
-    return count_forwards(Asking())
+    return count_forwards(Asking(), pause_s=0.003)
 
 
 # --- bodies

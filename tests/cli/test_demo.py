@@ -56,9 +56,7 @@ def test_the_description_on_an_index_has_no_dead_links(wheel):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    "MARA_TEST_DEMO" not in os.environ, reason="minutes of the embedded model; MARA_TEST_DEMO=1 runs it"
-)
+@pytest.mark.skipif("MARA_TEST_DEMO" not in os.environ, reason="takes minutes; MARA_TEST_DEMO=1 runs it")
 def test_the_demo_runs_to_its_end(python, tmp_path):
     done = python("demo", "--quick")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Tool
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.replies.schema_bounds import SchemaBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,16 @@ class ReplyForm:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a choice that can't be met.
+        """Refuse a choice that can't be met, and schemas beyond `SchemaBounds`.
 
         Raises:
-            ConfigError: If `tool_choice` is no tool's name.
+            ConfigError: If `tool_choice` is no tool's name, or a schema or a name is not allowed.
         """
+        bounds = SchemaBounds()
+        for tool in self.tools:
+            _check_tool(tool, bounds)
+        if self.json_schema is not None:
+            bounds.check(self.json_schema, "the schema of the reply")
         names = [tool.name for tool in self.tools]
         if self.tool_choice not in ("auto", "none", *(("any", *names) if names else ())):
             allowed = ", ".join(["auto", "none", "any", *names]) if names else "auto, none: there are no tools"
@@ -179,6 +186,22 @@ def _tool(tool: Mapping[str, Any]) -> Tool:
     if not isinstance(function, Mapping) or "name" not in function:
         raise ConfigError(f"{tool!r} is no function", hint='give {"type": "function", "function": {"name": ...}}')
     return Tool(function["name"], function.get("description") or "", function.get("parameters") or {})
+
+
+_TOOL_NAME = re.compile(r'[^\s"\\<>\x00-\x1f](?:[^"\\<>\x00-\x1f]{0,254}[^\s"\\<>\x00-\x1f])?')
+
+
+def _check_tool(tool: Tool, bounds: SchemaBounds) -> None:
+    if not isinstance(tool.name, str) or not _TOOL_NAME.fullmatch(tool.name):
+        raise ConfigError(
+            f"the tool name {tool.name!r:.80} is not allowed",
+            hint="1 to 256 characters, without quotes, angle brackets, backslashes and control characters",
+        )
+    if not isinstance(tool.description, str):
+        raise ConfigError(f"the description of tool {tool.name!r} is {tool.description!r:.80}", hint="it is a string")
+    bounds.check({"title": tool.name, "description": tool.description}, f"tool {tool.name!r}")
+    if tool.parameters:
+        bounds.check(tool.parameters, f"the parameters of tool {tool.name!r}")
 
 
 def _json(schema: Mapping[str, Any]) -> dict[str, Any]:

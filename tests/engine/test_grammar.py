@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.grammar import Grammar
+from mara_integrations.engine.grammar import LOOK_AHEAD, Grammar
+from mara_integrations.engine.grammar_compiler import GrammarCompiler
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Tool
 from mara_integrations.replies.forms import HERMES, ReplyForm
@@ -196,6 +199,53 @@ def test_the_state_after_certain_text_is_that_of_the_text(engine: MARAEngine) ->
         assert row.log_softmax(-1)[token_id].item() == pytest.approx(log_prob, abs=1e-3)
 
 
+def test_certain_text_is_looked_for_no_farther_than_it_is_soon_written() -> None:
+    state, start, written = grammar({"const": "x" * 8_000}), time.process_time(), 0
+
+    while ahead := state.certain():
+        assert len(ahead) <= LOOK_AHEAD
+        for token_id in ahead:
+            state.mask(logits := torch.zeros(256))
+            assert logits.isfinite().nonzero().flatten().tolist() == [token_id]
+            state.accept(token_id)
+        written += len(ahead)
+
+    assert written > 8_000 - LOOK_AHEAD
+    assert time.process_time() - start < 20  # looking to its end at every position takes many times as long
+
+
+def test_a_slow_grammar_is_given_up_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, engine: MARAEngine) -> None:
+    ended = threading.Event()
+    with monkeypatch.context() as slow:
+        slow.setattr(GrammarCompiler, "_compile", lambda *_: ended.wait(30))
+        slow.setattr("mara_integrations.engine.grammar_compiler.DEADLINE_S", 0.5)
+        start = time.monotonic()
+
+        waiting = [threading.Thread(target=_refused, args=(engine, i)) for i in range(4)]
+        for thread in waiting:
+            thread.start()
+        assert engine.generate(ASK, max_new_tokens=3).token_ids  # others go on meanwhile
+        for thread in waiting:
+            thread.join()
+        assert time.monotonic() - start < 20
+        ended.set()
+
+
+def _refused(engine: MARAEngine, number: int) -> None:
+    with pytest.raises(ConfigError, match=r"longer than 0\.5 s"):
+        engine.generate(ASK, form=ReplyForm(json_schema={"const": number}))
+
+
+def test_a_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, form = tiny_tokenizer(), ReplyForm(json_schema={"const": "once"}).grammar(HERMES)
+    assert form is not None
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 256, "eos_token_ids": [0]}
+    Grammar(form, **settings)
+    monkeypatch.setattr(GrammarCompiler, "_compile", None)
+
+    assert Grammar(form, **settings).certain()
+
+
 def test_a_schema_that_is_none_is_refused(engine: MARAEngine) -> None:
     with pytest.raises(ConfigError, match="can't be made a grammar"):
         engine.generate(ASK, form=ReplyForm(json_schema={"type": "nonsense"}))
@@ -209,6 +259,18 @@ async def test_constrained_and_free_requests_share_a_batch(engine: MARAEngine) -
     together = await asyncio.gather(*(engine.agenerate(ASK, **each) for each in settings))
 
     assert [generation.text for generation in together] == alone
+
+
+@pytest.mark.parametrize("bound", [{}, {"maxLength": 9}, {"pattern": "^.*$"}])
+def test_a_string_holds_no_control_character(bound: dict[str, Any]) -> None:
+    tokenizer, state = tiny_tokenizer(), grammar({"type": "string", **bound})
+    state.accept(tokenizer('"')["input_ids"][0])
+
+    state.mask(logits := torch.zeros(256))
+
+    for character in "\t\n\r\0\x1f":
+        assert logits[tokenizer(character)["input_ids"]].isneginf().all()
+    assert logits[tokenizer("a")["input_ids"]] == 0
 
 
 @pytest.mark.parametrize("word", ["größe", "éa", "a\\xe9", "你好", "\U0001f600f", 'say "a"', "tab\tand\nline", "\\"])

@@ -23,7 +23,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from mara_integrations.errors import ConfigError, MissingExtraError, ModelError
 from mara_integrations.fingerprints import fingerprint
 from mara_integrations.messages import PromptEncoder
-from mara_integrations.models import ranks
+from mara_integrations.models import experimental, ranks
 from mara_integrations.models.devices import choose_device, choose_dtype
 from mara_integrations.models.gguf import converted, copy_of, is_gguf_copy
 from mara_integrations.models.int8 import check_int8, quantize
@@ -130,13 +130,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     decoding random.
 
     Raises:
-        ConfigError: If device, dtype or quantization is unknown, or can't be had for this model on this machine; or if
-            the model is to be spread over processes, and there is one.
+        ConfigError: If device, dtype or quantization is unknown, or can't be had for this model on this machine; if
+            the model is to be spread over processes, and there is one; if that needs a GPU feature which is not turned
+            on; or if `MARA_EXPERIMENTAL` names an unknown feature.
         ModelError: If the model can't be found, reached, read, or is no causal language model.
         MissingExtraError: If a `.gguf` is to be read and the packages for it are absent.
     """
     if isinstance(spec.model, LoadedModel):
         return spec.model
+    experimental.enabled_features()  # an unknown name is said on every machine, before anything is read
     if isinstance(spec.model, tuple | list):
         return _adopt(spec)
     if spec.quantization is not None:
@@ -216,12 +218,19 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
 
 def _join(spec: ModelSpec) -> None:
     """Meet the processes that will hold the model together; of them, only the first comes back."""
+    named = next(name for name in _SPREADING if spec.model_kwargs.get(name) is not None)
     if not ranks.has_others():
-        named = next(name for name in _SPREADING if spec.model_kwargs.get(name) is not None)
         raise ConfigError(
             f"{named}={spec.model_kwargs[named]!r} spreads a model over processes, and there is one",
             hint="`torchrun --nproc-per-node 2 -m mara_integrations ...` starts two; one process spreads it over its "
             "devices by device_map=auto",
+        )
+    accelerator = ranks.accelerator()
+    if accelerator is not None and not experimental.is_enabled("gpu-tensor-parallel"):
+        raise ConfigError(
+            f"{named}={spec.model_kwargs[named]!r} spreads a model over {accelerator} devices; that is experimental, "
+            "since no GPU has run it yet",
+            hint=f"{experimental.VARIABLE}=gpu-tensor-parallel turns it on; device_map=auto makes do with one process",
         )
     ranks.join()
     if spec.device != "auto" and torch.device(spec.device).type != choose_device("auto").type:

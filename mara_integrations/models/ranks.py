@@ -76,6 +76,14 @@ def has_others() -> bool:
     return {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def accelerator() -> str | None:
+    """Return the type of device that each process takes one of, as `cuda`; None where they compute on the CPU."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None or device.type == "mps" else device.type  # Apple's GPUs form no process group
+
+
 def join() -> None:
     """Meet the other processes. The first goes on; the others follow it to its end and do not return."""
     global _control
@@ -85,11 +93,11 @@ def join() -> None:
         import torch
         import torch.distributed as dist
 
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if device is None or device.type == "mps":  # a group of GPUs of Apple there is not
+        kind = accelerator()
+        if kind is None:
             dist.init_process_group("gloo", timeout=_START)
         else:
-            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+            device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
             torch.accelerator.set_device_index(device.index)
             backend = dist.get_default_backend_for_device(device)
             dist.init_process_group(backend, timeout=_START, device_id=device if backend == "nccl" else None)

@@ -4,7 +4,8 @@ A graph runs on fixed shapes and addresses, so a step's segments are laid out as
 tokens a row, rounded up to a few sizes; what pads it is written to a slot that no token sees. Wide steps, as those of
 long prompts, are not for graphs: there the arithmetic hides the launches.
 
-Not run on a GPU so far: the layout is tested on the CPU with the capture replaced by a plain call.
+Experimental, and off unless `MARA_EXPERIMENTAL` names `cuda-graphs`: no GPU has run it so far. The layout is tested on
+the CPU, with the capture replaced by a plain call.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _round_up(count: int, sizes: Sequence[int]) -> int | None:
 
 
 class GraphedBackend(PackedBackend):
-    """The packed backend with its forwards captured as CUDA graphs; see `graphs`.
+    """The packed backend with its forwards captured as CUDA graphs; see `ForwardGraphs`.
 
     Args:
         model: On a CUDA device.

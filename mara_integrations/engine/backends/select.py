@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -16,15 +17,16 @@ from mara_integrations.engine.backends.probe import probed, why_not_packed
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.errors import ModelError
-from mara_integrations.models import ranks
+from mara_integrations.models import experimental, ranks
 
 _log = logging.getLogger(__name__)
 
 
 def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
-    """The fastest backend that a probe shows to compute what the model computes: fused, packed or, slow, serial.
+    """Return the fastest backend that computes what the model computes, as a probe shows: packed or, slow, serial.
 
     Raises:
+        ConfigError: If `MARA_EXPERIMENTAL` names an unknown feature.
         ModelError: If not even the serial one does: the model is not a causal language model we can drive.
     """
     if any(map(ranks.is_spread, model.parameters())):
@@ -34,8 +36,7 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
         )
     reason = why_not_packed(model)
     if not reason:
-        fast = GraphedBackend if model.device.type == "cuda" else FusedBackend
-        for kind in (fast, PackedBackend):
+        for kind in packed_kinds(model.device):
             packed, reason = probed(kind, model)
             if packed is not None:
                 return packed
@@ -49,3 +50,14 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
             hint=f"models of attention layers can; a newer transformers than {transformers.__version__} may know how",
         )
     return serial
+
+
+def packed_kinds(device: torch.device) -> tuple[type[PackedBackend], ...]:
+    """Return the packed backends to try for a model on this device, the fastest first.
+
+    Raises:
+        ConfigError: If `MARA_EXPERIMENTAL` names an unknown feature.
+    """
+    if device.type != "cuda":
+        return FusedBackend, PackedBackend
+    return (GraphedBackend, PackedBackend) if experimental.is_enabled("cuda-graphs") else (PackedBackend,)

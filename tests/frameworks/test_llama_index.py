@@ -293,8 +293,14 @@ def test_half_written_arguments_are_read_as_far_as_they_go(llm: GatedLLM, writte
 
 
 def test_an_answer_without_a_call_is_an_error_where_one_is_needed(caller: GatedLLM) -> None:
+    character_it_writes = caller.complete("hi").text[20]
+    whole = caller.chat([ChatMessage("hi")], stop=[character_it_writes])
     with pytest.raises(ValueError, match="calls no tool"):
-        caller.get_tool_calls_from_response(caller.chat([ChatMessage("hi")]))
+        caller.get_tool_calls_from_response(whole)
+
+    cut = caller.chat([ChatMessage("hi")])
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        caller.get_tool_calls_from_response(cut)
 
 
 async def test_structured_prediction_gives_the_class(caller: GatedLLM) -> None:
@@ -325,7 +331,11 @@ async def test_an_agent_calls_its_tool(caller: GatedLLM) -> None:
         called.append(text)
         return "noted"
 
-    agent = FunctionAgent(llm=caller, tools=[FunctionTool.from_defaults(note)], initial_tool_choice="note")
+    class Note(BaseModel):
+        text: str = Field(max_length=8)  # a random model ends no string by itself
+
+    tool = FunctionTool.from_defaults(note, fn_schema=Note)
+    agent = FunctionAgent(llm=caller, tools=[tool], initial_tool_choice="note")
     await agent.run("hi")
 
     assert len(called) == 1 and called[0]

@@ -25,7 +25,7 @@ from mara_integrations.messages import Conversation
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.progress import Reporter
 from mara_integrations.sampling import GateParams, SamplingParams
-from mara_integrations.training.learning.fit import FitSettings, fit
+from mara_integrations.training.learning.fit import FitSettings, Rows, fit
 from mara_integrations.training.rollouts.positions import Embeddings, Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply, sample_replies
 
@@ -53,7 +53,7 @@ class DistilReport:
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherPositions:
+class TeacherPositions(Rows):
     """Positions, and the teacher's distribution over their candidates.
 
     Attributes:
@@ -63,13 +63,6 @@ class TeacherPositions:
 
     positions: Positions
     log_probs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def take(self, rows: Tensor) -> TeacherPositions:
-        """Return the positions at these indices, in that order."""
-        return TeacherPositions(self.positions.take(rows), self.log_probs[rows])
 
 
 def distil(

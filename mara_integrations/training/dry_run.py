@@ -17,7 +17,7 @@ from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Run
 from mara_integrations.training.identity import Identity
-from mara_integrations.training.methods.rloo import num_rounds, prompt_sides
+from mara_integrations.training.methods.rounds import num_rounds, prompt_sides
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rollouts.replies import GivenReply, read_replies
 from mara_integrations.training.rollouts.workers import RolloutBatch

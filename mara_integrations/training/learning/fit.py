@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, TypeVar
 
 import torch
@@ -50,7 +50,20 @@ Loss = Callable[[MARAHead, ExamplesT], Tensor]  # mean over the examples, a scal
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class Rows:
+    """Examples whose fields, tensors or other `Examples`, have a row for each."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the examples at these indices, in that order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(each[rows] if isinstance(each, Tensor) else each.take(rows) for each in values))
+
+
+@dataclass(frozen=True, slots=True)
+class Table(Rows):
     """N examples of one state each.
 
     Attributes:
@@ -62,13 +75,6 @@ class Table:
     states: Tensor
     targets: Tensor
     weights: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def take(self, rows: Tensor) -> Table:
-        """Return the examples at these indices, in that order."""
-        return Table(self.states[rows], self.targets[rows], self.weights[rows])
 
 
 def outputs(head: MARAHead, states: Tensor) -> Tensor:

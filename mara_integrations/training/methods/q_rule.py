@@ -21,7 +21,7 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.given import given_replies, read_states
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import fit
+from mara_integrations.training.learning.fit import Rows, fit
 from mara_integrations.training.learning.q_objectives import compliance_loss
 from mara_integrations.training.methods.rule import check_violations, count_violating
 from mara_integrations.training.rollouts.positions import Positions, positions_of_given, q_scores
@@ -32,7 +32,7 @@ _OFFENDING_SHARE = 10  # positions with an offence are repeated until they are o
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledCandidates:
+class LabelledCandidates(Rows):
     """Positions, and which of their candidates break the rule.
 
     Attributes:
@@ -42,13 +42,6 @@ class LabelledCandidates:
 
     positions: Positions
     offends: Tensor
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def take(self, rows: Tensor) -> LabelledCandidates:
-        """Return the positions at these indices, in that order."""
-        return LabelledCandidates(self.positions.take(rows), self.offends[rows])
 
     @classmethod
     def join(cls, parts: Sequence[LabelledCandidates]) -> LabelledCandidates:

@@ -17,7 +17,9 @@ from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.rewards import Reward
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.methods import q_rewards, rloo
+from mara_integrations.training.methods.q_rewards import QLearner
+from mara_integrations.training.methods.rloo import ResidualLearner
+from mara_integrations.training.methods.rounds import train_in_rounds
 from mara_integrations.training.scoring.fitted_reward import LabelledText, Preferences, RewardModel
 from mara_integrations.training.scoring.fitted_reward import Pair as TextPair
 from mara_integrations.training.scoring.held_out import reward_accuracy, shown_accuracy
@@ -45,8 +47,11 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     accuracy = _report_accuracy(run, REWARD_MODEL, reward)
     _report_accuracy(run, SECOND_JUDGE, judge)
     with_reward = replace(run, plan=replace(run.plan, reward=reward))
-    train_on = q_rewards.train_on if run.plan.method.form == "q" else rloo.train_on
-    result = train_on(with_reward, head, REWARD_MODEL, {REWARD_MODEL: reward, SECOND_JUDGE: judge})
+    rewards = {REWARD_MODEL: reward, SECOND_JUDGE: judge}
+    if run.plan.method.form == "q":
+        result = train_in_rounds(QLearner(with_reward, head), REWARD_MODEL, rewards)
+    else:
+        result = train_in_rounds(ResidualLearner(with_reward, head), REWARD_MODEL, rewards)
     return replace(result, held_out_accuracy=accuracy)
 
 

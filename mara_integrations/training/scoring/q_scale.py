@@ -18,11 +18,15 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.positions import Positions, all_scores
-from mara_integrations.training.rollouts.replies import sample_replies
-from mara_integrations.training.scoring.scale import MAX_SCALE, largest_within, report_scale, set_scale
+from mara_integrations.training.scoring.scale import (
+    MAX_SCALE,
+    largest_within,
+    replies_to_scale_on,
+    report_scale,
+    set_scale,
+)
 
 _NUM_REPLIES = 24  # that a scale is calibrated on
-_SEED_OFFSET = 7_000_000  # apart from the seeds of replies to learn from
 # Greedy replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.2, 0.93
 # Both worsen with about this power of the scale; measured on SmolLM2-135M.
@@ -56,16 +60,7 @@ def calibrate_q(run: Run, head: QHead) -> float:
     scale, kl = head.config.scale, 0.0
     with run.stage("calibration of the scale", len(gating_heads) * len(prompts)) as advance:
         for gating_head in gating_heads:
-            replies = sample_replies(
-                run.model,
-                Decoder(run.backend),
-                prompts,
-                sampling=sampling,
-                seed=run.config.seed + _SEED_OFFSET,
-                head=gating_head,
-                keep_positions=True,
-                on_reply=advance,
-            )
+            replies = replies_to_scale_on(run, Decoder(run.backend), prompts, sampling, gating_head, advance)
             positions = Positions.of(replies)
             if run.kl_budget is not None:
                 found = scale_within_budget(run, head, positions)

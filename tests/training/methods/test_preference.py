@@ -31,7 +31,7 @@ def planted(num_pairs, seed, group):
     follows = (states[:, 0] > 0) == good.repeat_interleave(counts)
     noise = torch.rand(total, generator=generator) < 0.2
     decisions = Decisions(states.half(), torch.zeros(total), follows ^ noise, torch.zeros(total).long(), counts)
-    return LabelledDecisions(decisions, good, group)
+    return LabelledDecisions(good, group, decisions)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_examples_are_whole_pairs():
         torch.arange(n)[:, None].half(), torch.zeros(n, 2).long(), torch.zeros(n, 2), torch.zeros(n).long(), owners,
         torch.zeros(n).long(), n,
     )  # fmt: skip
-    pairs = LabelledPositions(where, torch.tensor([True, False, True, False]), 2, lambda ids: torch.zeros(len(ids), 1))
+    pairs = LabelledPositions(torch.tensor([True, False] * 2), 2, where, lambda ids: torch.zeros(len(ids), 1))
 
     taken = pairs.take(torch.tensor([1, 0]))
 

@@ -32,8 +32,8 @@ from mara_integrations.training.learning.objectives import (
     discounted_returns,
     look_ahead_advantages,
 )
-from mara_integrations.training.methods import rloo
-from mara_integrations.training.methods.rloo import Episodes, fit_look_ahead
+from mara_integrations.training.methods import rounds
+from mara_integrations.training.methods.rloo import Episodes, ResidualLearner
 from mara_integrations.training.records import store
 from mara_integrations.training.rollouts import workers
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_of, taken_rank
@@ -175,14 +175,14 @@ def test_a_judge_does_not_choose_among_rounds_even_where_the_reward_has_no_opini
     folder_model, prompts_file, tmp_path, monkeypatch
 ):
     first = train(settings(folder_model, prompts_file, tmp_path / "first", rounds=0, eval_prompts=0))
-    compare = rloo.compare_held_out
+    compare = rounds.compare_held_out
 
     def of_judges_alone(*arguments):
         comparison = compare(*arguments)
         del comparison.rewards["vowels"]
         return comparison
 
-    monkeypatch.setattr(rloo, "compare_held_out", of_judges_alone)
+    monkeypatch.setattr(rounds, "compare_held_out", of_judges_alone)
     judge = "tests/reward_for_tests.py:brevity"
     judged = train(settings(folder_model, prompts_file, tmp_path / "judged", rounds=2, eval_prompts=0, judge=judge))
     assert judged.head.fingerprint == first.head.fingerprint, "no round can be told to have helped"
@@ -200,18 +200,18 @@ def test_a_judge_of_the_rewards_name_takes_nothing_from_it(folder_model, prompts
 
 
 def test_rounds_end_where_one_did_not_help_and_the_head_is_as_before(folder_model, prompts_file, tmp_path, monkeypatch):
-    fits = []
+    fits, fit_parts = [], ResidualLearner.fit_parts
 
-    def spoil(run, name, head, fitting, checking):
+    def spoil(learner, name, fitting, checking):
         if fits:
             with torch.no_grad():
-                head.output_linear.bias += 3.0  # of no use: all candidates alike
-                head.output_linear.weight.zero_()
+                learner.head.output_linear.bias += 3.0  # of no use: all candidates alike
+                learner.head.output_linear.weight.zero_()
         else:
-            fit_look_ahead(run, name, head, fitting, checking)
-        fits.append(head.fingerprint)
+            fit_parts(learner, name, fitting, checking)
+        fits.append(learner.head.fingerprint)
 
-    monkeypatch.setattr(rloo, "fit_look_ahead", spoil)
+    monkeypatch.setattr(ResidualLearner, "fit_parts", spoil)
     usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
     result = train(settings(folder_model, prompts_file, tmp_path / "h", rounds=5, eval_prompts=0, **usual))
     assert len(fits) == 2, "of six"

@@ -16,7 +16,7 @@ from typing_extensions import Self, Unpack
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.verify import Verification, verify
-from mara_integrations.engine.reply_form import grammar_for, syntax_for
+from mara_integrations.engine.reply_form import end_tokens, grammar_for, shown_tokens
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
     DecodingSettings,
@@ -36,7 +36,6 @@ from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import Quantization
 from mara_integrations.models.resolve import alias_of
-from mara_integrations.replies.reasoning import CLOSE, OPEN
 from mara_integrations.replies.text import TextStream
 
 __all__ = ["MARAEngine", "backend_of", "worker_for"]
@@ -324,15 +323,14 @@ class MARAEngine:
                 hint="shorten the prompt",
             )
         stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
-        shown = (OPEN, CLOSE, *(syntax_for(self.model).tags if form.tools else ()))
         sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))
         return Request(
             prompt_ids=prompt_ids,
             sampling=sampling,
             gate=resolved.gate,
             head=resolved.head,
-            eos_token_ids=self.model.eos_token_ids,
-            text=TextStream(self.model.tokenizer, stop, shown),
+            eos_token_ids=end_tokens(self.model),
+            text=TextStream(self.model.tokenizer, stop, shown_tokens(self.model, form.tools)),
             constraint=grammar_for(self.model, form),
         )
 

@@ -148,14 +148,14 @@ def within(deadline_s: float, work: Callable[[], _Result]) -> _Result:
 
 
 def _in_one_way(form: Any) -> Any:
-    """A structural tag whose JSON schemas are grammars without free white space."""
+    """A structural tag whose JSON schemas are grammars without free white space; those of tagged arguments stay."""
     import xgrammar
 
     if isinstance(form, list):
         return [_in_one_way(each) for each in form]
     if not isinstance(form, Mapping):
         return form
-    if form.get("type") != "json_schema":
+    if form.get("type") != "json_schema" or form.get("style", "json") != "json":
         return {key: _in_one_way(value) for key, value in form.items()}
     schema = json.dumps(form["json_schema"])
     grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False, separators=(", ", ": "))

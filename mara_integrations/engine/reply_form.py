@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mara_integrations.engine.grammar import Grammar
-from mara_integrations.messages import Message
+from mara_integrations.messages import Message, Tool
 from mara_integrations.models.load import LoadedModel
-from mara_integrations.replies.forms import CallSyntax, ReplyForm, syntax_of
-from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
+from mara_integrations.replies.families import FAMILIES, CallFamily
+from mara_integrations.replies.forms import ReplyForm
+from mara_integrations.replies.harmony import HarmonyReader
+from mara_integrations.replies.reader import ReplyReader, TagReader
+from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts, ThoughtSplitter
 
 
-def syntax_for(model: LoadedModel) -> CallSyntax:
-    """Return the syntax in which a model writes calls, by its chat template."""
-    return syntax_of(getattr(model.tokenizer, "chat_template", None))
+def family_for(model: LoadedModel) -> CallFamily:
+    """Return how a model writes calls, by its chat template."""
+    return FAMILIES[model.encoder.family]
+
+
+def shown_tokens(model: LoadedModel, tools: Sequence[Tool]) -> tuple[str, ...]:
+    """Return the special tokens that are part of a reply's text, because its thoughts and calls are read by them."""
+    family = family_for(model)
+    return (OPEN, CLOSE, *(family.tags if tools or family.name == "harmony" else ()))
+
+
+def end_tokens(model: LoadedModel) -> frozenset[int]:
+    """Return the tokens that end a reply: those of the model, and what its family writes after a call."""
+    end = family_for(model).end
+    token_id = None if end is None else model.tokenizer.get_vocab().get(end)
+    return model.eos_token_ids if token_id is None else model.eos_token_ids | {token_id}
+
+
+def reader_for(model: LoadedModel, form: ReplyForm, *, raw_prompt: str | None = None) -> ReplyReader:
+    """Return what reads a reply of this form; to a raw prompt, the reply begins with thoughts if that ends within."""
+    family, must_call = family_for(model), bool(form.tools) and not form.is_free
+    if family.name == "harmony":
+        return HarmonyReader(must_call)
+    is_open = thoughts_of(model) == "begun" if raw_prompt is None else raw_prompt.rstrip().endswith(OPEN)
+    return TagReader(ThoughtSplitter(is_open), family.reader(form.tools) if form.tools else None, must_call)
 
 
 def thoughts_of(model: LoadedModel) -> Thoughts:
@@ -31,8 +58,8 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
         ConfigError: If a schema can't be made a grammar.
         MissingExtraError: If xgrammar is not installed.
     """
-    grammar = form.grammar(syntax_for(model), thoughts_of(model))
+    grammar = form.grammar(family_for(model), thoughts_of(model))
     if grammar is None:
         return None
     vocab_size = model.model.get_output_embeddings().out_features
-    return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=vocab_size, eos_token_ids=model.eos_token_ids)
+    return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=vocab_size, eos_token_ids=end_tokens(model))

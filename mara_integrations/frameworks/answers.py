@@ -8,12 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from mara_integrations.engine.generation import Generation, TracePosition
-from mara_integrations.engine.reply_form import syntax_for, thoughts_of
+from mara_integrations.engine.reply_form import reader_for
+from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.reader import ReplyReader
-from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import CallParser
 
 
 def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
@@ -35,15 +34,16 @@ def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
     return report
 
 
-def reply_reader(settings: Mapping[str, Any], model: LoadedModel) -> ReplyReader:
-    """Return what reads the reply to a request with these settings."""
+def reply_reader(settings: Mapping[str, Any], model: LoadedModel, prompt: Prompt = ()) -> ReplyReader:
+    """Return what reads the reply to a request.
+
+    Args:
+        settings: Of the request.
+        model: The model that replies.
+        prompt: The prompt, where it may be raw text: that may end within thoughts, as a chat template does.
+    """
     form = settings.get("form") or ReplyForm()
-    parser = None
-    if form.tools:
-        syntax = syntax_for(model)
-        parser = CallParser(syntax, [tool.name for tool in form.tools])
-    splitter = ThoughtSplitter(is_open=thoughts_of(model) == "begun")
-    return ReplyReader(splitter, parser, must_call=bool(form.tools) and not form.is_free)
+    return reader_for(model, form, raw_prompt=prompt if isinstance(prompt, str) else None)
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from mara_integrations.sampling import SamplingParams
 Answer = TypeVar("Answer", ChatResponse, CompletionResponse)
 Model = TypeVar("Model", bound=BaseModel)
 # From the settings of a request to what makes a response of each update
-Answers = Callable[[dict[str, Any]], Callable[..., Answer]]
+Answers = Callable[[dict[str, Any], Prompt], Callable[..., Answer]]
 
 
 class GatedLLM(EngineSettings, FunctionCallingLLM):
@@ -240,16 +240,16 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
     def _generate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
         settings = self._settings_for(prompt, call)
         generation = self.engine.generate(prompt, **settings)
-        return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+        return answers(settings, prompt)(Update(generation.text, generation.token_ids, generation), is_stream=False)
 
     async def _agenerate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
         settings = self._settings_for(prompt, call)
         generation = await self.engine.agenerate(prompt, **settings)
-        return answers(settings)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+        return answers(settings, prompt)(Update(generation.text, generation.token_ids, generation), is_stream=False)
 
     def _stream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Generator[Answer, None, None]:
         settings = self._settings_for(prompt, call)
-        answer = answers(settings)
+        answer = answers(settings, prompt)
         with closing(self.engine.stream(prompt, **settings)) as updates:
             for update in updates:
                 if update.text or update.generation is not None:
@@ -260,7 +260,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         updates = self.engine.astream(prompt, **settings)
 
         async def written() -> AsyncGenerator[Answer, None]:
-            answer = answers(settings)
+            answer = answers(settings, prompt)
             async with aclosing(updates):
                 async for update in updates:
                     if update.text or update.generation is not None:
@@ -268,14 +268,14 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
         return AsyncStream(written(), updates.cancel)
 
-    def _chat_answers(self, settings: dict[str, Any]) -> Callable[..., ChatResponse]:
+    def _chat_answers(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., ChatResponse]:
         """Makes the responses of one request, each with all that was written so far."""
         reader: ReplyReader | None = None  # the model is loaded by the time of the first update
         thoughts = text = ""
 
         def answer(update: Update, is_stream: bool = True) -> ChatResponse:
             nonlocal reader, thoughts, text
-            reader = reader or reply_reader(settings, self.engine.model)
+            reader = reader or reply_reader(settings, self.engine.model, prompt)
             pieces = reader.push(update.text, update.finish_reason)
             thought, delta = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("thoughts", "text"))
             thoughts, text = thoughts + thought, text + delta
@@ -294,15 +294,22 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
         return answer
 
-    def _completions(self, settings: dict[str, Any]) -> Callable[..., CompletionResponse]:
-        """As `_chat_answers`, for raw text."""
-        text = ""
+    def _completions(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., CompletionResponse]:
+        """Make the responses of one completion: as `_chat_answers`, with the text alone.
+
+        Thoughts are no part of the text; they are `additional_kwargs["thinking"]`.
+        """
+        as_chat = self._chat_answers(settings, prompt)
 
         def answer(update: Update, is_stream: bool = True) -> CompletionResponse:
-            nonlocal text
-            text += update.text
-            delta = update.text if is_stream else None
-            return CompletionResponse(text=text, delta=delta, **self._about(update.generation))
+            chat = as_chat(update)
+            thoughts = [block.content or "" for block in chat.message.blocks if isinstance(block, ThinkingBlock)]
+            return CompletionResponse(
+                text=chat.message.content or "",
+                delta=chat.delta if is_stream else None,
+                additional_kwargs={"thinking": "".join(thoughts)} if thoughts else {},
+                raw=chat.raw,
+            )
 
         return answer
 

@@ -4,76 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Tool
+from mara_integrations.replies import harmony
+from mara_integrations.replies.families import CallFamily, schema_of
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts
 from mara_integrations.replies.schema_bounds import SchemaBounds
-
-
-@dataclass(frozen=True, slots=True)
-class CallSyntax:
-    """A call is written `begin name middle arguments end`; `trigger`, its beginning, announces it in free text.
-
-    `lead` stands before one that must be made; in free text a model may leave it out, or write it otherwise. `marks`
-    are all beginnings by which a call is recognised: models are less exact than grammars. `close` ends a call that a
-    tag began. `inner` are tags inside it.
-    """
-
-    trigger: str
-    begin: str
-    middle: str
-    end: str
-    marks: tuple[str, ...]
-    close: str = ""
-    lead: str = ""
-    inner: tuple[str, ...] = ()
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """What may be a special token of the tokenizer, and yet has to be read."""
-        return (*self.marks, self.close, *self.inner)
-
-
-# A mark that begins with a bracket is JSON itself; white space between its parts does not matter.
-HERMES = CallSyntax(
-    "<tool_call>",
-    '<tool_call>\n{"name": "',
-    '", "arguments": ',
-    "}\n</tool_call>",
-    marks=("<tool_call>",),
-    close="</tool_call>",
-)
-
-
-LLAMA = CallSyntax('{"name": "', '{"name": "', '", "parameters": ', "}", marks=("<|python_tag|>", '{"name":'))
-MISTRAL = CallSyntax(
-    '[{"name": "',
-    '[{"name": "',
-    '", "arguments": ',
-    "}]",
-    marks=("[TOOL_CALLS]", '[{"name":'),
-    lead="[TOOL_CALLS] ",
-    inner=("[ARGS]", "[CALL_ID]"),
-)
-
-
-# Since Mistral Small 3.1: nothing but the whole beginning announces a call
-MISTRAL_V11 = replace(MISTRAL, trigger="", begin="", middle="[ARGS]", end="", lead="[TOOL_CALLS]")
-# What a model writes that was shown tools and forgot the tags.
-BARE_CALL = '{"name":'
-
-
-def syntax_of(chat_template: str | None) -> CallSyntax:
-    """The syntax a template was written for; `HERMES`, in which we render tools elsewhere, where it knows none."""
-    template = chat_template or ""
-    if "[TOOL_CALLS]" in template:
-        return MISTRAL_V11 if "[ARGS]" in template else MISTRAL
-    if '"parameters": ' in template and "ipython" in template:
-        return LLAMA
-    return HERMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,31 +79,39 @@ class ReplyForm:
         """Whether a reply may begin with any text."""
         return self.json_schema is None and (not self.tools or self.tool_choice in ("auto", "none"))
 
-    def grammar(self, syntax: CallSyntax, thoughts: Thoughts = "none") -> dict[str, Any] | None:
-        """The structural tag of the replies that are allowed, after thoughts of any length; None: any text."""
-        reply = None if self.json_schema is None else _json(self.json_schema)
-        if self.tools and self.tool_choice != "none":
+    def grammar(self, family: CallFamily, thoughts: Thoughts = "none") -> dict[str, Any] | None:
+        """Return the structural tag of the replies that are allowed; None: any text.
+
+        Args:
+            family: How the model writes calls.
+            thoughts: Where a reply stands when it begins; thoughts may have any length.
+
+        Raises:
+            MissingExtraError: If xgrammar is not installed.
+        """
+        answer = None if self.json_schema is None else _json(self.json_schema)
+        called: list[Tool] = []
+        if self.tool_choice != "none":
             called = [tool for tool in self.tools if self.tool_choice in ("auto", "any", tool.name)]
-            begins = [f"{syntax.begin}{tool.name}{syntax.middle}" for tool in called]
-            tags = [_tag(begin, tool, syntax.end) for begin, tool in zip(begins, called, strict=True)]
-            if self.tool_choice == "auto" and reply is None:
-                several = self.parallel is not False
-                reply = {
-                    "type": "triggered_tags",
-                    "triggers": [syntax.trigger] if syntax.trigger else begins,
-                    "tags": tags,
-                }
-                reply["stop_after_first"] = not several
-            else:
-                tags = [{**tag, "begin": f"{syntax.lead}{tag['begin']}"} for tag in tags]
-                calls: dict[str, Any] = {"type": "or", "elements": tags}
-                if self.parallel:
-                    calls = {"type": "tags_with_separator", "tags": tags, "separator": "\n", "at_least_one": True}
-                is_free = reply is not None and self.tool_choice == "auto"
-                reply = {"type": "or", "elements": [reply, calls]} if is_free else calls
-        if reply is not None and not self.is_free:
-            reply = _after_thoughts(reply, thoughts)
-        return None if reply is None else {"type": "structural_tag", "format": reply}
+        if answer is None and not called:
+            return None
+        if family.name == "harmony":
+            if called:
+                answer = (answer or {"type": "any_text"}) if self.tool_choice == "auto" else None
+            reply = harmony.reply_format([(tool.name, schema_of(tool)) for tool in called], answer)
+        else:
+            reply = _after_thoughts(self._reply(family, called, answer), thoughts)
+        return {"type": "structural_tag", "format": reply}
+
+    def _reply(self, family: CallFamily, called: list[Tool], answer: dict[str, Any] | None) -> dict[str, Any]:
+        if not called:
+            assert answer is not None
+            return answer
+        if self.tool_choice == "auto" and answer is None:
+            return family.free(called, several=self.parallel is not False)
+        calls = family.calls(called, several=bool(self.parallel))
+        is_either = answer is not None and self.tool_choice == "auto"
+        return {"type": "or", "elements": [answer, calls]} if is_either else calls
 
 
 def _after_thoughts(reply: dict[str, Any], thoughts: Thoughts) -> dict[str, Any]:
@@ -175,10 +122,6 @@ def _after_thoughts(reply: dict[str, Any], thoughts: Thoughts) -> dict[str, Any]
     lines = {"type": "grammar", "grammar": 'root ::= "\\n"{0,2}'}
     thought_out = {"type": "sequence", "elements": [tag, lines, reply]}
     return thought_out if thoughts == "begun" else {"type": "or", "elements": [thought_out, reply]}
-
-
-def _tag(begin: str, tool: Tool, end: str) -> dict[str, Any]:
-    return {"type": "tag", "begin": begin, "content": _json(tool.parameters), "end": end}
 
 
 def _tool(tool: Mapping[str, Any]) -> Tool:

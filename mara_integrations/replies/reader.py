@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import Call, CallParser, Piece
+from mara_integrations.replies.tool_calls import Call, CallReader, Piece
+
+
+class ReplyReader(Protocol):
+    """Splits one reply into thoughts, text and calls, in pieces of any size."""
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls read so far."""
+        ...
+
+    def push(self, text: str, finish_reason: str | None = None) -> list[Piece]:
+        """Read more text, and return what is now certain; `finish_reason` is None while the reply goes on."""
+        ...
 
 
 @dataclass(slots=True)
-class ReplyReader:
-    """Split one reply into thoughts, text and calls, in pieces of any size.
+class TagReader:
+    """Reads replies whose thoughts and calls stand between tags; see `ReplyReader`.
 
     Attributes:
         splitter: Separates thoughts from the answer.
@@ -19,7 +33,7 @@ class ReplyReader:
     """
 
     splitter: ThoughtSplitter
-    parser: CallParser | None = None
+    parser: CallReader | None = None
     must_call: bool = False
 
     @property

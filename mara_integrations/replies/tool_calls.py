@@ -1,4 +1,4 @@
-"""Read tool calls out of a reply, token by token."""
+"""Read tool calls that are written as JSON objects out of a reply, token by token."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
-
-from mara_integrations.replies.forms import BARE_CALL, CallSyntax
 
 
 @dataclass(slots=True)
@@ -25,7 +23,7 @@ class Call:
     @property
     def parsed(self) -> dict[str, Any] | None:
         """The arguments, once they are whole."""
-        return None if self.error else _object(self.arguments)
+        return None if self.error else json_object(self.arguments)
 
 
 @dataclass(slots=True)
@@ -37,6 +35,48 @@ class Piece:
     call: Call | None = None
 
 
+class CallReader(Protocol):
+    """Separates calls from the text of one reply while both are written."""
+
+    calls: list[Call]
+
+    def push(self, text: str, *, final: bool = False, is_cut: bool = False) -> list[Piece]:
+        """Read more text; `final`: there is no more, `is_cut`: a call that the reply ends with is not whole."""
+        ...
+
+    def cut_before_call(self) -> list[Piece]:
+        """Report a call of which nothing was written before the reply was cut."""
+        ...
+
+
+def new_call(calls: list[Call], name: str, call_id: str | None = None) -> Piece:
+    """Add a call to those of a reply, and return its first piece."""
+    calls.append(Call(len(calls), call_id or f"call_{uuid4().hex[:24]}", name))
+    return Piece(call=replace(calls[-1]))
+
+
+def more_arguments(call: Call, arguments: str) -> Piece:
+    """Add to the arguments of a call, and return the piece that says so."""
+    call.arguments += arguments
+    return Piece(call=replace(call, arguments=arguments))
+
+
+@dataclass(frozen=True, slots=True)
+class JSONMarks:
+    """How a family begins and ends calls that are JSON objects.
+
+    Attributes:
+        marks: What a call begins with; models are less exact than grammars, so there may be several. One that begins
+            with a bracket is JSON itself, and white space between its parts does not matter.
+        close: What ends a call that a tag began.
+    """
+
+    marks: tuple[str, ...]
+    close: str = ""
+
+
+# What a model writes that was shown tools and forgot the tags.
+BARE_CALL = '{"name":'
 CUT = "max_tokens cut the reply before this call was whole: raise max_tokens"
 
 
@@ -55,12 +95,12 @@ class CallParser:
     text.
 
     Attributes:
-        syntax: Of the model.
+        syntax: Of the model's family.
         names: Of the tools that it was given; with them, a reply that is a call without its tag is understood too.
         calls: Those found so far.
     """
 
-    syntax: CallSyntax
+    syntax: JSONMarks
     names: Collection[str] = ()
     calls: list[Call] = field(default_factory=list)
     _part: Literal["text", "head", "arguments", "rest", "end"] = field(default="text", init=False)
@@ -69,7 +109,7 @@ class CallParser:
     _in_list: bool = field(default=False, init=False)
     _in_object: bool = field(default=False, init=False)
     _is_first: bool = field(default=True, init=False)  # no text was given yet
-    _json: _JSONEnd = field(default_factory=lambda: _JSONEnd(), init=False)
+    _json: JSONEnd = field(default_factory=lambda: JSONEnd(), init=False)
     _held: str = field(default="", init=False)
     _ends_with_call: bool = field(default=False, init=False)
 
@@ -129,7 +169,7 @@ class CallParser:
         if header is None and self._is_tagged:
             header = _OPENED_V11.match(self._held)
         if header is not None and self._may_be(header[1]):
-            self._held, self._json, self._part = self._held[header.end() :], _JSONEnd(), "arguments"
+            self._held, self._json, self._part = self._held[header.end() :], JSONEnd(), "arguments"
             return [self._open(header[1])]
         end = self._end_of_body()
         if end is None and not final:
@@ -155,7 +195,7 @@ class CallParser:
             self._part = "rest" if self._in_object else "end"
             if self.calls[-1].parsed is None:
                 self.calls[-1].error = "the arguments are not valid JSON"
-            self._json = _JSONEnd(depth=1)
+            self._json = JSONEnd(depth=1)
         return pieces
 
     def _rest(self, final: bool) -> list[Piece] | None:
@@ -182,7 +222,7 @@ class CallParser:
 
     def _end_of_body(self) -> int | None:
         if self._held.startswith("{"):
-            json_end = _JSONEnd()
+            json_end = JSONEnd()
             end = json_end.find(self._held)
             return end if json_end.is_over else None
         end = self._held.find(self.syntax.close) if self.syntax.close else -1
@@ -199,12 +239,10 @@ class CallParser:
 
     def _open(self, name: str) -> Piece:
         self._ends_with_call = True
-        self.calls.append(Call(len(self.calls), f"call_{uuid4().hex[:24]}", name))
-        return Piece(call=replace(self.calls[-1]))
+        return new_call(self.calls, name)
 
     def _add(self, arguments: str) -> Piece:
-        self.calls[-1].arguments += arguments
-        return Piece(call=replace(self.calls[-1], arguments=arguments))
+        return more_arguments(self.calls[-1], arguments)
 
     def _give(self, end: int) -> list[Piece]:
         text, self._held = self._held[:end], self._held[end:]
@@ -214,7 +252,7 @@ class CallParser:
 
 
 @dataclass(slots=True)
-class _JSONEnd:
+class JSONEnd:
     """Finds where a JSON object ends, over any number of pieces; a tag outside a string ends it too."""
 
     depth: int = 0
@@ -257,7 +295,8 @@ def _match(text: str, place: int, mark: str) -> int | None:
     return end
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def json_object(text: str) -> dict[str, Any] | None:
+    """Return the object that a text is; None: it is no JSON, or no object."""
     try:
         loaded = json.loads(text, strict=False)  # in free text a string may hold a raw tab
     except (ValueError, RecursionError):
@@ -267,11 +306,11 @@ def _object(text: str) -> dict[str, Any] | None:
 
 def _call_of(body: str, is_tagged: bool) -> tuple[str, str] | None:
     """Name and arguments of a call whose JSON is in another order or form than usual."""
-    call = _object(body) or {}
+    call = json_object(body) or {}
     call = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = call.get("arguments", call.get("parameters", {} if is_tagged else None))
     if isinstance(arguments, str):
-        arguments = _object(arguments)
+        arguments = json_object(arguments)
     if not isinstance(call.get("name"), str) or not call["name"] or not isinstance(arguments, dict):
         return None
     return call["name"], json.dumps(arguments, ensure_ascii=False)

@@ -14,10 +14,13 @@ from mara_integrations.engine.grammar import LOOK_AHEAD, Grammar
 from mara_integrations.engine.grammar_compiler import GrammarCompiler
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Tool
-from mara_integrations.replies.forms import HERMES, ReplyForm
+from mara_integrations.replies.families import FAMILIES
+from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.tool_calls import CallParser
 from mara_integrations.runtime import MARAEngine, worker_for
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model, tiny_tokenizer
+
+HERMES = FAMILIES["qwen_3"]
 
 TAG = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
 JOKE = {
@@ -113,7 +116,7 @@ def test_a_token_that_is_forced_is_taken_unasked(engine: MARAEngine) -> None:
 def test_a_forced_call_is_one_call(engine: MARAEngine, choice: str) -> None:
     reply = engine.generate(ASK, form=ReplyForm(TOOLS, choice), temperature=1.5, seed=1, max_new_tokens=120)
 
-    parser = CallParser(HERMES)
+    parser = CallParser(HERMES.marks)
     assert parser.push(reply.text, final=True)[0].text == ""
     (call,) = parser.calls
     assert call.parsed is not None

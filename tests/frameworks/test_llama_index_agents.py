@@ -371,3 +371,11 @@ async def test_thoughts_are_streamed_apart() -> None:
     responses = [response async for response in await llm.astream_chat([ChatMessage("Is it?")])]
     assert "".join(r.additional_kwargs.get("thinking_delta", "") for r in responses) == "A cat?"
     assert "".join(r.delta or "" for r in responses) == "Yes."
+
+
+async def test_a_completion_is_the_answer_without_its_thoughts() -> None:
+    llm = scripted(lambda prompt: "<think>\nA cat?\n</think>\n\nYes.")
+
+    for whole in (llm.complete("Is it?"), await llm.acomplete("Is it?"), [*llm.stream_complete("Is it?")][-1]):
+        assert whole.text == "Yes." and whole.additional_kwargs == {"thinking": "A cat?"}
+    assert "".join(part.delta or "" for part in llm.stream_complete("Is it?")) == "Yes."

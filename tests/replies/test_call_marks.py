@@ -18,11 +18,26 @@ MISTRAL = "{{ tools }}{# [TOOL_CALLS] #}" + PLAIN
 MISTRAL_V11 = "{{ tools }}{# [TOOL_CALLS] [ARGS] #}" + PLAIN
 LLAMA = '{{ tools }}{# ipython "parameters": #}' + PLAIN
 HERMES = "{{ tools }}{# <tool_call> #}" + PLAIN
+DEEPSEEK = "{{ tools }}{# <｜tool▁calls▁begin｜> #}" + PLAIN
+KIMI = "{{ tools }}{# <|tool_calls_section_begin|> #}" + PLAIN
+QWEN_CODER = "{{ tools }}{# <tool_call>\n<function= #}" + PLAIN
+GLM = "{{ tools }}{# <tool_call> <arg_key> #}" + PLAIN
+HARMONY = "{{ tools }}{# <|channel|> <|message|> #}" + PLAIN
 THINKING = "{# <think> #}" + PLAIN
 BEGUN = PLAIN + "{{ '<think>\n' }}"
 OFF = PLAIN + "{{ '<think>\n\n</think>\n\n' }}"
 
 SPECIAL = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|im_start|>"]
+SPECIAL += [
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+]
+SPECIAL += ["<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"]
+SPECIAL += ["<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
+SPECIAL += ["<|constrain|>", "<|call|>", "<|return|>"]
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # of Qwen: tokens of their own, not special
 
 
@@ -43,6 +58,31 @@ CALLS = [
     (LLAMA, '<|python_tag|>{"name": "add", "parameters": {"a": 1, "b": 2}}'),
     (LLAMA, '{"name": "add", "parameters": {"a": 1, "b": 2}}'),
     (HERMES, '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'),
+    (
+        DEEPSEEK,
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    (
+        KIMI,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+        '{"a": 1, "b": 2}<|tool_call_end|><|tool_calls_section_end|>',
+    ),
+    (
+        QWEN_CODER,
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+        "</function>\n</tool_call>",
+    ),
+    (
+        GLM,
+        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>",
+    ),
+    (
+        HARMONY,
+        "<|channel|>analysis<|message|>Sum.<|end|><|start|>assistant"
+        '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>',
+    ),
 ]
 
 
@@ -66,12 +106,12 @@ DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 ADD_DIGITS = {"title": "add", "type": "object", "properties": {"a": DIGIT, "b": DIGIT}, "required": ["a", "b"]}
 
 
-@pytest.mark.parametrize("template", [MISTRAL, MISTRAL_V11, LLAMA, HERMES])
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL_V11, LLAMA, HERMES, DEEPSEEK, KIMI, QWEN_CODER, GLM, HARMONY])
 @pytest.mark.parametrize("choice", ["any", "add"])
 def test_a_forced_call_is_written_in_the_familys_way(template: str, choice: str) -> None:
     llm = writes("I would rather talk.", template, SPECIAL, ADDED)
 
-    message = llm.bind_tools([ADD_DIGITS], tool_choice=choice).invoke("hi", max_tokens=90)
+    message = llm.bind_tools([ADD_DIGITS], tool_choice=choice).invoke("hi", max_tokens=200)
 
     (call,) = message.tool_calls
     assert call["name"] == "add" and set(call["args"]) == {"a", "b"}
@@ -81,10 +121,16 @@ def test_a_forced_call_is_written_in_the_familys_way(template: str, choice: str)
         MISTRAL_V11: "[TOOL_CALLS]add[ARGS]{",
         LLAMA: '{"name"',
         HERMES: "<tool_call>",
+        DEEPSEEK: "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{",
+        KIMI: "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:",
+        QWEN_CODER: "<tool_call>\n<function=add>\n",
+        GLM: "<tool_call>add",
+        HARMONY: "",
     }
     assert written.startswith(begins[template])
-    ids = llm.engine.model.tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "<tool_call>"])
-    assert (message.response_metadata["token_ids"][0] in ids) == (template != LLAMA)  # the mark itself, not its letters
+    marks = {*llm.engine.model.tokenizer.convert_tokens_to_ids([*SPECIAL, *ADDED])}
+    is_marked = message.response_metadata["token_ids"][0] in marks  # by the mark, not by its letters
+    assert is_marked or template in (LLAMA, HARMONY)  # gpt-oss may name the tool before the channel
 
 
 def test_other_special_tokens_stay_out_of_the_text() -> None:
@@ -134,3 +180,32 @@ def test_thoughts_without_end_are_cut_and_no_answer_is_made_up(template: str, th
     assert raw["raw"].text == ""
     assert raw["raw"].additional_kwargs["reasoning_content"].startswith("Hm. Hm.")
     assert raw["raw"].response_metadata["finish_reason"] == "length"
+
+
+def test_gpt_oss_answers_in_a_channel_of_its_own() -> None:
+    reply = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
+    llm = writes(reply, HARMONY, SPECIAL, ADDED)
+
+    for message in (llm.invoke("hi"), total(llm.stream("hi")), llm.bind_tools([add]).invoke("hi")):
+        assert message.text == "Four." and message.additional_kwargs["reasoning_content"] == "Hm."
+    assert llm.chat([ChatMessage("hi")]).message.content == "Four."
+    assert llm.complete("hi").text == "Four."
+
+
+def test_a_call_of_gpt_oss_ends_its_reply() -> None:
+    reply = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>and more'
+    llm = writes(reply, HARMONY, SPECIAL, ADDED)
+
+    message = llm.bind_tools([add]).invoke("hi")
+
+    assert [call["args"] for call in message.tool_calls] == [{"a": 1, "b": 2}] and message.text == ""
+    assert message.response_metadata["finish_reason"] == "stop"
+    assert message.response_metadata["token_ids"][-1] == llm.engine.model.tokenizer.convert_tokens_to_ids("<|call|>")
+
+
+def test_a_raw_prompt_may_end_within_thoughts_and_other_text_is_not_cut() -> None:
+    thinks = writes("A cat?</think>Yes.", BEGUN, SPECIAL, ADDED)
+    assert thinks.complete("Is it? [assistant] <think>\n", formatted=True).text == "Yes."
+
+    text = " \n <b>Yes</b>, <think> is a tag. "
+    assert writes(text, special=SPECIAL, added=ADDED).complete("Is it? [assistant] ", raw=True).text == text

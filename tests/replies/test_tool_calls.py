@@ -10,20 +10,28 @@ from hypothesis import strategies as st
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Tool
-from mara_integrations.replies.forms import HERMES, LLAMA, MISTRAL, CallSyntax, ReplyForm, syntax_of
-from mara_integrations.replies.tool_calls import CallParser
+from mara_integrations.replies.families import FAMILIES
+from mara_integrations.replies.forms import ReplyForm
+from mara_integrations.replies.tool_calls import CallParser, JSONMarks
+
+HERMES, LLAMA, MISTRAL = (FAMILIES[name].marks for name in ("qwen_3", "llama", "mistral"))
+# What stands before the name, before the arguments, and behind them.
+PARTS = {
+    HERMES: ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+    LLAMA: ('{"name": "', '", "parameters": ', "}"),
+    MISTRAL: ('[{"name": "', '", "arguments": ', "}]"),
+}
 
 ADD = Tool("add", "", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 SAY = Tool("say", "", {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]})
 
 
-def written(syntax: CallSyntax, name: str, arguments: dict[str, Any]) -> str:
-    return f"{syntax.begin}{name}{syntax.middle}{json.dumps(arguments)}{syntax.end}"
+def written(syntax: JSONMarks, name: str, arguments: dict[str, Any]) -> str:
+    begin, middle, end = PARTS[syntax]
+    return f"{begin}{name}{middle}{json.dumps(arguments)}{end}"
 
 
-def parsed(
-    syntax: CallSyntax, pieces: list[str], names: tuple[str, ...] = ()
-) -> tuple[str, list[tuple[str, Any]], str]:
+def parsed(syntax: JSONMarks, pieces: list[str], names: tuple[str, ...] = ()) -> tuple[str, list[tuple[str, Any]], str]:
     """Text, calls, and the calls' arguments as they were streamed."""
     parser, text, streamed = CallParser(syntax, names), "", ""
     for i, piece in enumerate(pieces):
@@ -40,7 +48,7 @@ def parsed(
     cuts=st.lists(st.integers(0, 200), max_size=5),
 )
 def test_however_a_reply_is_cut_its_calls_are_the_same(
-    syntax: CallSyntax, value: str, before: str, cuts: list[int]
+    syntax: JSONMarks, value: str, before: str, cuts: list[int]
 ) -> None:
     calls = [("say", {"text": value}), ("add", {"a": 1, "b": {"c": [{}]}})]
     whole = before + "\n".join(written(syntax, *call) for call in calls)
@@ -107,7 +115,7 @@ def cut(whole: str, cuts: list[int]) -> list[str]:
 )  # fmt: skip
 @given(cuts=CUTS)
 def test_calls_as_models_write_them(
-    syntax: CallSyntax, reply: str, text: str, calls: list[Any], cuts: list[int]
+    syntax: JSONMarks, reply: str, text: str, calls: list[Any], cuts: list[int]
 ) -> None:
     found_text, found, streamed = parsed(syntax, cut(reply, cuts), ("add", "now"))
 
@@ -122,7 +130,7 @@ def test_calls_as_models_write_them(
 
 @given(reply=st.text(st.sampled_from('<tool_call>{"name": "add"}/[TOOL_CALLS] ,]\\'), max_size=60), cuts=CUTS)
 @pytest.mark.parametrize("syntax", [HERMES, LLAMA, MISTRAL])
-def test_any_text_is_parsed_the_same_however_it_is_cut(syntax: CallSyntax, reply: str, cuts: list[int]) -> None:
+def test_any_text_is_parsed_the_same_however_it_is_cut(syntax: JSONMarks, reply: str, cuts: list[int]) -> None:
     assert parsed(syntax, [*cut(reply, cuts), ""], ("add",))[:2] == parsed(syntax, [reply], ("add",))[:2]
 
 
@@ -133,23 +141,10 @@ def test_what_only_looks_like_a_call_is_text() -> None:
 
 def test_a_call_cut_short_is_kept_as_it_is() -> None:
     parser = CallParser(HERMES)
-    parser.push(written(HERMES, "add", {"a": 1})[: -len(HERMES.end) - 1], final=True)
+    parser.push(written(HERMES, "add", {"a": 1})[: -len(PARTS[HERMES][2]) - 1], final=True)
 
     assert parser.calls[0].arguments == '{"a": 1'
     assert parser.calls[0].parsed is None
-
-
-@pytest.mark.parametrize(
-    ("template", "syntax"),
-    [
-        (None, HERMES),
-        ("<tool_call>{{ tools }}", HERMES),
-        ("{{ '[TOOL_CALLS]' }}", MISTRAL),
-        ('ipython {"name": ..., "parameters": ...}', LLAMA),
-    ],
-)
-def test_the_syntax_is_the_templates_own(template: str | None, syntax: CallSyntax) -> None:
-    assert syntax_of(template) is syntax
 
 
 @pytest.mark.parametrize("choice", ["sub", "Any"])
@@ -180,5 +175,5 @@ def test_the_words_of_other_apis_are_understood(given: Any, meant: str) -> None:
 
 
 def test_free_replies_have_no_grammar() -> None:
-    assert ReplyForm().grammar(HERMES) is None
-    assert ReplyForm((ADD,), "none").grammar(HERMES) is None
+    assert ReplyForm().grammar(FAMILIES["qwen_3"]) is None
+    assert ReplyForm((ADD,), "none").grammar(FAMILIES["qwen_3"]) is None

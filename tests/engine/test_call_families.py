@@ -203,7 +203,15 @@ def test_a_call_without_arguments_is_read(family: str) -> None:
     assert read(family, [*written])[:2] == ("", [("now", {})])
 
 
-ROOM = {"guest": "Ann", "nights": 2, "is_paid": True, "note": None, "extras": [], "address": {"city": "Oslo"}, "class": "1"}  # fmt: skip
+ROOM = {
+    "guest": "Ann",
+    "nights": 2,
+    "is_paid": True,
+    "note": None,
+    "extras": [],
+    "address": {"city": "Oslo"},
+    "class": "1",
+}
 
 
 @FAMILY
@@ -275,14 +283,11 @@ def test_a_call_that_breaks_off_is_an_error_and_not_text(family: str) -> None:
 def test_any_text_is_read_the_same_however_it_is_cut(family: str, data: st.DataObject) -> None:
     call = WRITERS[family]("book_room", ROOM)
     begin, end = data.draw(st.integers(0, len(call))), data.draw(st.integers(0, len(call)))
-    whole = (
-        data.draw(st.sampled_from(["", "So. ", "<"]))
-        + call[begin:]
-        + data.draw(st.sampled_from(["", " \n"]))
-        + call[:end]
-    )
+    before, between = data.draw(st.sampled_from(["", "So. ", "<"])), data.draw(st.sampled_from(["", " \n"]))
+    whole = before + call[begin:] + between + call[:end]
+    pieces = cut(whole, data.draw(st.lists(st.integers(0, 500), max_size=6)))
 
-    assert read(family, [*cut(whole, data.draw(st.lists(st.integers(0, 500), max_size=6))), ""])[:2] == read(family, [whole])[:2]  # fmt: skip
+    assert read(family, [*pieces, ""])[:2] == read(family, [whole])[:2]
 
 
 def test_kimi_reads_the_id_that_its_header_is() -> None:
@@ -309,6 +314,7 @@ def test_gpt_oss_is_held_to_a_schema_in_its_last_channel_alone() -> None:
     form = ReplyForm(json_schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 
     assert accepts(form, "harmony", '<|channel|>final<|message|>{"a": 1}')
-    assert accepts(form, "harmony", '<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>{"a": 1}')  # fmt: skip
+    thoughts = "<|channel|>analysis<|message|>x<|end|><|start|>assistant"
+    assert accepts(form, "harmony", thoughts + '<|channel|>final<|message|>{"a": 1}')
     assert not accepts(form, "harmony", "<|channel|>final<|message|>One.")
     assert not accepts(form, "harmony", '{"a": 1}')

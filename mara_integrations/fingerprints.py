@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,32 +23,34 @@ _SAME = 0.01  # relative difference that number formats make; bfloat16 rounds by
 _ROUNDED = 0.5  # that a quantisation makes: of 4 bits 0.1; of unrelated weights it is 1.4
 
 
-def fingerprint(model: Any, *, is_quantised: bool = False) -> str | None:
+def fingerprint(model: Any, *, is_quantised: bool = False, weight_of: Callable[[str], Any] | None = None) -> str | None:
     """Return the fingerprint of a causal language model of transformers; None where its weights can't be read here.
 
     Args:
         model: The model, on any device.
         is_quantised: Its weights are rounded, also where nothing in its config says so.
+        weight_of: Reads a weight by its name, for a model whose weights are not in memory.
     """
     config = model.config.get_text_config()
     sizes = hashlib.sha256(repr([getattr(config, name, None) for name in _SIZES]).encode()).hexdigest()[:8]
     vectors, matrices = [], []
     embeddings = {id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))}
     for name, weight in sorted(model.named_parameters()):
-        if weight.is_meta or hasattr(weight, "to_local"):  # elsewhere: on disk, or in other processes
+        if weight_of is None and (weight.is_meta or hasattr(weight, "to_local")):  # on disk, or in other processes
             return None
         if not name.endswith("weight") or id(weight) in embeddings:
             continue
         if weight.dim() == 1:
-            vectors.append(weight)
+            vectors.append((name, weight))
         elif weight.dim() == 2:
-            matrices.append(weight)
-    if not all(weight.is_floating_point() for weight in matrices):  # packed
+            matrices.append((name, weight))
+    if not all(weight.is_floating_point() for _, weight in matrices):  # packed
         matrices = []
     is_quantised = is_quantised or getattr(model.config, "quantization_config", None) is not None
     is_quantised = is_quantised or "gguf" in str(getattr(model, "name_or_path", "")).lower()
     kind = "rounded" if is_quantised else "exact"
-    return ":".join((_VERSION, kind, sizes, _packed(_sample(vectors)), _packed(_sample(matrices))))
+    samples = (_packed(_sample(sampled, weight_of)) for sampled in (vectors, matrices))
+    return ":".join((_VERSION, kind, sizes, *samples))
 
 
 def same_model(one: str | None, other: str | None) -> bool | None:
@@ -94,11 +97,12 @@ class _Parts:
         return None
 
 
-def _sample(tensors: list[Any]) -> list[float]:
+def _sample(tensors: list[tuple[str, Any]], weight_of: Callable[[str], Any] | None) -> list[float]:
     """Evenly spaced numbers of evenly spaced tensors."""
     values: list[float] = []
     for index in _spaced(len(tensors), _NUM_TENSORS):
-        flat = tensors[index].detach().reshape(-1)
+        name, weight = tensors[index]
+        flat = (weight if weight_of is None else weight_of(name)).detach().reshape(-1)
         values += flat[_spaced(len(flat), _NUM_VALUES)].float().tolist()
     return values
 

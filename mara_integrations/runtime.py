@@ -34,7 +34,7 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.source import HeadSource, base_model_of, head_weights, heads, place_heads
 from mara_integrations.messages import Conversation, Message, Prompt, Tool
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
-from mara_integrations.models.options import Quantization
+from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.models.resolve import alias_of
 from mara_integrations.replies.text import TextStream
 
@@ -65,8 +65,11 @@ class MARAEngine:
         device: `auto` is CUDA, then MPS, then CPU.
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
         revision: Branch, tag or commit of a model on the Hub.
-        model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`.
+        model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`,
+            `n_gpu_layers` and `n_threads`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
+        engine: What runs the model: `transformers`, or `llama.cpp` for `.gguf` files in their own quantisation. `auto`
+            is transformers.
         limits: How much memory and work the engine takes on: how many replies are decoded together, and the bytes of
             keys and values, of kept prompts and of heads. Engines on one model share its limits.
         system_prompt: Text put before every conversation that brings no system message. None is the one that the head
@@ -94,6 +97,7 @@ class MARAEngine:
         revision: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         quantization: Quantization | None = None,
+        engine: EngineName = "auto",
         limits: EngineLimits | None = None,
         system_prompt: str | None = None,
         **defaults: Unpack[DecodingSettings],
@@ -111,6 +115,7 @@ class MARAEngine:
             "revision": revision,
             "model_kwargs": dict(model_kwargs or {}),
             "quantization": quantization,
+            "engine": engine,
         }
         self.limits = limits
         self._lease: ModelLease | None = None if model is None else self._leased_as(model)
@@ -286,7 +291,12 @@ class MARAEngine:
             raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
         seed = 0 if request.sampling.seed is None else request.sampling.seed
         request = replace(request, text=None, sampling=request.sampling.updated(seed=seed))
-        return verify(self.model.model, request, self.generate(request).token_ids)
+        token_ids = self.generate(request).token_ids
+        if self.model.engine == "llama.cpp":
+            from mara_integrations.engine.oracle.llama_cpp import LlamaCppOracle  # needs the package gguf
+
+            return verify(LlamaCppOracle(self.model.model), request, token_ids)
+        return verify(self.model.model, request, token_ids)
 
     # --- what a request is made of ---
 

@@ -156,6 +156,10 @@ class ScriptedBackend:
         return torch.device("cpu")
 
     @property
+    def reserve(self) -> None:
+        """Nothing is set aside."""
+
+    @property
     def open_rows(self) -> int:
         """Rows not closed yet."""
         return len(self._rows)
@@ -230,6 +234,10 @@ class ScriptedBackend:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the script says after each state's tokens."""
         return torch.tensor([list(self._script(self._contexts[int(state[-1])])) for state in hidden])
+
+    def next_logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """See `logits`."""
+        return self.logits(hidden)
 
     def output_embeddings(self, token_ids: Tensor) -> Tensor:
         """One-hot vectors of the tokens, as wide as the states."""

@@ -21,6 +21,7 @@ from mara_integrations.cli.options import (
     DataFormat,
     Device,
     Dtype,
+    Engine,
     Heads,
     MaxNewTokens,
     Model,
@@ -110,6 +111,7 @@ def evaluate_head(
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
+    engine_name: Engine = "auto",
 ) -> None:
     """Compare the base model with and without a head, on the same prompts and the same random numbers.
 
@@ -133,6 +135,7 @@ def evaluate_head(
     if report is not None:
         reports.check_report_path(report)
     settings = given(strength=strength, quantization=quantization, model_kwargs=keyword_arguments(model_kwargs or ()))
+    settings["engine"] = engine_name
     engine = MARAEngine(
         model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
     ).load()

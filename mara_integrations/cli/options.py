@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from mara_integrations.data import Format
 from mara_integrations.errors import MissingExtraError
-from mara_integrations.models.options import Quantization, keyword_arguments
+from mara_integrations.models.options import EngineName, Quantization, keyword_arguments
 
 if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
@@ -125,7 +125,15 @@ ModelKwargs = Annotated[
     typer.Option(
         metavar="NAME=VALUE",
         help="Argument of from_pretrained, such as device_map=auto or quantization_config={quant_method: "
-        "bitsandbytes, load_in_4bit: true}. May be repeated.",
+        "bitsandbytes, load_in_4bit: true}; of llama.cpp n_ctx, n_gpu_layers or n_threads. May be repeated.",
+        rich_help_panel=BASE_MODEL,
+    ),
+]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        help="What runs the model; llama.cpp takes .gguf files in their own quantisation. auto is transformers.",
         rich_help_panel=BASE_MODEL,
     ),
 ]
@@ -191,6 +199,7 @@ def _asked_model(
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
+    engine: Engine = "auto",
 ) -> None:
     """Declare the options of a request; never called."""
 

@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from mara_integrations.cli.app import print_err, say
-from mara_integrations.cli.options import Device, Dtype, Model, ModelKwargs, Quantise, require_extra
+from mara_integrations.cli.options import Device, Dtype, Engine, Model, ModelKwargs, Quantise, require_extra
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import keyword_arguments
@@ -51,6 +51,7 @@ def serve(
     dtype: Dtype = "auto",
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
+    engine_name: Engine = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.", rich_help_panel=_ACCESS)
     ] = "127.0.0.1",
@@ -162,6 +163,7 @@ def serve(
         quantization=quantization,
         system_prompt=system_prompt,
         model_kwargs=keyword_arguments(model_kwargs or ()),
+        engine=engine_name,
         limits=EngineLimits.of(
             max_live=max_live,
             max_waiting=max(max_running, EngineLimits().max_waiting),

@@ -52,7 +52,8 @@ class BatchEntry:
     def segment(self) -> Segment:
         """The tokens to feed: candidates as siblings; pending and drafted tokens as one chain."""
         is_chain = self.sequence.position is None or bool(self.draft)
-        return Segment(self.sequence.row, [*self.due, *self.draft], siblings=not is_chain)
+        only_last = self.sequence.is_prefilling and not self.draft
+        return Segment(self.sequence.row, [*self.due, *self.draft], siblings=not is_chain, only_last=only_last)
 
     def take_states(self, states: Tensor) -> None:
         """Take the hidden states of the segment, (n + m, d). Pending tokens are committed by being fed."""

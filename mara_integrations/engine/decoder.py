@@ -62,8 +62,12 @@ class Decoder:
             max_live=self.limits.max_live, prefill_chunk=self.limits.prefill_chunk, knee=_knee(backend)
         )
         self.speculation = speculation or NgramSpeculation()
-        self.kv_bytes = self.limits.kv_bytes or default_kv_bytes(backend.device)
-        self.prefixes = PrefixCache(_prefix_cache_bytes(self.limits, backend, self.kv_bytes))
+        if backend.reserve is None:
+            self.kv_bytes = self.limits.kv_bytes or default_kv_bytes(backend.device)
+            self.prefixes = PrefixCache(_prefix_cache_bytes(self.limits, backend, self.kv_bytes))
+        else:
+            self.kv_bytes = backend.reserve.row_bytes
+            self.prefixes = PrefixCache(backend.reserve.prefix_bytes, backend.reserve.num_prefixes)
         self._heads = HeadStacks()
         self._unclosed: list[int] = []  # rows of sequences that have ended
         self._num_failed = 0  # forwards in a row that failed for every sequence
@@ -257,7 +261,8 @@ class Decoder:
     def _logits(self, entries: Seq[BatchEntry]) -> Seq[Tensor]:
         """Logits after the last token of each sequence and after its drafted tokens, (1 + m, V) each."""
         hidden = torch.cat([entry.ranked_states for entry in entries])
-        logits = self.backend.logits(hidden).float()  # (B, V)
+        rows = [entry.sequence.row for entry in entries for _ in range(1 + len(entry.draft))]
+        logits = self.backend.next_logits(hidden, rows).float()  # (B, V)
         return list(logits.split([1 + len(entry.draft) for entry in entries]))
 
     def _rankings(self, entries: Seq[BatchEntry]) -> Seq[list[Ranking]]:

@@ -61,5 +61,4 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
     grammar = form.grammar(family_for(model), thoughts_of(model))
     if grammar is None:
         return None
-    vocab_size = model.model.get_output_embeddings().out_features
-    return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=vocab_size, eos_token_ids=end_tokens(model))
+    return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=end_tokens(model))

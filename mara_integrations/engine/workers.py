@@ -31,12 +31,21 @@ _leases: weakref.WeakKeyDictionary[LoadedModel, weakref.WeakSet[ModelLease]] = w
 _lock = threading.Lock()
 
 
-def backend_of(model: LoadedModel) -> Backend:
+def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backend:
     """Make a backend on a loaded model.
 
+    Args:
+        model: The model.
+        limits: What the backend sets aside, where it does so when it is made.
+
     Raises:
-        ModelError: See `make_backend` and `SpreadBackend`.
+        ConfigError: See `LlamaCppBackend`.
+        ModelError: See `make_backend`, `SpreadBackend` and `LlamaCppBackend`.
     """
+    if model.engine == "llama.cpp":
+        from mara_integrations.engine.backends.llama_cpp import LlamaCppBackend  # needs the package gguf
+
+        return LlamaCppBackend(model.model, limits)
     return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
 
 
@@ -52,7 +61,7 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     """
     with _lock:
         if model not in _workers:
-            _workers[model] = Worker(Decoder.measured(backend_of(model), limits))
+            _workers[model] = Worker(Decoder.measured(backend_of(model, limits), limits))
         worker = _workers[model]
     if limits is not None and worker.limits != limits:
         mine, theirs = limits.model_dump(), worker.limits.model_dump()

@@ -16,7 +16,7 @@ from mara_integrations.engine.settings import unknown_setting
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.heads.source import head_fingerprint, head_name, head_weights
 from mara_integrations.models.load import LoadedModel, ModelSpec
-from mara_integrations.models.options import Quantization
+from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import Fallback, Selection
@@ -86,9 +86,13 @@ class EngineSettings(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     model_kwargs: dict[str, Any] | None = None
-    """Arguments for `from_pretrained`, as for quantisation or `device_map`."""
+    """Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`, `n_gpu_layers` and
+    `n_threads`."""
     quantization: Quantization | None = None
     """Format of the weights of linear layers; `int8` is for the CPU: a quarter of the memory, and faster."""
+    engine_name: EngineName = "auto"
+    """What runs the model, given as `engine=`: `transformers`, or `llama.cpp` for `.gguf` files in their own
+    quantisation. `auto` is transformers."""
     limits: EngineLimits | None = None
     """How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields."""
 
@@ -158,7 +162,7 @@ class EngineSettings(BaseModel):
     def _names_another_model(self, engine: MARAEngine) -> bool:
         if self.model is None:
             return engine.model_source is not None or engine.head_source != self.head
-        spec = {name: getattr(self, name) for name in _SPEC}
+        spec = self._spec()
         spec["model_kwargs"] = spec["model_kwargs"] or {}
         return engine.model_source is None or (engine.spec, engine.limits) != (
             ModelSpec(self.model, **spec),
@@ -166,8 +170,11 @@ class EngineSettings(BaseModel):
         )
 
     def _new_engine(self) -> MARAEngine:
-        spec = {name: getattr(self, name) for name in _SPEC}
-        return MARAEngine(self.model, **spec, limits=self.limits, **self._defaults())
+        return MARAEngine(self.model, **self._spec(), limits=self.limits, **self._defaults())
+
+    def _spec(self) -> dict[str, Any]:
+        """The settings that say how the model is loaded, in the engine's words."""
+        return {**{name: getattr(self, name) for name in _SPEC}, "engine": self.engine_name}
 
     def _defaults(self) -> dict[str, Any]:
         """The settings of requests in the engine's words."""
@@ -228,7 +235,7 @@ class EngineSettings(BaseModel):
 
     def _described(self) -> dict[str, Any]:
         """The settings as plain values, for traces and logs; without `model_kwargs`, which may hold an access token."""
-        values = {name: getattr(self, name) for name in (*_SPEC, *_REQUEST) if name != "model_kwargs"}
+        values = {name: getattr(self, name) for name in (*_SPEC, "engine_name", *_REQUEST) if name != "model_kwargs"}
         values.update(head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
         return {"model": None if self.model is None else self.model_name, **values}
 
@@ -257,8 +264,10 @@ class EngineSettings(BaseModel):
 
 
 def _in_our_words(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Both frameworks say `max_tokens`, the engine `max_new_tokens`: here both mean the same."""
+    """Return the settings under the names of our fields; `engine` names what runs the model, and no attribute."""
     settings = dict(settings)
+    if "engine" in settings:
+        settings["engine_name"] = settings.pop("engine")
     if "max_new_tokens" in settings:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     return settings

@@ -38,11 +38,7 @@ def converted(gguf: Path) -> Path:
     folder = copy_of(gguf)
     if folder.is_dir():
         return folder
-    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise MissingExtraError(
-            f"reading {gguf.name!r} needs the packages {' and '.join(missing)}",
-            hint="pip install 'mara-integrations[embedded]'",
-        )
+    require_packages(gguf)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
@@ -61,6 +57,27 @@ def converted(gguf: Path) -> Path:
             hint="MARA_CACHE_DIR names another folder; the copy takes 4 bytes a weight",
         ) from error
     return folder
+
+
+def require_packages(gguf: Path) -> None:
+    """Find out before anything slow is done whether `.gguf` files can be read.
+
+    Raises:
+        MissingExtraError: If a package is absent; names it.
+    """
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise MissingExtraError(
+            f"reading {gguf.name!r} needs the packages {' and '.join(missing)}",
+            hint="pip install 'mara-integrations[embedded]'",
+        )
+
+
+def tokenizer_of(gguf: Path) -> Any:
+    """Return the tokenizer of a file, as published."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    if _pre_tokenizer(gguf) == "smollm":
+        _part_digits(tokenizer)
+    return tokenizer
 
 
 def copy_of(gguf: Path) -> Path:
@@ -82,9 +99,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=torch.float32,
             **_UNPACK,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    if _pre_tokenizer(gguf) == "smollm":
-        _part_digits(tokenizer)
+        tokenizer = tokenizer_of(gguf)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -5,15 +5,14 @@ Knows no heads, gates or decoding.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
@@ -27,7 +26,9 @@ from mara_integrations.models import experimental, ranks
 from mara_integrations.models.devices import choose_device, choose_dtype
 from mara_integrations.models.gguf import converted, copy_of, is_gguf_copy
 from mara_integrations.models.int8 import check_int8, quantize
-from mara_integrations.models.options import Quantization
+from mara_integrations.models.llama_cpp.options import check_for_llama_cpp
+from mara_integrations.models.options import EngineName, Quantization
+from mara_integrations.models.quiet import quiet
 from mara_integrations.models.resolve import check_reachable, first_line, is_cached, resolve
 
 _log = logging.getLogger(__name__)
@@ -49,8 +50,10 @@ class ModelSpec:
         dtype: `auto` is bfloat16 on GPUs that have it, float16 on others, float32 on CPU, where bfloat16 is 5-8 times
             slower unless the processor has instructions for it.
         revision: Branch, tag or commit on the Hub.
-        model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`.
+        model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, the fields of
+            `LlamaCppOptions`.
         quantization: `int8` is for the CPU: linear layers hold int8 weights.
+        engine: What runs the model. `llama.cpp` takes `.gguf` files, and runs them in their own quantisation.
     """
 
     model: Any
@@ -59,15 +62,22 @@ class ModelSpec:
     revision: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     quantization: Quantization | None = None
+    engine: EngineName = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what can't be a model, before anything is looked up.
+        """Refuse what can't be a model, or what its engine can't do, before anything is looked up.
 
         Raises:
             ConfigError: Names what was given.
         """
         if not isinstance(self.model, str | os.PathLike | tuple | list | LoadedModel):
             raise ConfigError(f"model={self.model!r} is not a base model", hint="a name, a path, or (model, tokenizer)")
+        if self.engine not in get_args(EngineName):
+            raise ConfigError(
+                f"engine={self.engine!r} is not allowed", hint=f"allowed: {', '.join(map(repr, get_args(EngineName)))}"
+            )
+        if self.engine == "llama.cpp":
+            check_for_llama_cpp(self.model, self.dtype, self.quantization, self.revision, self.model_kwargs)
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
@@ -75,7 +85,7 @@ class LoadedModel:
     """A base model ready to run, with what others need to know about it.
 
     Attributes:
-        model: A causal language model of transformers, in evaluation mode.
+        model: A causal language model of transformers, in evaluation mode; on llama.cpp a `LlamaCppModel`.
         tokenizer: Its tokenizer.
         name: The Hub id where there is one (also of an alias), else the folder or file as it was given.
         revision: Commit on the Hub, where known.
@@ -83,11 +93,14 @@ class LoadedModel:
         dtype: Number format of the weights that are not quantised.
         quantization: Name of our quantisation of the linear layers; None without.
         hidden_size: Width of the last layer's hidden state.
+        vocab_size: Width of the logits.
         context_window: Most tokens of prompt and reply together.
         eos_token_ids: End a reply; the same ones as in `generate` of transformers.
         encoder: Turns prompts into token ids.
         fingerprint: Fingerprint of sizes and weights, see `fingerprints`; None where the weights are spread.
         parts: The model in each of the processes that hold it together, see `ranks`; None where it is in this one.
+        engine: What runs it.
+        file_format: Quantisation of a file that runs as it is, such as `Q4_K`; None for models of transformers.
     """
 
     model: Any
@@ -98,16 +111,19 @@ class LoadedModel:
     dtype: torch.dtype
     quantization: Quantization | None
     hidden_size: int
+    vocab_size: int
     context_window: int
     eos_token_ids: frozenset[int]
     encoder: PromptEncoder
     fingerprint: str | None = None
     parts: ranks.Shared[Any] | None = None
+    engine: EngineName = "transformers"
+    file_format: str | None = None
 
     @property
     def number_format(self) -> str:
         """Number format of most weights, in a word."""
-        return self.quantization or str(self.dtype).removeprefix("torch.")
+        return self.file_format or self.quantization or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +157,8 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     experimental.enabled_features()  # an unknown name is said on every machine, before anything is read
     if isinstance(spec.model, tuple | list):
         return _adopt(spec)
+    if spec.engine == "llama.cpp":
+        return _load_once(spec)
     if spec.quantization is not None:
         chosen = choose_device(spec.device)
         check_int8(spec.quantization, chosen, choose_dtype(spec.dtype, chosen), spec.model_kwargs)
@@ -165,13 +183,32 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     return found
 
 
+def _load_once(spec: ModelSpec) -> LoadedModel:
+    """Load a `.gguf` file with llama.cpp, or return it as it is loaded already."""
+    from mara_integrations.models.llama_cpp.load import load_gguf  # which builds on this module
+
+    name, source = resolve(os.fspath(spec.model))
+    if not source.endswith(".gguf"):
+        raise ConfigError(
+            f"engine='llama.cpp' runs .gguf files, and model {name!r} is none",
+            hint="engine='transformers' runs it; many models have .gguf files on the Hub",
+        )
+    key = ("llama.cpp", source, str(spec.device), tuple(sorted(spec.model_kwargs.items())))
+    with _loading:
+        found = _loaded.get(key)
+        if found is None:
+            with quiet():
+                found = _loaded[key] = load_gguf(name, Path(source), spec)
+    return found
+
+
 def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
     """Tokenizer and context window, read from small files where they lie on this disk; else the model is loaded.
 
     Raises:
         MaraError: See `load_model`.
     """
-    if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs:
+    if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs or spec.engine == "llama.cpp":
         return load_model(spec)
     _, source = resolve(os.fspath(spec.model))
     path, settings = Path(source), {**spec.model_kwargs, "local_files_only": True}
@@ -183,12 +220,12 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
         return load_model(spec)
     shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(source, **settings)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
     except Exception:  # `load_model` says what is wrong, if anything is
         return load_model(spec)
-    return Outline(tokenizer, _context_window(config.get_text_config(), tokenizer))
+    return Outline(tokenizer, context_window_of(config.get_text_config(), tokenizer))
 
 
 def _adopt(spec: ModelSpec) -> LoadedModel:
@@ -260,7 +297,7 @@ def _load(name: str, source: str, spec: ModelSpec, device: torch.device, dtype: 
     if spec.revision is not None and not is_local:
         settings["revision"] = spec.revision
     try:
-        with _quiet():
+        with quiet():
             if source.endswith(".gguf") and is_local:
                 source = str(converted(Path(source)))
             if is_local or is_cached(source, settings):
@@ -322,7 +359,7 @@ def _described(
 ) -> LoadedModel:
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
-    window = _context_window(config, tokenizer)
+    window = context_window_of(config, tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -332,11 +369,18 @@ def _described(
         dtype=model.dtype,
         quantization=quantization,
         hidden_size=config.hidden_size,
+        vocab_size=_vocab_size(model),
         context_window=window,
-        eos_token_ids=_eos_token_ids(model, config, tokenizer),
+        eos_token_ids=eos_token_ids_of(getattr(model, "generation_config", None), config, tokenizer),
         encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0], max_tokens=window),
         fingerprint=identity,
     )
+
+
+def _vocab_size(model: Any) -> int:
+    """Return the width of the logits."""
+    output = model.get_output_embeddings() or model.get_input_embeddings()
+    return int(output.weight.shape[0]) if hasattr(output, "weight") else int(output.out_features)
 
 
 def _device_of(model: Any) -> torch.device:
@@ -345,43 +389,21 @@ def _device_of(model: Any) -> torch.device:
     return device
 
 
-def _context_window(config: Any, tokenizer: Any) -> int:
+def context_window_of(config: Any, tokenizer: Any) -> int:
+    """Return the most tokens of prompt and reply together."""
     window = getattr(config, "max_position_embeddings", None)  # n_positions and the like are mapped to it
     if window is None:
         window = getattr(tokenizer, "model_max_length", None)
     return int(window) if window is not None and window < 10**9 else _UNBOUNDED_CONTEXT  # 10**30 stands for "no limit"
 
 
-def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids_of(generation: Any, config: Any, tokenizer: Any) -> frozenset[int]:
     """Return the end tokens of the first source that names any: where sources differ, `generate` follows the first."""
-    for holder in (getattr(model, "generation_config", None), config, tokenizer):
+    for holder in (generation, config, tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         if ids is not None:
             return frozenset(ids) if isinstance(ids, list | tuple) else frozenset([int(ids)])
     return frozenset()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what transformers and the hub say while loading to errors; what was set before is set again."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    had_bar = transformers.logging.is_progress_bar_enabled()
-    had_hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bar:
-            transformers.logging.enable_progress_bar()
-        if had_hub_bars:
-            huggingface_hub.utils.enable_progress_bars()
-        else:
-            huggingface_hub.utils.disable_progress_bars()
 
 
 def _load_hint(error: Exception) -> str | None:

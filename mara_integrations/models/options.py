@@ -11,6 +11,8 @@ import yaml
 from mara_integrations.errors import ConfigError
 
 Quantization: TypeAlias = Literal["int8"]
+# What runs the base model; `auto` is transformers, which runs every model that we can load.
+EngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp"]
 
 
 def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

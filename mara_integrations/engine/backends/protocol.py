@@ -14,11 +14,19 @@ from mara_integrations.engine.backends.prefix_cache import Prefix
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens fed for one row in one forward: a chain, or siblings of its next position."""
+    """Tokens fed for one row in one forward: a chain, or siblings of its next position.
+
+    Attributes:
+        row: The row.
+        token_ids: The tokens.
+        siblings: Whether they are siblings.
+        only_last: Only the hidden state of the last token is looked at; those of the others may be zeros.
+    """
 
     row: int
     token_ids: Sequence[int]
     siblings: bool = False
+    only_last: bool = False
 
 
 class RowSize(NamedTuple):
@@ -33,8 +41,27 @@ class RowSize(NamedTuple):
     num_siblings: int
 
 
+class Reserve(NamedTuple):
+    """What a backend has set aside for good when it was made.
+
+    Attributes:
+        row_bytes: Memory for rows.
+        prefix_bytes: Memory for kept prefixes.
+        num_prefixes: The most prefixes that it keeps.
+    """
+
+    row_bytes: int
+    prefix_bytes: int
+    num_prefixes: int
+
+
 class Backend(Protocol):
     """What gated decoding asks of a model."""
+
+    @property
+    def reserve(self) -> Reserve | None:
+        """What is set aside for rows and kept prefixes; None where memory follows the rows."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +114,15 @@ class Backend(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, (N, d) to (N, V)."""
+
+    def next_logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Next-token logits of the last tokens of rows, and of tokens drafted behind them, (N, d) to (N, V).
+
+        Args:
+            hidden: Their states. Only a backend that can retract is asked for drafted tokens.
+            rows: The row of each.
+        """
+        return self.logits(hidden)
 
     def output_embeddings(self, token_ids: Tensor) -> Tensor:
         """Return the rows of the output embeddings of tokens, (N,) to float32 (N, d), for heads that judge by them.

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
@@ -24,6 +24,24 @@ from mara_integrations.engine.backends.hooks import hooks_undone
 from mara_integrations.engine.gate import Rule, selection_rule
 from mara_integrations.heads.compose import Head, afterstate_parts, q_parts
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams
+
+
+@runtime_checkable
+class PlainModel(Protocol):
+    """A model that computes whole sequences anew; for those that are no modules of transformers."""
+
+    @property
+    def noise(self) -> float:
+        """How far two orders of computing may lie apart, as a share of the largest number compared."""
+
+    def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the hidden state (d,) and the logits (V,) of the last token, computed from the first one on."""
+
+    def output_embeddings(self, token_ids: Tensor) -> Tensor:
+        """Return the rows of the output embeddings of tokens, (N,) to float32 (N, d)."""
+
+
+AnyModel: TypeAlias = PreTrainedModel | PlainModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +69,7 @@ class ReferencePosition:
 
 @torch.inference_mode()
 def decide_reference(
-    model: PreTrainedModel,
+    model: AnyModel,
     context: Sequence[int],
     head: Head | None,
     sampling: SamplingParams,
@@ -88,14 +106,16 @@ def decide_reference(
     )
 
 
-def _q(model: PreTrainedModel, head: Head, state: Tensor, candidate: int) -> float:
+def _q(model: AnyModel, head: Head, state: Tensor, candidate: int) -> float:
     """Sum of what the Q-heads say of a candidate, from the state before it."""
-    row = output_embeddings(model, torch.tensor([candidate], device=model.device)).to(state.device)
+    ids = torch.tensor([candidate], device=state.device)
+    row = model.output_embeddings(ids) if isinstance(model, PlainModel) else output_embeddings(model, ids)
+    row = row.to(state.device)
     return sum(weight * float(part.score(state[None], row)[0]) for part, weight in q_parts(head).items())
 
 
 def generate_reference(
-    model: PreTrainedModel,
+    model: AnyModel,
     prompt_ids: Sequence[int],
     head: Head | None = None,
     sampling: SamplingParams | None = None,
@@ -112,8 +132,10 @@ def generate_reference(
     return reply
 
 
-def _run(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _run(model: AnyModel, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Hidden state (d,) and logits (V,) of the last token, from the beginning."""
+    if isinstance(model, PlainModel):
+        return model.run(token_ids)
     ids = torch.tensor([list(token_ids)], device=model.device)
     with hooks_undone(model):
         output = model(input_ids=ids, output_hidden_states=True, use_cache=False)

@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from mara_integrations.engine.gate import gated_log_probs
-from mara_integrations.engine.oracle.reference import ReferencePosition, decide_reference, generate_reference
+from mara_integrations.engine.oracle.reference import (
+    AnyModel,
+    PlainModel,
+    ReferencePosition,
+    decide_reference,
+    generate_reference,
+)
 from mara_integrations.engine.request import Request
 from mara_integrations.models.int8 import is_int8
 from mara_integrations.sampling import Fallback, SamplingParams
@@ -77,7 +82,7 @@ class Verification:
         return self.disagreement is None or self.disagreement.is_noise
 
 
-def verify(model: PreTrainedModel, request: Request, token_ids: Sequence[int]) -> Verification:
+def verify(model: AnyModel, request: Request, token_ids: Sequence[int]) -> Verification:
     """Compare the engine's tokens for a request with the reference's; a disagreement is logged."""
     assert request.sampling.seed is not None, "the reference draws the same random numbers"
     sampling, gate, head = request.sampling, request.gate, request.head
@@ -90,9 +95,7 @@ def verify(model: PreTrainedModel, request: Request, token_ids: Sequence[int]) -
     uniform = [rng.random() for _ in range(place + 1)][-1]
     context = [*request.prompt_ids, *reference[:place]]
     position = decide_reference(model, context, head, sampling, gate, uniform)
-    share = _INT8_NOISE if is_int8(model) else NOISE[model.dtype]
-    if getattr(model, "is_quantized", False):  # layers may round states to 8 bits, which a last digit can decide
-        share = max(share, NOISE[torch.bfloat16])
+    share = _noise(model)
     logit_bound = share * max(1.0, float(position.logits[position.candidates].abs().max()))
     disagreement = Disagreement(
         position=place,
@@ -105,6 +108,15 @@ def verify(model: PreTrainedModel, request: Request, token_ids: Sequence[int]) -
     level = logging.INFO if disagreement.is_noise else logging.WARNING
     _log.log(level, "engine and reference differ%s: %s", " by noise" if disagreement.is_noise else "", disagreement)
     return Verification(tuple(token_ids), tuple(reference), disagreement)
+
+
+def _noise(model: AnyModel) -> float:
+    if isinstance(model, PlainModel):
+        return model.noise
+    share = _INT8_NOISE if is_int8(model) else NOISE[model.dtype]
+    if getattr(model, "is_quantized", False):  # layers may round states to 8 bits, which a last digit can decide
+        share = max(share, NOISE[torch.bfloat16])
+    return share
 
 
 def _logit_gap(position: ReferencePosition, other: int, sampling: SamplingParams) -> float:

@@ -116,7 +116,7 @@ def measure(backend: Backend, default: CostCurve) -> CostCurve:
     row, end_s = backend.open(), time.perf_counter() + _MEASURE_S
     try:
         backend.feed([Segment(row, [0] * _PREFIX_TOKENS)])
-        for width in WIDTHS * _PASSES:
+        for width in [width for width in WIDTHS if width <= backend.max_siblings] * _PASSES:
             if time.perf_counter() > end_s and len(best_s) > 1:
                 break
             start_s = clock()

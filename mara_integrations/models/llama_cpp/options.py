@@ -1,0 +1,65 @@
+"""Settings of llama.cpp, as `model_kwargs` gives them. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from mara_integrations.errors import ConfigError
+from mara_integrations.sampling import Params
+
+
+class LlamaCppOptions(Params):
+    """How llama.cpp runs a model, in the words that llama-cpp-python and LangChain's `ChatLlamaCpp` use.
+
+    Attributes:
+        n_gpu_layers: Layers that are put on a GPU; -1 is all of them. None is all where the library has a GPU and the
+            device is not the CPU.
+        n_ctx: Most tokens, prompts and replies, of all sequences that are decoded together; also the most of one. None
+            is the model's own context window, but 8192 at most. Their keys and values are held from the start.
+        n_threads: Threads of a forward; None is as many as torch takes.
+    """
+
+    n_gpu_layers: int | None = Field(None, ge=-1, le=10_000)
+    n_ctx: int | None = Field(None, ge=16, le=1 << 24)
+    n_threads: int | None = Field(None, ge=1, le=1024)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> LlamaCppOptions:
+        """Read `model_kwargs`.
+
+        Raises:
+            ConfigError: If a name is unknown or a value out of bounds.
+        """
+        return cls.of(**given)
+
+
+def check_for_llama_cpp(
+    model: Any, dtype: Any, quantization: str | None, revision: str | None, model_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse what llama.cpp can't do, by name, before anything is looked up; arguments as in `ModelSpec`.
+
+    Raises:
+        ConfigError: Names the setting, and what to use instead.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            "engine='llama.cpp' runs .gguf files, and this model is loaded already",
+            hint="give the file, or leave engine out",
+        )
+    formats = {"dtype": None if str(dtype) == "auto" else str(dtype), "quantization": quantization}
+    for name, value in formats.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}={value!r} is not for engine='llama.cpp': the file has its own number format",
+                hint="name a .gguf file of another one, or use engine='transformers'",
+            )
+    if revision is not None:
+        raise ConfigError(
+            f"revision={revision!r} is not for engine='llama.cpp': it names a version on the Hub, not a file",
+            hint="leave it out, or use engine='transformers'",
+        )
+    LlamaCppOptions.read(model_kwargs)

@@ -54,25 +54,34 @@ class Params(BaseModel):
 
 
 class SamplingParams(Params):
-    """Which tokens are candidates, and when a reply ends.
+    """Which tokens are candidates, and when a reply ends; each field says what it means."""
 
-    Attributes:
-        max_new_tokens: Most tokens of the reply.
-        temperature: 0 is greedy. Otherwise the logits are divided by it before the filters, as in transformers.
-        top_k: Candidates kept by probability; the paper's value is 40.
-        top_p: Of those, the smallest set whose renormalised probability reaches this; the paper's value is 0.95.
-        min_candidates: Candidates kept whatever top-k and top-p say; 2 lets a gate refuse a lone survivor.
-        stop: Strings that end the reply; they are not part of it.
-        seed: Makes sampling repeatable: one uniform number for each position, whatever the gate does with it.
-    """
-
-    max_new_tokens: int = Field(512, ge=1, le=1_000_000)
-    temperature: float = Field(0.0, ge=0.0, le=100.0)
-    top_k: int = Field(40, ge=1, le=MAX_TOP_K)
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
-    min_candidates: int = Field(1, ge=1, le=MAX_MIN_CANDIDATES)
-    stop: tuple[str, ...] = Field((), max_length=MAX_STOPS)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    max_new_tokens: int = Field(512, ge=1, le=1_000_000, description="Most tokens of the reply.")
+    temperature: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="Temperature of sampling; 0 is greedy. It divides the logits before the filters do their work.",
+    )
+    top_k: int = Field(40, ge=1, le=MAX_TOP_K, description="Number of most probable tokens that are candidates.")
+    top_p: float = Field(
+        0.95, gt=0.0, le=1.0, description="Of those, the smallest set that holds this share of their probability."
+    )
+    min_candidates: int = Field(
+        1,
+        ge=1,
+        le=MAX_MIN_CANDIDATES,
+        description="Candidates kept whatever top-k and top-p say; 2 lets a gate refuse a lone survivor.",
+    )
+    stop: tuple[str, ...] = Field(
+        (), max_length=MAX_STOPS, description="Text that ends the reply; it is not part of the reply."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed that makes sampling repeatable: one number for each position, whatever the gate does.",
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -99,19 +108,29 @@ class SamplingParams(Params):
 
 
 class GateParams(Params):
-    """How the gate turns a head's scores into the token taken.
+    """How the gate turns a head's scores into the token taken; each field says what it means."""
 
-    Attributes:
-        strength: Dial on the head; 0 is exactly the base model, 1 the strength the head was trained to.
-        selection: `first` takes the first accepted candidate, `greedy` the most probable one under the gate's own
-            distribution, `sample` draws from that distribution. `auto` is `first` for heads of the paper's form, else
-            `greedy` at temperature 0 and `sample` above.
-        fallback: With `first`, what is taken when every candidate is rejected: the first (the published inference),
-            the last (the paper's text) or the one with the highest accept logit.
-        trace: Record what the gate saw and did at each position.
-    """
+    strength: float = Field(
+        1.0,
+        ge=0.0,
+        le=1000.0,
+        description="Dial on the head: 0 is the base model, 1 the strength that the head was trained to.",
+    )
+    selection: Selection = Field(
+        "auto",
+        description="Rule by which the gate takes a candidate. first takes the first accepted one, greedy the most "
+        "probable one under the gate's own distribution, sample draws from that distribution. auto is first for heads "
+        "of the paper's form, else greedy at temperature 0 and sample above.",
+    )
+    fallback: Fallback = Field(
+        "first",
+        description="Candidate that the rule first takes when all are rejected: the first (the published inference), "
+        "the last (the paper's text) or the one with the best accept logit.",
+    )
+    trace: bool = Field(False, description="Whether to record what the gate saw and did at each position.")
 
-    strength: float = Field(1.0, ge=0.0, le=1000.0)
-    selection: Selection = "auto"
-    fallback: Fallback = "first"
-    trace: bool = False
+
+def describe(name: str, more: str = "") -> str:
+    """Return the help of a field of `SamplingParams` or `GateParams`, and what `more` says about it."""
+    fields = {**SamplingParams.model_fields, **GateParams.model_fields}
+    return f"{fields[name].description} {more}".strip()

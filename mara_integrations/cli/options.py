@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from mara_integrations.data import Format
 from mara_integrations.errors import MissingExtraError
 from mara_integrations.models.options import EngineName, Quantization, keyword_arguments
+from mara_integrations.sampling import describe
 
 if TYPE_CHECKING:
     from mara_integrations.runtime import MARAEngine
@@ -67,34 +68,30 @@ SkipBadRows = Annotated[
 Strength = Annotated[
     float | None,
     typer.Option(
-        help="Dial on the head: 0 is the base model, 1 the strength it was trained to.",
+        help=describe("strength"),
         show_default="1",
         rich_help_panel=HEAD,
     ),
 ]
-Temperature = Annotated[
-    float, typer.Option(help="Temperature of sampling; 0 decodes greedily.", rich_help_panel=REPLIES)
-]
+Temperature = Annotated[float, typer.Option(help=describe("temperature"), rich_help_panel=REPLIES)]
 TopK = Annotated[
     int | None,
-    typer.Option(
-        help="Number of most probable tokens that are candidates.", show_default=_AS_TRAINED, rich_help_panel=REPLIES
-    ),
+    typer.Option(help=describe("top_k"), show_default=_AS_TRAINED, rich_help_panel=REPLIES),
 ]
 TopP = Annotated[
     float | None,
     typer.Option(
-        help="Of those, the smallest set that holds this share of the probability.",
+        help=describe("top_p"),
         show_default=_AS_TRAINED,
         rich_help_panel=REPLIES,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of a reply, in tokens.", rich_help_panel=REPLIES)]
+MaxNewTokens = Annotated[int, typer.Option(help=describe("max_new_tokens"), rich_help_panel=REPLIES)]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Text that ends the reply. May be repeated.", rich_help_panel=REPLIES),
+    typer.Option(metavar="TEXT", help=describe("stop", "May be repeated."), rich_help_panel=REPLIES),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.", rich_help_panel=REPLIES)]
+Seed = Annotated[int | None, typer.Option(help=describe("seed"), rich_help_panel=REPLIES)]
 SystemPrompt = Annotated[
     str | None,
     typer.Option(help="System prompt for conversations that have none.", rich_help_panel=REPLIES),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from typing_extensions import Self
 
 from mara_integrations.engine.limits import EngineLimits
@@ -19,7 +19,7 @@ from mara_integrations.models.load import LoadedModel, ModelSpec
 from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.runtime import MARAEngine
-from mara_integrations.sampling import Fallback, Selection
+from mara_integrations.sampling import Fallback, Selection, describe
 
 _SPEC = ("device", "dtype", "revision", "model_kwargs", "quantization")
 _GATE = ("strength", "selection", "fallback", "trace")
@@ -28,6 +28,12 @@ _REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
 
 # Code written for hosted models passes these to every model; a local one has nothing to do with them.
 _OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "streaming", "timeout")
+
+# Fields that say what `SamplingParams` and `GateParams` say take their help from there.
+_AS_TRAINED = "None is what the head was trained with, "
+_MAX_TOKENS = (
+    "Default: 512. `max_new_tokens` is another name for it. A reply that it cuts has the `finish_reason` length."
+)
 
 
 class EngineSettings(BaseModel):
@@ -52,28 +58,16 @@ class EngineSettings(BaseModel):
     head: Any = None
     """A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
     mapping to weights, are composed: their corrections of the base model add."""
-    strength: float | None = None
-    """Dial on the head: 0 is the base model, 1 (the default) the strength that the head was trained to."""
-    selection: Selection | None = None
-    """Rule by which the gate takes a candidate: `auto` (the default), `first`, `greedy` or `sample`; see
-    `GateParams`."""
-    fallback: Fallback | None = None
-    """Candidate that is taken when all are rejected: `first` (the default), `last` or `best`; see `GateParams`."""
-    top_k: int | None = None
-    """Number of candidates kept by probability. None is what the head was trained with, else 40."""
-    top_p: float | None = None
-    """Share of the probability that the candidates have together. None is what the head was trained with, else 0.95."""
-    min_candidates: int | None = None
-    """Least number of candidates, whatever `top_p` says. None is what the head was trained with, else 1."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 is greedy."""
-    max_tokens: int | None = None
-    """Most tokens of a reply, 512 by default; `max_new_tokens` is another name for it. A reply that it cuts has the
-    `finish_reason` "length"."""
-    stop: list[str] | None = None
-    """Strings that end a reply; they are not part of it."""
-    seed: int | None = None
-    """Seed of sampling; None draws fresh random numbers for each call."""
+    strength: float | None = Field(None, description=describe("strength", "Default: 1."))
+    selection: Selection | None = Field(None, description=describe("selection", "Default: auto."))
+    fallback: Fallback | None = Field(None, description=describe("fallback", "Default: first."))
+    top_k: int | None = Field(None, description=describe("top_k", _AS_TRAINED + "else 40."))
+    top_p: float | None = Field(None, description=describe("top_p", _AS_TRAINED + "else 0.95."))
+    min_candidates: int | None = Field(None, description=describe("min_candidates", _AS_TRAINED + "else 1."))
+    temperature: float = Field(0.0, description=describe("temperature"))
+    max_tokens: int | None = Field(None, description=describe("max_new_tokens", _MAX_TOKENS))
+    stop: list[str] | None = Field(None, description=describe("stop"))
+    seed: int | None = Field(None, description=describe("seed", "None draws fresh random numbers for each call."))
     system_prompt: str | None = None
     """Text put before every conversation that brings no system message. None is the one that the head was trained with;
     an empty text turns it off."""
@@ -81,8 +75,7 @@ class EngineSettings(BaseModel):
     """Device of the model; `auto` is CUDA, then MPS, then CPU."""
     dtype: Any = "auto"
     """Number format of the model; `auto` is what the device is fast at."""
-    trace: bool = False
-    """Whether answers report what the gate saw and did at each position."""
+    trace: bool = Field(False, description=describe("trace"))
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
     model_kwargs: dict[str, Any] | None = None

@@ -116,8 +116,9 @@ class HeadStacks:
                 scores = self._stack(shape, askers).score_positions(list(askers), own_states, own_counts, candidates)
             else:
                 scores = torch.cat([_q(*own) for own in zip(askers, own_states, own_counts, candidates, strict=True)])
-            factors = torch.tensor([parts[i][part] for part, indices in askers.items() for i in indices])
-            scores = scores * factors.to(states.device).repeat_interleave(torch.cat(own_counts))
+            weights = [parts[i][part] for part, indices in askers.items() for i in indices]
+            factors = torch.tensor(weights, dtype=torch.float32, device=states.device)
+            scores = scores * factors.repeat_interleave(torch.cat(own_counts))
             if not is_shared:
                 scores = scores.new_zeros(len(embeddings)).index_add_(0, torch.cat(rows), scores)
             total = scores if total is None else total + scores

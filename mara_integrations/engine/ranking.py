@@ -62,9 +62,9 @@ def _weighed(
     token_ids = candidates.token_ids[rows][live].to(hidden.device)  # (N,)
     with naming(HEAD, HeadError):
         scores = heads.score_positions(inputs, backend.output_embeddings(token_ids)).cpu()
-    strengths = torch.tensor([[sequences[row].request.gate.strength] for row in rows])
+    # explicit dtypes: loading a model in another thread changes torch's default for a while
+    strengths = torch.tensor([[sequences[row].request.gate.strength] for row in rows], dtype=torch.float32)
+    q_scores = scores.new_zeros(live.shape).masked_scatter_(live, scores)
     accept_logits = candidates.accept_logits.clone()
-    accept_logits[rows] = q_accept_logits(
-        candidates.hazard_logits[rows], torch.zeros(live.shape).masked_scatter_(live, scores), strengths, live
-    )
+    accept_logits[rows] = q_accept_logits(candidates.hazard_logits[rows], q_scores, strengths, live)
     return replace(candidates, accept_logits=accept_logits)

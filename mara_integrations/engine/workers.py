@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -26,9 +26,29 @@ from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_
 _log = logging.getLogger(__name__)
 _Ticket = TypeVar("_Ticket", bound=Ticket)
 
-_workers: weakref.WeakKeyDictionary[LoadedModel, Worker] = weakref.WeakKeyDictionary()
-_leases: weakref.WeakKeyDictionary[LoadedModel, weakref.WeakSet[ModelLease]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+
+@dataclass(eq=False, slots=True)
+class _Shared:
+    """What the engines on one loaded model share.
+
+    Attributes:
+        lock: Held while the worker is made or given up. That takes seconds, and nobody waits for another model's.
+        worker: The worker; None until it is asked for.
+        leases: The open leases of the model.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    worker: Worker | None = None
+    leases: weakref.WeakSet[ModelLease] = field(default_factory=weakref.WeakSet)
+
+
+_all_shared: weakref.WeakKeyDictionary[LoadedModel, _Shared] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # of this dictionary alone
+
+
+def _shared_by_users_of(model: LoadedModel) -> _Shared:
+    with _lock:
+        return _all_shared.setdefault(model, _Shared())
 
 
 def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backend:
@@ -50,7 +70,7 @@ def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backen
 
 
 def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker:
-    """Return the worker of a loaded model; it is made on first use.
+    """Return the worker of a loaded model; it is made on first use, once, whatever threads ask at that time.
 
     Args:
         model: The loaded model.
@@ -59,10 +79,11 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     Raises:
         ConfigError: If the worker runs with other limits already.
     """
-    with _lock:
-        if model not in _workers:
-            _workers[model] = Worker(Decoder.measured(backend_of(model, limits), limits))
-        worker = _workers[model]
+    shared = _shared_by_users_of(model)
+    with shared.lock:
+        if shared.worker is None:
+            shared.worker = Worker(Decoder.measured(backend_of(model, limits), limits))
+        worker = shared.worker
     if limits is not None and worker.limits != limits:
         mine, theirs = limits.model_dump(), worker.limits.model_dump()
         name = next(name for name in mine if mine[name] != theirs[name])
@@ -121,7 +142,8 @@ class ModelLease:
     @property
     def status(self) -> EngineStatus:
         """What the worker is doing; loads nothing."""
-        worker = None if self._model is None else _workers.get(self._model)
+        model = self._model
+        worker = None if model is None else _shared_by_users_of(model).worker
         if worker is None:
             return EngineStatus(self.is_loaded, is_healthy=not self.is_closed)
         is_healthy = worker.is_healthy and not self.is_closed
@@ -141,8 +163,9 @@ class ModelLease:
             if self._model is None:
                 start = time.perf_counter()
                 model = load_model(self.spec)
-                with _lock:
-                    _leases.setdefault(model, weakref.WeakSet()).add(self)
+                shared = _shared_by_users_of(model)
+                with shared.lock:
+                    shared.leases.add(self)
                 self._model = model
                 took_s = time.perf_counter() - start
                 _log.info("%s on %s, %s, ready in %.1f s", model.name, model.device, model.number_format, took_s)
@@ -156,7 +179,12 @@ class ModelLease:
             ConfigError: See `worker_for`.
             MaraError: See `model`.
         """
-        return worker_for(self.model, self.limits)
+        model = self.model
+        worker = worker_for(model, self.limits)
+        if self.is_closed:  # while the worker was made
+            self._give_up_worker(model)
+            self._check_open()
+        return worker
 
     @property
     def outline(self) -> LoadedModel | Outline:
@@ -199,18 +227,24 @@ class ModelLease:
             self._end(ticket)
         if model is None:
             return
-        with _lock:
-            others = _leases.get(model, weakref.WeakSet())
-            others.discard(self)
-            worker = None if others else _workers.pop(model, None)
-        if worker is not None:
-            worker.close()
-            worker.join()
+        self._give_up_worker(model)
         device = model.device
-        del model, worker
+        del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _give_up_worker(self, model: LoadedModel) -> None:
+        """Let go of the model's worker, and end it if this was the last lease."""
+        shared = _shared_by_users_of(model)
+        with shared.lock:
+            shared.leases.discard(self)
+            worker = None if shared.leases else shared.worker
+            if worker is not None:
+                shared.worker = None
+        if worker is not None:
+            worker.close()
+            worker.join()
 
     def _check_open(self) -> None:
         if self.is_closed:

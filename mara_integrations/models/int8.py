@@ -181,13 +181,14 @@ def _processor_problem() -> str:
 def processor_slowdown() -> float:
     """Return how many times as long a layer takes in int8 as in float32; without instructions it is plain loops."""
     layer, x = _probe()
-    return _seconds(layer, x) / _seconds(nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False), x)
+    return _seconds(layer, x) / _seconds(nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, dtype=x.dtype), x)
 
 
 def _probe() -> tuple[Int8Linear, Tensor]:
     """A layer of the largest weights, and inputs for it."""
     weight = torch.full((_PROBE_WIDTH, _PROBE_WIDTH), 127, dtype=torch.int8)
-    return Int8Linear(weight, torch.ones(_PROBE_WIDTH)), torch.full((_PROBE_ROWS, _PROBE_WIDTH), _LEVELS)
+    scale = torch.ones(_PROBE_WIDTH, dtype=torch.float32)
+    return Int8Linear(weight, scale), torch.full((_PROBE_ROWS, _PROBE_WIDTH), _LEVELS, dtype=torch.float32)
 
 
 @torch.inference_mode()

@@ -137,6 +137,7 @@ class Outline:
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.WeakValueDictionary()
 # One lock, not one a model: from_pretrained sets process-wide state (default dtype, initialisers) while it works.
 _loading = threading.RLock()
+_adopting = threading.Lock()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -245,7 +246,7 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
     if spec.model_kwargs or spec.revision or spec.quantization:
         raise ConfigError("revision, model_kwargs and quantization say how to load a model; this one is loaded already")
     key = (id(model), id(tokenizer))  # the entry holds both objects, so while it lives the ids are theirs
-    with _loading:
+    with _adopting:  # nobody who brings a loaded model waits for another to be loaded
         found = _loaded.get(key)
         if found is None:
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__

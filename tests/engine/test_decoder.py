@@ -39,6 +39,21 @@ def test_a_packed_batch_gives_the_reference_tokens(family):
     assert sum(s.stats.rejected for s in done) > 8, "the heads have to disagree for this to say anything"
 
 
+def test_torchs_default_dtype_changes_nothing():
+    """Loading a model in bfloat16 changes it for all threads, those that decode too."""
+    model = tiny_model()
+    requests = list(mixed_requests(model))
+    want = references(model, requests)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        backend = make_backend(model)
+        done = Decoder(backend).run(requests)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert type(backend) is type(make_backend(model))
+    assert [s.token_ids for s in done] == want
+
+
 @pytest.mark.parametrize("family", SERIAL_FAMILIES)
 def test_models_without_trees_take_the_serial_path_and_say_so(family):
     model = tiny_model(family)

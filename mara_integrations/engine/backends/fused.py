@@ -89,8 +89,11 @@ def fast_linear(*linears: nn.Linear | Int8Linear, order: Tensor | None = None) -
         return first
     weight, bias = joined([linear.weight.detach() for linear in linears]), None
     if any(linear.bias is not None for linear in linears):
-        biases = (torch.zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
-        bias = joined([bias.detach() for bias in biases])
+        biases = (
+            torch.zeros(linear.out_features, dtype=torch.float32) if linear.bias is None else linear.bias.detach()
+            for linear in linears
+        )
+        bias = joined(list(biases))
     scales = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
     return Int8Linear(weight, joined(scales), bias) if scales else PackedLinear(weight, bias)
 

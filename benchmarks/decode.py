@@ -21,12 +21,12 @@ from typing import Any, TypeAlias
 
 import torch
 from measure import Ratios, add_options, peak_bytes, seconds, timed
+from published_decoding import generate_published
 
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.oracle.verify import verify
-from mara_integrations.engine.published import generate_published
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.heads.head import MARAHead

@@ -13,8 +13,6 @@ from mara_integrations.data.rows import Kind, Labelled, Pair, PromptRow, Row
 from mara_integrations.errors import DataError
 from mara_integrations.messages import Message
 
-COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "messages", "tools")
-
 _NOUNS: dict[Kind, str] = {"pairs": "a pair", "labelled": "a labelled reply", "prompts": "a prompt row"}
 _NEEDS: dict[Kind, str] = {
     "pairs": f"{_NOUNS['pairs']} needs prompt, chosen, rejected",

@@ -14,7 +14,6 @@ from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.oracle.reference import generate_reference
-from mara_integrations.engine.published import generate_published
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ModelError
@@ -156,16 +155,9 @@ def test_a_model_that_was_served_and_verified_has_the_hooks_it_had_and_pickles()
     model.model.layers[0].register_forward_hook(_users_hook)
     Decoder(make_backend(model)).run([Request(prompt(8), SamplingParams(max_new_tokens=2), head=head)])
     generate_reference(model, prompt(8), head, SamplingParams(max_new_tokens=2))
-    generate_published(model, head, prompt(8), 2)
     assert [hook for module in model.modules() for hook in module._forward_hooks.values()] == [_users_hook]
     loaded = pickle.loads(pickle.dumps(model))
     assert len(loaded(torch.tensor([prompt(8)]), output_hidden_states=True).hidden_states) == 3
-
-
-def test_the_published_procedure_gives_the_reference_tokens():
-    model, head = tiny_model(), random_head(32, accept_rate=0.3)
-    want = generate_reference(model, prompt(8), head, SamplingParams(max_new_tokens=8))
-    assert generate_published(model, head, prompt(8), 8) == want
 
 
 def test_a_failed_forward_leaves_the_decoder_clean():

@@ -1,4 +1,4 @@
-"""The paper's decoding procedure on today's caches, the yardstick of speed: a forward for each candidate visited."""
+"""The paper's decoding procedure with a current cache, the baseline of speed: one forward a candidate visited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mara_integrations.heads.afterstate import AfterstateHead
 def generate_published(
     model: PreTrainedModel, head: AfterstateHead, prompt_ids: Sequence[int], max_new_tokens: int
 ) -> list[int]:
-    """Tokens of a reply of this length under a head of the paper's form.
+    """Return the tokens of a reply of this length under a head of the paper's form.
 
     Filters over the whole vocabulary, candidates one by one in falling order, the first one when all are rejected. Only
     the cache differs from the published code, which lets rejected candidates leave their keys and values behind.
@@ -52,7 +52,7 @@ def generate_published(
 
 
 def _forward(model: PreTrainedModel, token_ids: Sequence[int], cache: Any) -> tuple[Tensor, Tensor]:
-    """Logits (1, V) and hidden state (1, d) of the last token."""
+    """Return the logits (1, V) and the hidden state (1, d) of the last token."""
     ids = torch.tensor([list(token_ids)], device=model.device)
     out = model(input_ids=ids, use_cache=True, output_hidden_states=True, **{cache_argument(model): cache})
     return out.logits[:, -1], out.hidden_states[-1][0, -1:]

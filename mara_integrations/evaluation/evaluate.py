@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from mara_integrations.data import Dataset, PromptRow, gather_columns, prompt_row
+from mara_integrations.data import Dataset, PromptRow, Row, gather_columns, prompt_row, read_prompts
 from mara_integrations.engine.generation import GateStats, Generation
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.worker import ThreadTicket, Worker
@@ -25,13 +26,15 @@ from mara_integrations.rewards import CombinedReward, Reward, Scores, reward_nam
 from mara_integrations.runtime import MARAEngine, worker_for
 from mara_integrations.sampling import GateParams, SamplingParams
 
-Prompts: TypeAlias = Dataset | Sequence[PromptRow | str]
+# A data file, or what stands for its rows: dicts, a `datasets.Dataset`, a DataFrame, a `data.Dataset`; or strings.
+Prompts: TypeAlias = Any
+Rewards: TypeAlias = Reward | Sequence[Reward] | Mapping[str, Reward]
 
 
 def evaluate(
     engine: MARAEngine,
     prompts: Prompts,
-    rewards: Reward | Mapping[str, Reward] | None = None,
+    rewards: Rewards | None = None,
     *,
     temperature: float = 0.0,
     seed: int = 0,
@@ -45,8 +48,9 @@ def evaluate(
 
     Args:
         engine: With a head.
-        prompts: Rows of a data file, or strings, which become user messages.
-        rewards: One reward, or several by name; without any, perplexity, diversity and cost are still measured.
+        prompts: A list of strings, which become user messages; or rows, as `data.read_prompts` takes
+            them: dicts, a `datasets.Dataset`, a DataFrame, or the name of a file.
+        rewards: One reward, a list, or several by name; without any, perplexity, diversity and cost are still measured.
         temperature: 0 is greedy: what an application gets by default, and the fair choice for heads of the `paper`
             form, whose own decoding knows no temperature.
         seed: Prompt i draws from seed + i, on both sides; also of the intervals.
@@ -61,17 +65,16 @@ def evaluate(
 
     Raises:
         ConfigError: If there is no head, a setting is not allowed, or a prompt does not fit the model.
-        DataError: If there are no prompts.
+        DataError: If there are no prompts, or a row is bad.
         RewardError: If a reward fails; see `rewards.score`.
         ModelError: See `MARAEngine.load`.
         HeadError: See `MARAEngine.load`.
     """
-    rows = _rows(prompts)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} is not allowed", hint="at least 1")
-    if isinstance(prompts, Dataset):
-        conversational = conversational or prompts.form == "conversational"
-    conversational = conversational or any(len(row.prompt) > 1 for row in rows)
+    dataset = _dataset(prompts)
+    rows = [prompt_row(row) for row in dataset.rows]
+    conversational = conversational or dataset.form == "conversational" or any(len(row.prompt) > 1 for row in rows)
     named = _named(rewards)
     settings = {**overrides, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "trace": True}
     pairs = [_requests(engine, row, {**settings, "seed": seed + i}) for i, row in enumerate(rows)]
@@ -128,23 +131,35 @@ def evaluate(
     )
 
 
-def _rows(prompts: Prompts) -> list[PromptRow]:
-    given = prompts.rows if isinstance(prompts, Dataset) else prompts
-    rows = []
-    for number, item in enumerate(given, start=1):
-        if isinstance(item, str):
-            rows.append(PromptRow((Message("user", item),), {}, f"prompt {number}"))
-        else:
-            rows.append(prompt_row(item))
-    if not rows:
+def _dataset(prompts: Prompts) -> Dataset:
+    """Return the rows of prompts in any form.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if not isinstance(prompts, str) and isinstance(prompts, Sequence):
+        rows = [
+            PromptRow((Message("user", item),), {}, f"prompt {number}") if isinstance(item, str) else item
+            for number, item in enumerate(prompts, start=1)
+        ]
+        if all(isinstance(row, Row) for row in rows):
+            prompts = Dataset("prompts", tuple(map(prompt_row, rows)), Path("<prompts>"))
+    dataset = prompts if isinstance(prompts, Dataset) else read_prompts(prompts)
+    if not dataset.rows:
         raise DataError("there are no prompts to evaluate", hint="give at least one")
-    return rows
+    return dataset
 
 
-def _named(rewards: Reward | Mapping[str, Reward] | None) -> dict[str, Reward]:
+def _named(rewards: Rewards | None) -> dict[str, Reward]:
     if rewards is None:
         return {}
-    return dict(rewards) if isinstance(rewards, Mapping) else {reward_name(rewards): rewards}
+    if isinstance(rewards, Mapping):
+        return dict(rewards)
+    several = list(rewards) if isinstance(rewards, Sequence) else [rewards]
+    named = {reward_name(reward): reward for reward in several}
+    if len(named) < len(several):
+        raise ConfigError("two rewards have the same name", hint="give them as a dict, by names of your own")
+    return named
 
 
 def _requests(engine: MARAEngine, row: PromptRow, settings: dict[str, Any]) -> tuple[Request, Request]:

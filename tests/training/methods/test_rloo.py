@@ -6,10 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -254,35 +250,6 @@ def test_one_bank_serves_every_reward(folder_model, prompts_file, tmp_path, monk
 
 
 # --- never lost ---
-
-_PROGRAM = """
-import sys, json, torch
-torch.set_num_threads(1)
-from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.run import train
-from mara_integrations.training.records import store
-from pathlib import Path
-store.cache_dir = lambda: Path(sys.argv[2])
-print(train(TrainConfig.of(**json.loads(sys.argv[1]))).head.fingerprint)
-"""
-
-
-@pytest.mark.slow  # four processes start
-def test_killed_at_any_moment_it_ends_with_the_same_head(folder_model, prompts_file, tmp_path):
-    def command(name):
-        values = settings(folder_model, prompts_file, tmp_path / name, eval_prompts=0).model_dump(mode="json")
-        return [sys.executable, "-c", _PROGRAM, json.dumps(values), str(tmp_path / f"{name}-cache")]
-
-    whole = subprocess.run(command("whole"), capture_output=True, text=True, check=True).stdout.strip()
-    for at_least in (1, 5):  # files that are there when it is killed: of the bank, of gated replies
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if sum(1 for name in ("killed", "killed-cache") for _ in (tmp_path / name).rglob("*.pt")) >= at_least:
-                os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.005)
-        assert process.returncode == -signal.SIGKILL, "it was killed before its end"
-    resumed = subprocess.run(command("killed"), capture_output=True, text=True, check=True).stdout.strip()
-    assert resumed == whole != ""
 
 
 def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, prompts_file, tmp_path, monkeypatch):

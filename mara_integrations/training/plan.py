@@ -33,6 +33,7 @@ from mara_integrations.rewards import (
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records.trackers import check_installed
 from mara_integrations.training.registry import Method, Source, choose
+from mara_integrations.training.rollouts.ray_cluster import import_ray
 
 FEW_ROWS = 30
 
@@ -112,12 +113,14 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         DataError: If the data can't be read or is too small.
         RewardError: If the reward can't be imported.
         OutputError: If the head could not be written, or not be pushed to the Hub.
-        MissingExtraError: If a tracker is not installed.
+        MissingExtraError: If a tracker or Ray is not installed.
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     inputs = inputs or Inputs()
-    check_writable(config.output)
     check_installed(config.track)
+    if config.ray:
+        import_ray()
+    check_writable(config.output)
     if config.push_to_hub is not None:
         check_can_push(config.push_to_hub, public=config.public)
     data = _read_data(config, inputs)

@@ -35,7 +35,6 @@ from mara_integrations.training.plan import Inputs, Plan, make_plan
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.records.output_lock import locked
 from mara_integrations.training.resume import finished_head, interrupted_differences
-from mara_integrations.training.rollouts.ray_cluster import import_ray
 from mara_integrations.training.rollouts.ray_workers import RayWorkers
 from mara_integrations.training.rollouts.workers import LocalWorker, RolloutWorkers
 from mara_integrations.training.scoring.q_scale import calibrate_q
@@ -128,8 +127,6 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
     """Report the plan, load the model and start the rollout workers; write nothing."""
     _report_plan(config, plan, reporter)
     _report_interrupted(config, identity, reporter)
-    if config.ray:
-        import_ray()  # if Ray is missing, say so before the model is loaded
     spec = ModelSpec(
         model or config.model,
         config.device,

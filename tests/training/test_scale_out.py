@@ -184,5 +184,5 @@ def test_more_actors_than_gpus_are_refused(folder):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=r"pip install mara-integrations\[ray\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'mara-integrations\[ray\]'"):
         import_ray()

@@ -18,9 +18,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise MissingExtraError(
-            "--ray needs ray, which is not installed", hint="pip install mara-integrations[ray]"
-        ) from None
+        raise MissingExtraError("--ray needs ray", hint="pip install 'mara-integrations[ray]'") from None
     return ray
 
 

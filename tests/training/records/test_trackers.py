@@ -10,9 +10,6 @@ from types import ModuleType
 
 import pytest
 
-from mara_integrations.errors import MissingExtraError
-from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.plan import make_plan
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.records.trackers import numbers
 
@@ -128,13 +125,3 @@ def test_the_log_goes_on_after_what_an_interrupted_run_said(tmp_path):
     assert times == sorted(times)
     assert [line["event"] for line in run(twice)] == ["start", "parts"], "the other was done"
     assert [line["event"] for line in run(twice, fingerprint="beef")] == ["start", "parts"], "other settings"
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_one_that_is_not_installed_is_named_before_the_work(monkeypatch, tmp_path, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    config = TrainConfig.of(data="absent.jsonl", output=tmp_path / "out", track=[name])
-    with pytest.raises(MissingExtraError, match=f"--track {name} needs {name}") as caught:
-        make_plan(config)
-    assert caught.value.hint == f"pip install 'mara-integrations[{name}]'"

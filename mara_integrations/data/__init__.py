@@ -1,6 +1,6 @@
-"""Prompts, preference pairs and labelled replies: any source and form to checked rows, and splits by prompt.
+"""Reads prompts, preference pairs and labelled replies from any source into checked rows, and splits them by prompt.
 
-Every row is checked before anything costly starts, and every complaint names its file and line. Knows nothing of
+Every row is checked before anything costly starts, and every error names the file and the line. Nothing here knows of
 tokens, models or training.
 """
 

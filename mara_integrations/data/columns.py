@@ -1,4 +1,4 @@
-"""Columns of other names: where the fields of a row are found, and which scores count as good."""
+"""Columns with names of the user's own: where the fields of a row are, and which scores count as good."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The place of a field: a name, or names joined by dots for nested fields; and the bound of a good score.
+    """The column of a field, or the path to a nested one, and the bound of a good score.
 
     Attributes:
         path: Name or names, as `question` or `inputs.question`.

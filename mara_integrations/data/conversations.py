@@ -1,4 +1,4 @@
-"""Values of a row as messages and tools, in the form that chat templates, TRL and OpenAI's API share."""
+"""Parses values of a row into messages and tools, in the form that chat templates, TRL and OpenAI's API share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mara_integrations.messages import Message, Role, Tool, ToolCall
 
 
 def text_of(name: str, value: Any) -> str:
-    """Return a text that a tokenizer can encode; of a list of text parts, the parts joined.
+    """Return a text that a tokenizer can encode; the parts of a list of text parts are joined.
 
     Raises:
         BadRowError: If it is no text, or blank.

@@ -1,7 +1,7 @@
-"""Exports of LangSmith and Langfuse, as they come, to rows of TRL's types: runs with feedback, traces with scores.
+"""Converts exports of LangSmith and Langfuse to rows of TRL's types: runs with feedback, traces with scores.
 
-A run's inputs are the prompt, its outputs the reply, a feedback key or score name the label. Without feedback, as in
-data sets of examples, the inputs are prompts and the outputs a column beside them.
+A run's inputs become the prompt, its outputs the reply, and a feedback key or score name the label. Without feedback,
+as in data sets of examples, the inputs become prompts and the outputs a column beside them.
 
 Source: LangSmith's run, feedback and example data formats (docs.langchain.com/langsmith/run-data-format,
 feedback-data-format, example-data-format); Langfuse's trace, observation and score fields
@@ -32,7 +32,7 @@ _LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "too
 
 
 def export_of(records: Sequence[Record]) -> Export | None:
-    """Which platform the rows are an export of; None where they are not."""
+    """Return the platform that the rows were exported from; None if they are no export."""
     names: set[str] = set()
     for _, record in records:
         if isinstance(record, dict):
@@ -45,7 +45,7 @@ def export_of(records: Sequence[Record]) -> Export | None:
 
 
 def check_has_runs(path: Path, records: Sequence[Record]) -> None:
-    """Refuse feedback alone.
+    """Refuse feedback without runs.
 
     Raises:
         DataError: If the rows are feedback or scores without the runs that they judge.
@@ -71,13 +71,13 @@ class _Run:
 def rows_of_export(
     path: Path, export: Export, records: Sequence[Record], columns: Mapping[str, Column]
 ) -> tuple[list[Record], list[str]]:
-    """Rows of TRL's types, and what was decided on the way.
+    """Return rows of TRL's types, and notes on how the export was understood.
 
     Args:
-        path: For messages.
-        export: Whose.
-        records: Its rows.
-        columns: Where prompt and completion are found, where that can't be told; `label` names a feedback key.
+        path: Path of the export, for messages.
+        export: Platform of the export.
+        records: Rows of the export.
+        columns: Columns of prompt and completion, where they can't be inferred; `label` names a feedback key.
 
     Raises:
         DataError: If there are several feedback keys, or one on an unknown scale, and `columns` does not say more.
@@ -122,7 +122,7 @@ def rows_of_export(
 def _judge(
     path: Path, key: str, label: Column | None, values: Sequence[Any]
 ) -> tuple[Callable[[Any], bool | None], str]:
-    """How a score becomes a label, and in words; None for one that says neither."""
+    """Return a function from a score to its label, None for neither good nor bad, and the rule in words."""
     if label is not None and label.comparison is not None:
         return label.is_good, f", good where {label.comparison} {label.bound:g}"
     numbers = [value for value in values if isinstance(value, int | float)]
@@ -160,7 +160,7 @@ def _run(record: Fields, export: Export, columns: Mapping[str, Column]) -> _Run:
 
 
 def _langsmith_feedback(record: Fields) -> dict[str, Any]:
-    """One value a feedback key: of the statistics that a run carries, or of the records joined to it."""
+    """Return one value a feedback key, from the statistics that a run carries or from the records joined to it."""
     stats, given = decoded(record.get("feedback_stats")), decoded(record.get("feedback"))
     feedback: dict[str, Any] = {}
     for key, stat in stats.items() if isinstance(stats, dict) else ():
@@ -177,7 +177,7 @@ def _langsmith_feedback(record: Fields) -> dict[str, Any]:
 
 
 def _langfuse_scores(record: Fields) -> dict[str, Any]:
-    """One value a score name: of the API's list of scores, or of the columns that tables are exported with."""
+    """Return one value a score name, from the API's list of scores or from the columns of exported tables."""
     scores = decoded(record.get("scores"))
     by_name: dict[str, list[Any]] = {}
     for item in scores if isinstance(scores, list) else ():
@@ -195,7 +195,7 @@ def _langfuse_scores(record: Fields) -> dict[str, Any]:
 
 
 def _together(values: Sequence[Any]) -> Any:
-    """Several people's scores as one: the mean of numbers, the most frequent of words."""
+    """Merge the scores of several people: take the mean of numbers, or the most frequent word."""
     present = [value for value in values if value is not None]
     if present and all(isinstance(value, int | float) for value in present):
         return sum(present) / len(present)
@@ -203,7 +203,7 @@ def _together(values: Sequence[Any]) -> Any:
 
 
 def _conversation(value: Any, name: str) -> Any:
-    """What the application was asked: a string, or messages as TRL has them."""
+    """Return the prompt of a run: a string, or messages in TRL's form."""
     value = decoded(value)
     if isinstance(value, str):
         return value
@@ -222,7 +222,7 @@ def _conversation(value: Any, name: str) -> Any:
 
 
 def _reply(value: Any, name: str) -> Any:
-    """What the application answered."""
+    """Return the reply of a run."""
     value = decoded(value)
     if isinstance(value, str):
         return value
@@ -242,7 +242,7 @@ def _reply(value: Any, name: str) -> Any:
 
 
 def _known_key(value: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """The first of the usual names that has something, or the only name there is."""
+    """Return the first of the usual names that has a value, or the only name there is."""
     lone = next(iter(value)) if len(value) == 1 else None
     return next((key for key in keys if value.get(key)), lone)
 
@@ -259,7 +259,7 @@ def _is_langchains(value: Any) -> bool:
 
 
 def _turn(value: Any) -> Any:
-    """A message of LangChain, as it is serialised in several ways, in the form of TRL; others as they are."""
+    """Return a message of LangChain, serialised in any of its ways, in TRL's form; other values unchanged."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         value = {"type": value[0], "role": value[0], "content": value[1]}
     if not isinstance(value, dict) or ("role" in value and value["role"] not in _LANGCHAIN_ROLES):

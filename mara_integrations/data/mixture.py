@@ -1,4 +1,4 @@
-"""Mixtures: a YAML file that names several sources and what share of the rows each has."""
+"""Mixtures: a YAML file that names several sources and the share of rows that each contributes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Source(Params):
     """One source of a mixture.
 
     Attributes:
-        path: File, folder or Hub name; a relative one starts at the YAML file.
-        weight: Its share of the rows, against the others' weights.
+        path: File, folder or Hub name; a relative path starts at the YAML file.
+        weight: Share of the rows, relative to the weights of the other sources.
         format: See `read_dataset`.
         columns: See `read_dataset`.
     """
@@ -35,24 +35,24 @@ class Source(Params):
 
 
 class Mixture(Params):
-    """A mixture's file.
+    """The content of a mixture's file.
 
     Attributes:
-        sources: At least one. Where none has a weight, all rows of all are taken.
+        sources: At least one source. If none has a weight, all rows of all sources are taken.
     """
 
     sources: tuple[Source, ...] = Field(min_length=1)
 
 
 def read_mixture(path: Path, read: Callable[[str, Source], Dataset]) -> Dataset:
-    """Read all sources and take as many rows as the weights allow without giving one twice.
+    """Read all sources, and take as many rows as the weights allow without taking one twice.
 
     Args:
         path: The YAML file.
-        read: Reads one source, from a path that is right from here.
+        read: Reads one source, given its path resolved against the YAML file.
 
     Raises:
-        DataError: If the file is missing or no mixture, or the sources are of several kinds.
+        DataError: If the file is missing or is no mixture, or if the sources are of several kinds.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def read_mixture(path: Path, read: Callable[[str, Source], Dataset]) -> Dataset:
             f"{path} mixes {', '.join(f'{part.path} ({part.kind})' for part in parts)}",
             hint="all sources of a mixture are of one kind; --format prompts reads all as prompts",
         )
-    # As many as the source that is used up first allows.
+    # The source that is used up first bounds the number.
     per_weight = min(len(part) / (weight or 1.0) for part, weight in zip(parts, weights, strict=True))
     rows: list[Row] = []
     notes: list[str] = []
@@ -92,7 +92,7 @@ def read_mixture(path: Path, read: Callable[[str, Source], Dataset]) -> Dataset:
 
 
 def _some(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
-    """That many rows in file order, ranked by their content, so that the choice does not depend on the order."""
+    """Return some rows in file order, chosen by a hash of their content, so that the choice ignores their order."""
     ranked = sorted(range(len(rows)), key=lambda i: hashlib.sha256(canonical(rows[i]).encode()).digest())
     return tuple(rows[i] for i in sorted(ranked[:count]))
 

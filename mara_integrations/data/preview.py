@@ -1,4 +1,4 @@
-"""Data as the model will see it, to be looked at before training."""
+"""Shows data as the model will see it, for a look before training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _KINDS = {"pairs": "preference pairs", "labelled": "labelled replies", "prompts"
 
 
 def preview(dataset: Dataset, render: Callable[[Row], str], count: int = 2) -> tuple[str, list[str]]:
-    """What a data set was taken for, in a line, and its first rows with the chat template applied.
+    """Describe a data set in a line, and return its first rows with the chat template applied.
 
     Args:
-        dataset: Any.
-        render: Makes the model's text of a row's prompt.
-        count: Rows to show.
+        dataset: Rows of any kind.
+        render: Returns the text that the model gets for the prompt of a row.
+        count: Number of rows to show.
     """
     tools = sum(bool(row.tools) for row in dataset.rows)
     line = f"{len(dataset)} {_KINDS[dataset.kind]}, {dataset.form}{f', {tools} with tools' if tools else ''}"

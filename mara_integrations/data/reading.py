@@ -1,4 +1,4 @@
-"""Reading preference data: any source and form to checked rows, with every complaint's file and line."""
+"""Reads preference data from any source into checked rows; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def read_dataset(
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Dataset:
-    """Read rows from a file, a folder that `datasets` saved, the Hub, a YAML mixture or Python objects; check each row.
+    """Read and check rows of a file, a folder that `datasets` saved, the Hub, a YAML mixture or Python objects.
 
     A field that is null, or an empty CSV cell, is absent. A string prompt becomes one user message. A string reply
-    loses its leading white space: TRL's standard form writes the space between prompt and reply there, and here a
-    chat template parts them. In CSV, messages are JSON text. Rows are numbered as editors and spreadsheets show them.
+    loses its leading white space, because TRL's standard form writes the space between prompt and reply there, while
+    a chat template separates them here. In CSV, messages are JSON text. Rows are numbered as editors and spreadsheets
+    show them.
 
     Args:
         source: JSONL, JSON, CSV or Parquet file; a folder saved by `datasets`, or a Hub name, either with `:split`; a
@@ -41,12 +42,12 @@ def read_dataset(
         format: Kind of the rows, or the platform they were exported from; `auto` goes by the columns.
         columns: Columns of other names by ours, as `{"prompt": "question", "label": "stars>=4"}`; in an export, `label`
             is the name of the feedback.
-        skip_bad_rows: Go on without bad rows and tell of them in `notes`, where there are good ones.
+        skip_bad_rows: Leave out bad rows, if there are good ones, and report them in `notes`.
 
     Raises:
         ConfigError: If `format` or a column is not allowed.
         DataError: If the source can't be read or a row is bad; names the first bad row and how many there are.
-        MissingExtraError: If what reads the source is absent.
+        MissingExtraError: If the package that reads the source is not installed.
 
     Source: TRL's dataset formats and types.
     """
@@ -91,7 +92,7 @@ def read_prompts(
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Dataset:
-    """The prompts of a source of any kind, each once, in file order; arguments and errors as of `read_dataset`."""
+    """Return the prompts of a source, each once, in file order; arguments and errors are those of `read_dataset`."""
     dataset = read_dataset(source, format, columns=columns, skip_bad_rows=skip_bad_rows)
     first: dict[str, PromptRow] = {}
     for row in dataset.rows:
@@ -102,7 +103,7 @@ def read_prompts(
 def _as_trl(
     path: Path, records: list[Record], format: Format, columns: Mapping[str, str]
 ) -> tuple[list[Record], list[str]]:
-    """Rows with TRL's columns, and what was decided on the way."""
+    """Return rows with TRL's columns, and notes on how the source was understood."""
     check_has_runs(path, records)
     wanted = parse_columns(columns)
     export: Export | None = format if format in ("langsmith", "langfuse") else None

@@ -1,4 +1,4 @@
-"""Files, saved data sets, those of the Hub and Python objects as numbered records; the fields have no meaning here.
+"""Reads files, saved data sets, the Hub and Python objects as numbered records; fields have no meaning here.
 
 A row that can't be read becomes an error in its place, so that all bad rows are counted.
 """
@@ -24,7 +24,7 @@ MAX_DEPTH = 100  # of objects and lists within each other; Python's own limit wo
 
 
 class BadRowError(Exception):
-    """An error in one row, without its place, which the reader of the whole adds."""
+    """An error in one row; the reader of the whole source adds the place."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ Record: TypeAlias = tuple[int, "Fields | BadRowError"]
 
 
 class RepeatedKeys(dict[str, Any]):
-    """A JSON object in which a key stands more than once; the last value holds."""
+    """A JSON object with a key that stands more than once; the last value counts."""
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -47,7 +47,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
     Raises:
         DataError: If the source is missing, of another form, or broken as a whole.
-        MissingExtraError: If what reads it is absent.
+        MissingExtraError: If the package that reads it is not installed.
     """
     readers: dict[str, Callable[[Path], Iterator[Record]]] = {
         ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet,
@@ -74,13 +74,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def records_of(rows: Any) -> Iterator[Record]:
-    """Yield the rows of Python objects with their numbers, from 1 on; fields that are null are absent.
+    """Yield the rows of Python objects, numbered from 1; fields that are null are absent.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or a DataFrame.
 
     Raises:
-        DataError: If it holds several splits, or is nothing of that kind.
+        DataError: If it holds several splits, or is none of these.
     """
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas, whose iteration gives the columns
         rows = rows.to_dict("records")
@@ -305,7 +305,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Return a value as a message can show it."""
+    """Return a value as text that is short enough for a message."""
     try:
         text = repr(value)
     except RecursionError:

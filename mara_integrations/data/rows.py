@@ -1,4 +1,4 @@
-"""Rows of preference data and sets of them: what is trained on, its fingerprint, and how it is split by prompt."""
+"""Rows of preference data, and sets of them with a fingerprint, which are split by prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Form = Literal["standard", "conversational"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a reply that was preferred and one that was not; `tools` may be called in the conversation."""
+    """A prompt with a preferred reply and a rejected one; `tools` may be called in the conversation."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -30,7 +30,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A prompt with one reply and a thumb up (True) or down (False)."""
+    """A prompt with one reply that is labelled good (True) or bad (False)."""
 
     prompt: tuple[Message, ...]
     completion: str
@@ -57,12 +57,12 @@ class Dataset:
     """Checked rows of one kind.
 
     Attributes:
-        kind: What each row is.
-        rows: In file order.
-        path: What they were read from.
+        kind: Kind of the rows.
+        rows: Rows in file order.
+        path: Path that they were read from.
         form: `standard` where every prompt was a string, else `conversational`; reward functions get prompts in it.
-        notes: What a reader should know: how the rows were understood, and which were left out, a sentence each.
-        fingerprint: SHA-256 of the kind and the rows' content, in order; the same whatever the file's format.
+        notes: Sentences on how the rows were understood, and which were left out.
+        fingerprint: SHA-256 of the kind and the rows' content, in order; it does not depend on the file's format.
     """
 
     kind: Kind
@@ -83,28 +83,28 @@ class Dataset:
 
 
 def prompt_row(row: Row) -> PromptRow:
-    """A row's prompt alone; a row of another kind has no columns beside it."""
+    """Return the prompt of a row alone; a row of another kind has no columns."""
     return row if isinstance(row, PromptRow) else PromptRow(row.prompt, {}, row.source, row.tools)
 
 
 def gather_columns(rows: Iterable[PromptRow]) -> dict[str, list[Any]]:
-    """The rows' other fields column by column, as reward functions get them; None where a row lacks one."""
+    """Return the other fields of rows by column, as reward functions get them; None where a row lacks one."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
 def split(dataset: Dataset, held_out: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split by prompt: rows whose prompts are the same but for case and spacing stay on one side.
+    """Split rows by prompt: rows whose prompts differ in case or spacing alone stay on one side.
 
     Prompts are ranked by a hash of seed and content and the first ones are held out, so a prompt's rank does not depend
     on the file's order or on its other rows, and a larger `held_out` holds out a superset. Of labelled replies, both
     sides get good and bad ones where that is possible: other prompts then take the place of the first ones.
 
     Args:
-        dataset: What to split.
+        dataset: Rows to split.
         held_out: Share of the distinct prompts to hold out, above 0 and below 1; at least one prompt is.
-        seed: Another seed gives another ranking.
+        seed: Seed of the ranking.
 
     Returns:
         The rows to train on and the rows held out, each in file order.
@@ -163,13 +163,13 @@ def _stratified(dataset: Dataset, keys: Sequence[str], ranked: Sequence[str], co
 
 
 def prompt_key(row: Row) -> str:
-    """Equal for rows whose prompts are the same but for case and spacing."""
+    """Return a key that is equal for rows whose prompts differ in case or spacing alone."""
     turns = [[turn[0], " ".join(turn[1].split()).casefold(), *turn[2:]] for turn in _turns(row)]
     return json.dumps([turns, *_tools(row)] if row.tools else turns, default=str)
 
 
 def canonical(row: Row) -> str:
-    """A row's content as one line, whatever file it came from."""
+    """Return the content of a row as one line, independent of the file that it came from."""
     content: list[Any] = [_turns(row), *_tools(row)]
     if isinstance(row, Pair):
         content += [row.chosen, row.rejected]

@@ -1,4 +1,4 @@
-"""Rows that can be used and are probably mistakes: they are counted, so that somebody looks at them."""
+"""Counts rows that are usable but probably mistakes, so that somebody looks at them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's data set types to rows: preference, unpaired preference, prompt-completion, prompt-only, conversations."""
+"""Converts TRL's data set types to rows: preference, unpaired preference, prompt-completion, prompt-only, messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ READERS: dict[Kind, Callable[[Fields, str], Row]] = {"pairs": _pair, "labelled":
 
 
 def _conversation(fields: Fields) -> Fields:
-    """A whole conversation as a prompt, and the assistant's last turn, if it ends with one, as its completion."""
+    """Return a conversation as a prompt; an assistant's turn at its end becomes the completion."""
     turns = fields["messages"]
     rest = {name: value for name, value in fields.items() if name != "messages"}
     last = turns[-1] if isinstance(turns, list) and len(turns) > 1 else None
@@ -65,7 +65,7 @@ def _conversation(fields: Fields) -> Fields:
 
 
 def need(fields: Fields, name: str, kind: Kind) -> Any:
-    """A field that rows of this kind must have."""
+    """Return a field that rows of this kind must have."""
     if name not in fields:
         found = f"the row has {', '.join(fields)}" if fields else "the row has no field"
         raise BadRowError(f"{name!r} is missing; {_NEEDS[kind]}", hint=found)
@@ -73,7 +73,7 @@ def need(fields: Fields, name: str, kind: Kind) -> Any:
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Take the prompt from what both replies start with; a string's is cut back to a whole word."""
+    """Return the common beginning of two replies as the prompt, in whole words, and the rests of both."""
     if not isinstance(chosen, list):
         chosen, rejected = text_of("chosen", chosen), text_of("rejected", rejected)
     if chosen == rejected:
@@ -120,10 +120,10 @@ def _reply(name: str, value: Any) -> str:
 
 
 def label_of(value: Any) -> bool:
-    """A thumb, however it is written.
+    """Return a label as a bool, in any of the ways that labels are written.
 
     Raises:
-        BadRowError: If it is none.
+        BadRowError: If it is no label.
     """
     word = str(value).strip().lower()
     if word in _UP or word in _DOWN:
@@ -135,10 +135,10 @@ def label_of(value: Any) -> bool:
 
 
 def infer_kind(path: Path, records: Sequence[Record]) -> Kind:
-    """The kind that every readable row's own columns allow.
+    """Return the kind of rows that the columns of every readable row allow.
 
     Raises:
-        DataError: If rows are of several kinds or of none; names one.
+        DataError: If rows are of several kinds or of none; names a row.
     """
     # Replies of which none has a label are examples, not preferences.
     has_labels = any(isinstance(record, dict) and "label" in record for _, record in records)
@@ -163,7 +163,7 @@ def infer_kind(path: Path, records: Sequence[Record]) -> Kind:
     if first:
         return next(iter(first))
     line, record = next(((line, record) for line, record in records if isinstance(record, dict)), records[0])
-    if isinstance(record, BadRowError):  # then no row is readable, and that is the news
+    if isinstance(record, BadRowError):  # no row is readable
         raise DataError(f"{path}:{line}: {record} (none of {len(records)} rows can be read)", hint=record.hint)
     raise DataError(
         f"{path}:{line}: the columns {', '.join(map(repr, record)) or '(none)'} are of no known kind",

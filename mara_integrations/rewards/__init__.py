@@ -1,7 +1,7 @@
-"""Rewards: what a reply is worth, by a function, a reward model, a rule that marks offending text, or several of them.
+"""Scores replies by a function, a reward model, a rule that finds offending text, or a sum of several.
 
-Calls them once a batch and checks what comes back, so that a reward's mistake is one clear line. Knows nothing of
-training.
+A reward is called once a batch, and its result is checked, so that a mistake in it becomes one clear message. Nothing
+here knows of training.
 """
 
 from mara_integrations.rewards.classifier import ModelReward

@@ -1,6 +1,6 @@
 """Reward models of Hugging Face: a sequence classifier that reads the conversation and the reply.
 
-It has its own tokenizer, chat template, device and dtype. Loaded when it is first asked.
+It has its own tokenizer, chat template, device and dtype, and is loaded on the first call.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _ARGUMENTS = ("label", "text", "device", "dtype", "batch")
 
 
 class ModelReward:
-    """What a sequence classifier says of replies.
+    """A sequence classifier that scores replies.
 
-    A head of one output gives its logit. Of one with several, `label` names the output to use, and its probability is
-    the score: by softmax, or by sigmoid where the classifier was trained on several labels a text.
+    The score of a classifier with one output is its logit. With several outputs, `label` names the one to use, and its
+    probability is the score: by softmax, or by sigmoid if the classifier was trained on several labels a text.
 
     Args:
         source: Hub id or folder.
         label: Name or number of the output.
-        text: `conversation`: the prompt and the reply, by the tokenizer's chat template, or as a pair of texts where it
-            has none. `reply`: the reply alone, as for classifiers of sentiment.
-        device: `auto` is CUDA where there is one, else the CPU.
-        dtype: Of the weights, as torch names it; `auto` is what they were saved in.
-        batch: Texts a forward.
+        text: Text to classify. `conversation` is the prompt and the reply, in the tokenizer's chat template, or as a
+            pair of texts if it has none. `reply` is the reply alone, as for classifiers of sentiment.
+        device: Device of the model; `auto` is CUDA if there is one, else the CPU.
+        dtype: Type of the weights, as torch names it; `auto` is the type they were saved in.
+        batch: Number of texts in one forward pass.
 
     Raises:
         RewardError: If an argument is not allowed.
@@ -61,7 +61,7 @@ class ModelReward:
 
     @classmethod
     def of(cls, source: str, arguments: Mapping[str, str]) -> ModelReward:
-        """From arguments as a command line has them.
+        """Return a reward from the arguments of a command line.
 
         Raises:
             RewardError: If one is unknown.
@@ -103,12 +103,12 @@ class ModelReward:
             ) from error
 
     def spec(self) -> dict[str, Any]:
-        """What `reward_from_spec` builds an equal one from, as JSON can hold it."""
+        """Return the JSON description that `reward_from_spec` builds an equal reward from."""
         arguments = {name: value for name, value in self._arguments.items() if value is not None and name != "device"}
         return {"kind": "model", "source": self.source, "arguments": arguments}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One score a completion; see `Reward`."""
+        """Return one score a completion; see `Reward`."""
         import torch
 
         model, tokenizer, output = self._loaded
@@ -142,7 +142,7 @@ class ModelReward:
         return self._text == "conversation" and bool(getattr(tokenizer, "chat_template", None))
 
     def _texts(self, tokenizer: Any, prompt: Any, completion: Any) -> tuple[str, ...]:
-        """What the classifier reads: one text, or a pair."""
+        """Return the text, or the pair of texts, that the classifier reads."""
         reply = reply_text(completion)
         if self._text == "reply":
             return (reply,)
@@ -154,7 +154,7 @@ class ModelReward:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, int | None]:
-        """The classifier, its tokenizer, and the output that counts."""
+        """Load the classifier and its tokenizer; return them and the index of the output to use."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

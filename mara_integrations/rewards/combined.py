@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum, each part brought to one scale where that is asked for."""
+"""A weighted sum of rewards, each normalised first if asked for."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ENOUGH = 8  # opinions that a scale is taken from: the two replies a reward is 
 
 
 class CombinedReward:
-    """The weighted sum of several rewards' scores; where some have no opinion, of the others'.
+    """The weighted sum of the scores of several rewards; rewards without an opinion are left out.
 
     Args:
         weighted: The rewards and their weights; a negative one turns a reward into a penalty.
-        normalise: Give each part mean 0 and deviation 1 first. Its scale is taken from the first batch that is large
-            enough and kept, so that scores of later batches can be compared with it.
+        normalise: Scale each part to mean 0 and deviation 1 first. The scale comes from the first batch that is large
+            enough, and is kept, so that scores of later batches are comparable.
 
     Attributes:
-        scales: Mean and deviation of each part, once they are taken.
+        scales: Mean and deviation of each part, once they are known.
 
     Raises:
         ConfigError: If there is no reward, or a weight is 0.
@@ -47,26 +47,26 @@ class CombinedReward:
 
     @property
     def weighted(self) -> list[tuple[Reward, float]]:
-        """The rewards with their weights."""
+        """Return the rewards with their weights."""
         return list(self._parts.values())
 
     @property
     def parts(self) -> Mapping[str, Reward]:
-        """The rewards by name."""
+        """Return the rewards by name."""
         return {name: reward for name, (reward, _) in self._parts.items()}
 
     def replaced(self, replace: Callable[[Reward], Reward]) -> CombinedReward:
-        """The same sum of other rewards, each made of its part."""
+        """Return the same sum of other rewards, each made from a part."""
         weighted = [(replace(reward), weight) for reward, weight in self._parts.values()]
         return CombinedReward(weighted, normalise=self.normalise)
 
     @property
     def takes_partial_text(self) -> bool:
-        """Whether all parts can judge unfinished replies."""
+        """Whether all parts can score unfinished replies."""
         return all(map(takes_partial_text, self.parts.values()))
 
     def combine(self, parts: Mapping[str, Scores]) -> Scores:
-        """One score a reply from those of the parts; None where none has an opinion."""
+        """Return one score a reply from the scores of the parts; None if no part has an opinion."""
         if self.normalise:
             parts = {name: self._scaled(name, scores) for name, scores in parts.items()}
         totals: Scores = []
@@ -83,10 +83,10 @@ class CombinedReward:
         return [None if score is None else (score - mean) / deviation for score in scores]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the parts may need different arguments, which `score` sorts out."""
+        """Refuse a direct call: the parts may need different arguments, which `score` passes to each."""
         raise TypeError("a CombinedReward is asked by `score`")
 
     def spec(self, describe: Callable[[Reward], dict[str, Any]]) -> dict[str, Any]:
-        """What `reward_from_spec` builds an equal one from, as JSON can hold it."""
+        """Return the JSON description that `reward_from_spec` builds an equal reward from."""
         parts = [{"reward": describe(reward), "weight": weight} for reward, weight in self._parts.values()]
         return {"kind": "combined", "parts": parts, "normalise": self.normalise}

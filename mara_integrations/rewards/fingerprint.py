@@ -1,4 +1,4 @@
-"""Fingerprints of rewards: hashes that change when a reward may say something else of the same reply."""
+"""Fingerprints of rewards: hashes that change when a reward may score the same reply differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward functions of users, found by module or file."""
+"""Imports reward functions of users by module or file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mara_integrations.errors import RewardError
 
 
 class FunctionReward:
-    """A user's reward function under the name it was loaded by, which a head's config keeps.
+    """A user's reward function and the path it was imported by, which a head's config keeps.
 
     Args:
-        path: What `load_reward` was given.
-        function: What it found there.
+        path: Path that was given to `load_reward`.
+        function: Function that was found there.
     """
 
     def __init__(self, path: str, function: Callable[..., Any]) -> None:
@@ -28,16 +28,16 @@ class FunctionReward:
         self.__wrapped__ = function  # inspect.signature follows it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function says."""
+        """Call the function."""
         return self.__wrapped__(*args, **kwargs)
 
     @property
     def takes_partial_text(self) -> bool:
-        """What the function's own attribute says."""
+        """Whether the function can score unfinished replies, by its own attribute."""
         return bool(getattr(self.__wrapped__, "takes_partial_text", False))
 
     def spec(self) -> dict[str, Any]:
-        """What `reward_from_spec` loads the same function from, as JSON can hold it."""
+        """Return the JSON description that `reward_from_spec` imports the same function by."""
         return {"kind": "function", "path": self.path}
 
     def __repr__(self) -> str:
@@ -47,7 +47,8 @@ class FunctionReward:
 def load_reward(path: str) -> FunctionReward:
     """Import a reward function: `package.module:function` or `folder/rewards.py:function`.
 
-    The current folder, and a file's own folder, become importable and stay so, since a function may import late.
+    The current folder, and the folder of the file, are added to the import path and stay there, because a function may
+    import when it is called.
 
     Raises:
         RewardError: If the path has no such form, the module is absent or fails, or the attribute is absent or no

@@ -1,4 +1,4 @@
-"""What a reward and a rule are, and how they are named."""
+"""The protocols of a reward and of a rule, and their names."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ class Reward(Protocol):
     """Any callable with TRL's signature, `(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 
     It is called with keywords and gets those that it names, or all if it takes `**kwargs`. Prompts and completions are
-    strings where the data's prompts are, else lists of `{"role", "content"}` messages. None means "no opinion". A
-    coroutine function is awaited. An attribute `takes_partial_text = True` says that it can judge a reply that is not
-    finished, too; then training learns at each token what it changed.
+    strings if the prompts of the data are, else lists of `{"role", "content"}` messages. None means "no opinion". A
+    coroutine function is awaited. An attribute `takes_partial_text = True` says that it can score unfinished replies
+    too; then training learns what each token changes.
 
     Source: TRL, GRPOTrainer, "Using a custom reward function".
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Judge a batch."""
+        """Score a batch."""
 
 
 class Rule(Protocol):
-    """Something that finds the places in a text that break it; training labels tokens by them."""
+    """A rule that finds the spans of a text that break it; training labels tokens by them."""
 
     def violations(self, text: str) -> list[tuple[int, int]]:
-        """The (start, end) character spans that break the rule, sorted; empty for a text that complies."""
+        """Return the (start, end) character spans that break the rule, sorted; empty for a text that complies."""
 
 
 def takes_partial_text(reward: Reward) -> bool:
-    """Whether a reward can judge unfinished replies; False where it does not say."""
+    """Whether a reward can score unfinished replies; False if it does not say."""
     return bool(getattr(reward, "takes_partial_text", False))
 
 
 def reward_name(reward: Reward) -> str:
-    """What to call a reward in messages, metrics and charts."""
+    """Return the name of a reward in messages, metrics and charts."""
     return getattr(reward, "__name__", None) or type(reward).__name__
 
 
 def reply_text(completion: Any) -> str:
-    """The text of a completion in either form."""
+    """Return the text of a completion in either form."""
     return str(completion if isinstance(completion, str) else completion[-1]["content"])
 
 
 def short(value: Any) -> str:
-    """A value as a message can show it."""
+    """Return a value as text that is short enough for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

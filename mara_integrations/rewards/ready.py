@@ -1,4 +1,4 @@
-"""Rewards by name: length, a pattern, forbidden words, JSON, sentiment, toxicity."""
+"""Built-in rewards: length, a pattern, forbidden words, JSON, sentiment, toxicity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mara_integrations.rewards.words import ForbiddenWords
 
 
 class _Named:
-    """A reward under the name and with the arguments that a command line gives it."""
+    """A built-in reward with the name and the arguments that a command line gives it."""
 
     takes_partial_text = True
 
@@ -25,24 +25,24 @@ class _Named:
         self.__name__, self._arguments = name, arguments
 
     def spec(self) -> dict[str, Any]:
-        """What `reward_from_spec` builds an equal one from, as JSON can hold it."""
+        """Return the JSON description that `reward_from_spec` builds an equal reward from."""
         return {"kind": "ready", "name": self.__name__, "arguments": self._arguments}
 
 
 class _OfText(_Named, ABC):
-    """One that looks at each reply's text by itself."""
+    """A built-in reward that scores the text of each reply by itself."""
 
     @abstractmethod
     def judge(self, text: str) -> float:
-        """The score of one reply."""
+        """Return the score of one reply."""
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One score a completion; see `Reward`."""
+        """Return one score a completion; see `Reward`."""
         return [self.judge(reply_text(completion)) for completion in completions]
 
 
 class Length(_OfText):
-    """How far a reply is from a number of words: 0 at that number, -1 at none or at twice as many."""
+    """Closeness of a reply to a number of words: 0 at that number, -1 at none or at twice as many."""
 
     def __init__(self, words: str = "40") -> None:
         super().__init__("length", words=words)
@@ -51,12 +51,12 @@ class Length(_OfText):
         self._words = int(words)
 
     def judge(self, text: str) -> float:
-        """Minus the difference, in shares of the words wanted."""
+        """Return minus the difference, as a share of the words wanted."""
         return -abs(len(text.split()) - self._words) / self._words
 
 
 class Regex(_OfText):
-    """1 for a reply in which a pattern is found, else 0."""
+    """1 for a reply that matches a pattern anywhere, else 0."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__("regex", pattern=pattern)
@@ -66,7 +66,7 @@ class Regex(_OfText):
             raise ConfigError(f"regex?pattern={pattern} is no regular expression: {error}") from None
 
     def judge(self, text: str) -> float:
-        """Whether it is found."""
+        """Return whether the pattern is found."""
         return float(self._pattern.search(text) is not None)
 
 
@@ -79,7 +79,7 @@ class Json(_OfText):
         super().__init__("json")
 
     def judge(self, text: str) -> float:
-        """Whether it is."""
+        """Return whether the text is JSON."""
         try:
             json.loads(text)
         except (ValueError, RecursionError):
@@ -88,7 +88,7 @@ class Json(_OfText):
 
 
 class Sentiment(_OfText):
-    """How positive a reply sounds, from -1 to 1.
+    """Sentiment of a reply, from -1 (negative) to 1 (positive).
 
     Source: VADER's compound score (Hutto and Gilbert 2014).
     """
@@ -99,14 +99,14 @@ class Sentiment(_OfText):
         self._analyzer = module.SentimentIntensityAnalyzer()
 
     def judge(self, text: str) -> float:
-        """Its compound score."""
+        """Return VADER's compound score."""
         return float(self._analyzer.polarity_scores(text)["compound"])
 
 
 class Toxicity(_Named):
     """Minus the probability that a reply is toxic.
 
-    Source: Detoxify's models (Hanu 2020); its weights are fetched when it is first asked.
+    Source: Detoxify's models (Hanu 2020); the weights are downloaded on the first call.
     """
 
     def __init__(self, model: str = "original") -> None:
@@ -119,7 +119,7 @@ class Toxicity(_Named):
         return self._module.Detoxify(self._model)
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """All of a batch at once."""
+        """Score the whole batch at once."""
         found = self._detector.predict([reply_text(completion) for completion in completions])
         return [-float(probability) for probability in found["toxicity"]]
 
@@ -146,12 +146,12 @@ READY: dict[str, Callable[..., Reward]] = {
 
 
 def ready_reward(name: str, arguments: Mapping[str, str]) -> Reward:
-    """A reward by name.
+    """Return a built-in reward.
 
     Raises:
         RewardError: If there is none of that name, or it takes other arguments.
         ConfigError: If an argument is not allowed.
-        MissingExtraError: If what it needs is not installed.
+        MissingExtraError: If a package that it needs is not installed.
     """
     if name not in READY:
         raise RewardError(f"reward {name!r} is unknown", hint=f"by name there are {', '.join(READY)}")

@@ -1,6 +1,6 @@
-"""Asking a reward about a batch: what it is offered, how long it may take, and a check of what comes back.
+"""Calls a reward on a batch with the arguments that it takes and a time limit, and checks the result.
 
-A reward's mistake becomes one clear line, and what it was asked is kept in a file.
+A mistake in a reward becomes one clear message, and the arguments of the failed call are written to a file.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Scores: TypeAlias = list[float | None]
 
 @runtime_checkable
 class Composed(Protocol):
-    """A reward made of others, which are asked one by one."""
+    """A reward made of others, which are called one by one."""
 
     @property
     def parts(self) -> Mapping[str, Reward]:
-        """The others by name."""
+        """Return the others by name."""
 
     def combine(self, parts: Mapping[str, Scores]) -> Scores:
-        """One score a reply from those of the parts."""
+        """Return one score a reply from the scores of the parts."""
 
 
 def score(
@@ -47,19 +47,19 @@ def score(
     failure_file: str | Path | None = None,
     on_parts: Callable[[Mapping[str, Scores]], None] | None = None,
 ) -> Scores:
-    """Judge a batch with one call, and check what comes back.
+    """Score a batch with one call, and check the result.
 
     Args:
-        reward: The function.
+        reward: The reward.
         prompts: One conversation a reply.
-        completions: The replies' texts.
-        completion_ids: The replies' token ids, for functions that take them.
-        columns: The prompts' other fields, one value a reply, for functions that take them.
-        conversational: Give prompts and completions as lists of messages; else as strings, and then each prompt must
-            be one user message.
-        timeout_s: How long one call may take; without it, as long as it likes.
-        failure_file: Where what was offered is written, should the reward fail.
-        on_parts: Called with the scores of every part of a reward that has some, else with its own, by name.
+        completions: Texts of the replies.
+        completion_ids: Token ids of the replies, for functions that take them.
+        columns: Other fields of the prompts, one value a reply, for functions that take them.
+        conversational: Pass prompts and completions as lists of messages; else as strings, and then each prompt must be
+            one user message.
+        timeout_s: Time limit of one call, in seconds; None is no limit.
+        failure_file: File that the arguments are written to if the reward fails.
+        on_parts: Called with the scores of each part of a composed reward, else with the reward's own, by name.
 
     Returns:
         One finite number a reply, or None where the reward has no opinion.
@@ -114,7 +114,7 @@ def _ask(
             f"reward {name!r} did not answer within {timeout_s:g} s (batch of {len(completions)})",
             hint="make it faster, or give it more time",
         ) from None
-    except RewardError:  # of ours, and clear already
+    except RewardError:  # ours, and clear already
         raise
     except Exception as error:
         first = f"prompt {short(prompts[0][-1].content)}, reply {short(completions[0])}"
@@ -131,9 +131,9 @@ class _TookTooLongError(Exception):
 
 
 def _called(call: Callable[[], Any], timeout_s: float | None) -> Any:
-    """What a call returns or raises, awaited, if it does so in time.
+    """Return the result of a call, awaited if need be, within the time limit.
 
-    What is awaited gets a thread: this one may have an event loop of its own, as in a notebook.
+    A coroutine runs in a thread of its own, because this one may have an event loop, as in a notebook.
     """
     if timeout_s is None:
         result = call()
@@ -142,7 +142,7 @@ def _called(call: Callable[[], Any], timeout_s: float | None) -> Any:
 
 
 def _in_thread(call: Callable[[], Any], timeout_s: float | None) -> Any:
-    """What a call returns or raises. One that takes too long is left behind: nothing can stop it."""
+    """Return the result of a call in a thread. A call that takes too long is abandoned: nothing can stop it."""
     result: list[Any] = []
     failure: list[BaseException] = []
 
@@ -178,7 +178,7 @@ def _as_trl(messages: Sequence[Message], conversational: bool) -> Any:
 
 
 def _accepted(reward: Reward, name: str, offered: dict[str, Any]) -> dict[str, Any]:
-    """Of what is offered, what the reward names."""
+    """Return the arguments that the reward takes, of those offered."""
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # some callables of C have none

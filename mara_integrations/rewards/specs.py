@@ -1,4 +1,4 @@
-"""Rewards from what a command line or a head's config says of them, and back."""
+"""Builds rewards from the notation of a command line or the description in a head's config, and describes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_PREFIX = "hf:"
 
 
 def parse_reward(text: str) -> tuple[Reward, float]:
-    """A reward and its weight, as a command line says them.
+    """Return a reward and its weight from the notation of a command line.
 
     Args:
         text: `module:function` or `file.py:function`; a name of `READY`; or `hf:` with a Hub id or folder. Arguments
@@ -27,7 +27,7 @@ def parse_reward(text: str) -> tuple[Reward, float]:
     Raises:
         RewardError: If there is no such reward, or an argument is wrong.
         ConfigError: If an argument has a value that is not allowed.
-        MissingExtraError: If what it needs is not installed.
+        MissingExtraError: If a package that it needs is not installed.
     """
     place, has_arguments, query = text.partition("?")
     arguments: dict[str, str] = {}
@@ -90,7 +90,7 @@ def combine_rewards(weighted: Sequence[tuple[Reward, float]], *, normalise: bool
 
 
 def reward_spec(reward: Reward) -> dict[str, Any]:
-    """A reward's own `spec()`, or the dotted path of a plain function; `head_config.json` keeps it."""
+    """Return a reward's own `spec()`, or the dotted path of a plain function, for `head_config.json`."""
     if isinstance(reward, CombinedReward):
         return reward.spec(reward_spec)
     if hasattr(reward, "spec"):
@@ -105,7 +105,7 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
 
     Raises:
         RewardError: If the description is of no known kind or lacks a field.
-        MaraError: As of what it describes.
+        MaraError: If the reward that it describes can't be built.
     """
     try:
         match spec["kind"]:

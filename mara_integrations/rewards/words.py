@@ -45,7 +45,7 @@ class ForbiddenWords:
         self._patterns = [re.compile(_whole_word(word)) for word in folded]
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """1.0 for each completion that complies, 0.0 for each other; see `Reward`."""
+        """Return 1.0 for each completion that complies and 0.0 for each other; see `Reward`."""
         return [0.0 if self.violations(reply_text(item)) else 1.0 for item in completions]
 
     def violations(self, text: str) -> list[tuple[int, int]]:

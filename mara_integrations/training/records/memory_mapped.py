@@ -1,4 +1,4 @@
-"""Hidden states of many tokens: in memory, or past a bound in a file that the system reads and forgets as it must."""
+"""Holds the hidden states of many tokens: in memory, or past a bound in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_BYTES_IN_MEMORY = 2 << 30
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of half precision, (n, d) each, as one (N, d); past the bound in a file without a name.
+    """Join parts of half precision, (n, d) each, into one (N, d); past the bound in a file without a name.
 
     Raises:
         OutputError: If the disk has no room for it.
@@ -31,7 +31,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=folder, prefix="states-", ignore_cleanup_errors=True
-    ) as own:  # Windows keeps it
+    ) as own:  # Windows can't delete it while it is mapped
         whole, start = on_disk(Path(own) / "states", num_rows, width), 0
         for part in parts:
             whole[start : start + len(part)] = part
@@ -40,7 +40,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def on_disk(file: Path, num_rows: int, width: int) -> Tensor:
-    """Zeros of half precision, (num_rows, width), in a file, which is written over.
+    """Return zeros of half precision, (num_rows, width), in a file, which is overwritten.
 
     Raises:
         OutputError: If the disk has no room for it.
@@ -50,13 +50,13 @@ def on_disk(file: Path, num_rows: int, width: int) -> Tensor:
 
 
 def _reserve(file: Path, num_bytes: int) -> None:
-    """Take the room now: a full disk met later, while writing to mapped memory, would end the process."""
+    """Allocate the file now: if the disk filled up later, a write to mapped memory would kill the process."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as handle:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, num_bytes)
-            else:  # macOS and Windows promise no room
+            else:  # macOS and Windows reserve nothing
                 handle.truncate(num_bytes)
     except OSError as error:
         file.unlink(missing_ok=True)

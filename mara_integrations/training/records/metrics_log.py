@@ -1,4 +1,4 @@
-"""metrics.jsonl: the metrics of a run, which its trackers get too; a resumed run continues the file."""
+"""Writes the metrics of a run to metrics.jsonl and to its trackers; a resumed run continues the file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MetricsLog:
         run = str(lines[0].get("run", "")) if lines else ""
         resumes = run.startswith(f"{fingerprint}-") and lines[-1]["event"] != "done"
         if resumes:
-            write_atomically(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))  # no half of a last line
+            write_atomically(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))  # a whole last line
             self._started -= lines[-1]["elapsed_s"]
             self._known = Counter(_key(line) for line in lines)
         else:
@@ -106,7 +106,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:
-    """Whether a line has what each line has."""
+    """Whether a line has the fields that every line has."""
     return isinstance(line.get("event"), str) and isinstance(line.get("elapsed_s"), int | float)
 
 

@@ -1,4 +1,4 @@
-"""A lock on the output folder, so that two runs do not write into it at once."""
+"""Locks the output folder, so that two runs do not write into it at once."""
 
 from __future__ import annotations
 

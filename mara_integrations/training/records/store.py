@@ -1,4 +1,4 @@
-"""Work that is kept in files: what an interrupted run had finished, and base replies that every later run can use.
+"""Keeps work in files: finished stages of an interrupted run, and base replies that every later run can use.
 
 A file is plain data with a format version and a digest, written whole or not at all. A file that is damaged, or of
 another format version, counts as absent.
@@ -52,7 +52,7 @@ def load(path: Path) -> Any | None:
     """Return the data of a file that `load_or_compute` wrote; None if it is absent, damaged or of another version."""
     try:
         content = torch.load(path, weights_only=True, mmap=True) if _is_whole(path) else None
-    except Exception:  # a folder, a loop of links, a whole file that torch did not write: all as good as absent
+    except Exception:  # a folder, a loop of links, a file that torch did not write: counts as absent
         return None
     if isinstance(content, dict) and content.get("format_version") == FORMAT_VERSION:
         return content.get("data")
@@ -109,7 +109,7 @@ class _HashingWriter:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file ends with the digest of what stands before."""
+    """Whether a file ends with the digest of its content."""
     left, digest = path.stat().st_size - _DIGEST_BYTES, hashlib.sha256()
     with path.open("rb") as file:
         while left > 0:

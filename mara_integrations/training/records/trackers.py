@@ -1,4 +1,4 @@
-"""Where a run's figures go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio. Fed from the same events."""
+"""Sends the metrics of a run to TensorBoard, Weights & Biases or Trackio, event by event as metrics.jsonl gets them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, Literal, Protocol, get_args
 from mara_integrations.errors import MissingExtraError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
-PROJECT = "mara"  # that runs are filed under, where a tracker has projects
-_STEPS = ("epoch", "round", "step", "update")  # by which an event numbers itself
+PROJECT = "mara"  # project of the runs, in trackers that have projects
+_STEPS = ("epoch", "round", "step", "update")  # values that number an event
 
 
 class Tracker(Protocol):
-    """Receives the figures of a run."""
+    """Receives the metrics of a run."""
 
     def log(self, event: str, values: Mapping[str, float], count: int) -> None:
-        """One event's numbers by name, and how often it came before."""
+        """Log the numbers of an event by name; `count` is how often the event was logged before."""
 
     def close(self) -> None:
-        """No more will come."""
+        """End the run."""
 
 
 class TensorBoard:
-    """Curves in a folder, a step for each time an event comes, or as the event numbers itself."""
+    """Writes curves into a folder; the step is the number that an event has, or else how often it came before."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, resumes: bool) -> None:
         writer = _extra("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -34,28 +34,28 @@ class TensorBoard:
             self._writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
     def log(self, event: str, values: Mapping[str, float], count: int) -> None:
-        """A point on the curve of each number."""
+        """Add a point to the curve of each number."""
         step = int(next((values[name] for name in _STEPS if name in values), count))
         for name, value in values.items():
             self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered."""
         self._writer.close()
 
 
 class Wandb:
-    """Weights & Biases, or Trackio, which has the same interface; where and as whom is for its own settings to say."""
+    """Logs to Weights & Biases, or to Trackio, which has the same interface; both have settings of their own."""
 
     def __init__(self, module: str, folder: Path, settings: Mapping[str, Any], *, run: str, resumes: bool) -> None:
         self._module = _extra(module, module)
-        which = {"id": run} if module == "wandb" else {}  # Trackio goes on with the last run of a name
+        which = {"id": run} if module == "wandb" else {}  # Trackio continues the last run of that name
         self._module.init(
             project=PROJECT, name=folder.name, config=dict(settings), resume="allow" if resumes else "never", **which
         )
 
     def log(self, event: str, values: Mapping[str, float], count: int) -> None:
-        """One step with all the numbers."""
+        """Log all the numbers as one step."""
         self._module.log({f"{event}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
@@ -66,14 +66,14 @@ class Wandb:
 def open_trackers(
     names: Sequence[TrackerName], folder: Path, settings: Mapping[str, Any], *, run: str, resumes: bool = False
 ) -> tuple[Tracker, ...]:
-    """The trackers of a run, each name once.
+    """Open the trackers of a run; a name that is given twice counts once.
 
     Args:
-        names: Which.
-        folder: Of the head; its name is the run's.
-        settings: Shown with the run.
-        run: No other run has it.
-        resumes: Go on with the curves of that run.
+        names: Names of the trackers.
+        folder: Folder of the head; its name is the run's.
+        settings: Settings to show with the run.
+        run: Id of the run, which no other run has.
+        resumes: Whether to continue the curves of that run.
 
     Raises:
         MissingExtraError: If one is not installed; names the extra.
@@ -98,7 +98,7 @@ def check_installed(names: Sequence[TrackerName]) -> None:
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of an event, those within objects by names joined with dots."""
+    """Return the numbers of an event by name; names within objects are joined with dots."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

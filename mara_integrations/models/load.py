@@ -217,7 +217,8 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
         source = str(copy_of(path))
     elif not path.exists() and spec.revision is not None:
         settings["revision"] = spec.revision
-    if not Path(source).is_dir() and not is_cached(source, settings):
+    is_folder = Path(source).is_dir()
+    if not is_folder and (path.suffix == ".gguf" or not is_cached(source, settings)):
         return load_model(spec)
     shared = {key: value for key, value in settings.items() if key in (*_SOURCE_KWARGS, "revision")}
     try:

@@ -64,6 +64,14 @@ def test_an_outline_of_no_model_says_so(tmp_path):
         read_outline(ModelSpec(tmp_path, device="cpu"))
 
 
+def test_a_gguf_that_was_never_unpacked_here_has_its_outline_from_the_model(tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").touch()
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "new"))
+    loaded = object()
+    monkeypatch.setattr("mara_integrations.models.load.load_model", lambda spec: loaded)
+    assert read_outline(ModelSpec(tmp_path / "tiny.gguf")) is loaded
+
+
 def test_dtype_and_model_kwargs_reach_the_model(folder):
     spec = ModelSpec(folder, device="cpu", dtype="bfloat16", model_kwargs={"attn_implementation": "eager"})
     loaded = load_model(spec)

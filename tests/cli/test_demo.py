@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -10,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from mara_integrations.demo import TRAIN
+from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +45,34 @@ def python(wheel, tmp_path):
     return run
 
 
+@pytest.fixture
+def model_that_says_you(tmp_path):
+    """A folder with a tiny model that answers the demo's prompts with "you. they. you. ..." in random order.
+
+    The demo's head learns from replies that hold its forbidden words: a random model would write none of them.
+    """
+    tokenizer, model = tiny_tokenizer(), tiny_model(max_position_embeddings=2048)
+    choose = random.Random(0)
+    prompts = [json.loads(line)["prompt"] for line in TRAIN.read_text().splitlines()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        texts = []
+        for prompt in choose.sample(prompts, 8):
+            words = " ".join(choose.choice(["you.", "they."]) for _ in range(12))
+            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": words}]
+            texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        tokenizer.pad_token = tokenizer.eos_token
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path / "says-you"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def test_the_wheel_holds_what_runs_without_a_clone(wheel):
     names = set(wheel.namelist())
     for file in ("py.typed", "demo/house_style_train.jsonl", "demo/house_style_test.jsonl", "demo/README.md"):
@@ -56,9 +90,8 @@ def test_the_description_on_an_index_has_no_dead_links(wheel):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif("MARA_TEST_DEMO" not in os.environ, reason="takes minutes; MARA_TEST_DEMO=1 runs it")
-def test_the_demo_runs_to_its_end(python, tmp_path):
-    done = python("demo", "--quick")
+def test_the_demo_runs_to_its_end(python, model_that_says_you, tmp_path):
+    done = python("demo", "--quick", "--model", model_that_says_you)
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/house-style/head_config.json").exists()

@@ -1,206 +1,124 @@
 """What training reaches: each task trained with several seeds, judged on prompts that no training saw.
 
-Sentiment of the replies, two forbidden words, and harmlessness learnt from preference pairs, whose two judges are
-fitted to pairs the head never saw. Base and gate draw the same random numbers; brackets are 95 % bootstrap intervals
-over the test prompts, of the mean over seeds in the last rows.
+Sentiment of the replies, two forbidden words, harmlessness learnt from preference pairs (its two judges are fitted to
+pairs the head never saw), and tasks where context decides. Base and gate draw the same random numbers; brackets are
+95 % bootstrap intervals over the test prompts, of the mean over seeds in the last lines.
 
     python benchmarks/methods.py sentiment --data FOLDER [--seeds 0 1 2] [--set method=sac] [--json out.json]
+    python benchmarks/methods.py ten-words --data FOLDER --head token-biases --json out.json
 
-FOLDER holds `saferlhf_prompts_{train,test}.jsonl` (PKU-SafeRLHF) and `hh_harmless_pairs.jsonl` (HH-RLHF).
+Rows that the json file holds are not measured again, and a training that was killed goes on: the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from method_rows import RowFile, against, over_seeds, row_of, shown
+from method_tasks import TASKS, Rows, Task
 from rich.console import Console
+from token_biases import blinded
 
 from mara_integrations.evaluation.evaluate import evaluate
-from mara_integrations.evaluation.metrics import Interval, paired_bootstrap
-from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.files import write_atomically
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
+from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
-from mara_integrations.rewards import ForbiddenWords, Reward, parse_reward
+from mara_integrations.rewards import weighted_rewards
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.run import train
-from mara_integrations.training.scoring.fitted_reward import EmbeddingReward, NGramReward
+from mara_integrations.training.plan import Inputs, make_plan
+from mara_integrations.training.run import train_plan
 
-WORDS = ("you", "your")
-MAX_PROMPT_TOKENS, REPLY_TOKENS = 64, 40
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is trained for and how it is judged.
-
-    Attributes:
-        data: Rows of the file that is trained on, from the folder of the data.
-        judges: Of the replies to the test prompts, by name.
-        settings: Of the training.
-        prompts: That replies are written to, where not to those of the data.
-    """
-
-    data: Callable[[Path, LoadedModel], list[dict[str, Any]]]
-    judges: Callable[[Path, LoadedModel], Mapping[str, Reward]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    prompts: Callable[[Path, LoadedModel], list[dict[str, Any]]] | None = None
+DECODINGS = {"sampled": 1.0, "greedy": 0.0}
+HEADS = ("default", "afterstate", "token-biases")  # that of the method, of the form before, and the baseline
 
 
-def prompts(folder: Path, model: LoadedModel, side: str) -> list[dict[str, Any]]:
-    """Distinct short prompts of PKU-SafeRLHF."""
-    texts = dict.fromkeys(row["prompt"] for row in _rows(folder / f"saferlhf_prompts_{side}.jsonl"))
-    count = 64 if side == "test" else 1300
-    short = (text for text in texts if len(model.tokenizer(text).input_ids) <= MAX_PROMPT_TOKENS)
-    return [{"prompt": text} for text, _ in zip(short, range(count), strict=False)]
+def main(arguments: list[str] | None = None) -> list[str]:
+    """Train, judge and print; returns the lines."""
+    args = _parser().parse_args(arguments)
+    task, model, kept = TASKS[args.task], load_model(ModelSpec(args.model)), RowFile(args.json)
+    changed = dict(setting.split("=", 1) for setting in args.set)
+    name = _name(args.task, args.head, changed)
+    settings = {"model": args.model, "max_reply_tokens": task.reply_tokens, "eval_prompts": 0, **task.settings}
+    settings |= {"form": "residual"} if args.head == "afterstate" else {}
+    settings |= changed
+    args.output.mkdir(parents=True, exist_ok=True)
+    settings["data"] = _written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
+    if task.prompts is not None and settings.get("method") == "reward-model":
+        settings["prompts"] = _written(args.output / "prompts.jsonl", task.prompts(args.data, model))
+    judges, prompts = task.judges(args.data, model), task.test_prompts(args.data, model)
 
-
-def training_prompts(folder: Path, model: LoadedModel) -> list[dict[str, Any]]:
-    """Those of the training side that are no test prompts."""
-    test = prompts(folder, model, "test")
-    return [row for row in prompts(folder, model, "train") if row not in test]
-
-
-def pairs(folder: Path, half: int) -> list[dict[str, Any]]:
-    """One half of the HH-RLHF pairs; dialogues with the same opening are in the same half."""
-    rows = _rows(folder / "hh_harmless_pairs.jsonl")
-    openings = sorted({row["prompt"][0]["content"] for row in rows})
-    random.Random(0).shuffle(openings)
-    chosen = set(openings[half::2])
-    return [row for row in rows if row["prompt"][0]["content"] in chosen]
-
-
-def harm_judges(folder: Path, model: LoadedModel) -> dict[str, Reward]:
-    """Two judges of different kinds, of the replies as long as the test's, fitted to the other half of the pairs."""
-
-    def cut(messages: list[dict[str, str]]) -> str:
-        ids = model.tokenizer(messages[-1]["content"], add_special_tokens=False).input_ids[:REPLY_TOKENS]
-        return str(model.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    rows = [(cut(row["chosen"]), cut(row["rejected"])) for row in pairs(folder, half=1)]
-    return {"judge of words": NGramReward.fit(rows, 0), "judge of embeddings": EmbeddingReward.fit(rows, 0, model)}
-
-
-TASKS = {
-    "sentiment": Task(
-        training_prompts, lambda *_: {"sentiment": parse_reward("sentiment")[0]}, {"reward": ("sentiment",)}
-    ),
-    "rule": Task(training_prompts, lambda *_: {"without the words": ForbiddenWords(WORDS)}, {"forbid": WORDS}),
-    "harmlessness": Task(
-        lambda folder, _: pairs(folder, half=0), harm_judges, {"method": "reward-model"}, training_prompts
-    ),
-}
-
-
-def row(label: str, evaluation: Evaluation) -> str:
-    """One line of the table."""
-    stats, num_tokens = evaluation.gate, evaluation.gated.num_tokens
-    opinions = [
-        f"{name} {_number(found.base_mean)} -> {_number(found.gated_mean)}, preferred {_interval(found.preference)}"
-        for name, found in evaluation.rewards.items()
-    ]
-    ratios = (
-        f"perplexity x {evaluation.perplexity_ratio.mean:.2f}, distinct-2 x "
-        f"{evaluation.gated.distinct_2 / evaluation.base.distinct_2:.2f}, {stats.fed / num_tokens:.1f} forwards a token"
-    )
-    return f"{label}: {'; '.join(opinions)}; {ratios}"
-
-
-def over_seeds(label: str, evaluations: list[Evaluation]) -> list[str]:
-    """Each judge's mean over the seeds, with intervals over prompts."""
     lines = []
-    for name in evaluations[0].rewards:
-        gains, signs = [], []
-        for examples in zip(*(evaluation.examples for evaluation in evaluations), strict=True):
-            differences = [(e.gated.scores[name] or 0.0) - (e.base.scores[name] or 0.0) for e in examples]
-            gains.append(sum(differences) / len(differences))
-            signs.append(sum((d > 0) - (d < 0) for d in differences) / len(differences))
-        zeros = [0.0] * len(gains)
-        gated = [evaluation.rewards[name].gated_mean or 0.0 for evaluation in evaluations]
-        difference, preference = paired_bootstrap(zeros, gains), paired_bootstrap(zeros, signs)
-        lines.append(
-            f"{label}, {name}: gated {_number(sum(gated) / len(gated))}, difference {_interval(difference)}, "
-            f"preferred {_interval(preference)}"
-        )
+    for seed in args.seeds:
+        labels = {decoding: f"{name}, seed {seed}, {decoding}" for decoding in DECODINGS}
+        if not kept.rows.keys() >= set(labels.values()):
+            output = args.output / f"{name.replace(', ', '-').replace('/', '_')}-{seed}"
+            head = _trained(TrainConfig.of(output=output, seed=seed, **settings), task, args.head == "token-biases")
+            engine, length = MARAEngine(model, head), task.reply_tokens
+        for decoding, label in labels.items():
+            if label not in kept.rows:
+                temperature = DECODINGS[decoding]
+                found = evaluate(engine, prompts, judges, temperature=temperature, seed=seed, max_new_tokens=length)
+                kept.add(label, row_of(found, head))
+            lines.append(shown(label, kept.rows[label]))
+            print(lines[-1], flush=True)
+    summary = _summary(kept, args.task, name, args.seeds)
+    print("\n".join(summary), flush=True)
+    return lines + summary
+
+
+def _trained(config: TrainConfig, task: Task, is_blind: bool) -> MARAHead:
+    """Train a head, or return the one that is finished."""
+    rewards = [] if config.reward or task.reward is None else weighted_rewards(task.reward)
+    plan = make_plan(config, Inputs(rewards=rewards))
+    start = time.monotonic()
+    train_plan(config, blinded(plan) if is_blind else plan, reporter=ConsoleReporter(Console()))
+    minutes = (time.monotonic() - start) / 60
+    print(f"{config.output.name}: {minutes:.1f} min of training, {torch.get_num_threads()} threads", flush=True)
+    return MARAHead.from_pretrained(config.output)
+
+
+def _summary(kept: RowFile, task: str, name: str, seeds: list[int]) -> list[str]:
+    """Means over the seeds, and differences from the other heads of the task that the file holds for these seeds."""
+    lines = []
+    for decoding in DECODINGS:
+        rows = kept.of(name, seeds, decoding)
+        assert rows is not None
+        lines += over_seeds(f"{name}, {len(seeds)} seeds, {decoding}", rows)
+        for other in (_name(task, head, {}) for head in HEADS):
+            others = kept.of(other, seeds, decoding)
+            if other != name and others is not None:
+                lines += against(f"{name} less {other}, {decoding}", rows, others)
     return lines
 
 
-def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
-    """Train, judge and print; returns the lines."""
+def _name(task: str, head: str, changed: dict[str, str]) -> str:
+    return ", ".join([task, *([head] if head != "default" else []), *(f"{k}={v}" for k, v in changed.items())])
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--head", choices=HEADS, default="default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--output", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
-    task, model = TASKS[args.task], load_model(ModelSpec(args.model))
-    changed = dict(setting.split("=", 1) for setting in args.set)
-    name = "-".join([args.task, *(f"{key}-{value}" for key, value in changed.items())]).replace("/", "_")
-    args.output.mkdir(parents=True, exist_ok=True)
-    data = _written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
-    settings = {**task.settings, **changed}
-    if task.prompts is not None and settings.get("method") == "reward-model":
-        settings["prompts"] = _written(args.output / "prompts.jsonl", task.prompts(args.data, model))
-    judges, test = task.judges(args.data, model), [row["prompt"] for row in prompts(args.data, model, "test")]
-    found: dict[str, list[Evaluation]] = {"sampled": [], "greedy": []}
-    lines = []
-    for seed in args.seeds:
-        output = args.output / f"{name}-{seed}"
-        config = TrainConfig.of(
-            model=args.model,
-            data=data,
-            output=output,
-            seed=seed,
-            **{"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, **settings},
-        )
-        start = time.monotonic()
-        train(config, reporter=ConsoleReporter(Console()))  # one that is finished is not trained again
-        minutes = (time.monotonic() - start) / 60
-        engine = MARAEngine(model, MARAHead.from_pretrained(output))
-        for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            evaluation = evaluate(engine, test, judges, temperature=temperature, seed=seed, max_new_tokens=REPLY_TOKENS)
-            found[decoding].append(evaluation)
-            lines.append(row(f"{name}, seed {seed}, {decoding}", evaluation))
-            print(lines[-1], flush=True)
-        print(f"{name}, seed {seed}: {minutes:.1f} min of training, {torch.get_num_threads()} threads", flush=True)
-    for decoding, evaluations in found.items():
-        lines += over_seeds(f"{name}, {len(evaluations)} seeds, {decoding}", evaluations)
-        print("\n".join(lines[-len(judges) :]), flush=True)
-    if args.json:
-        write_atomically(args.json, json.dumps({"lines": lines}, indent=1) + "\n")
-    return {name: lines}
+    parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder of the heads")
+    parser.add_argument("--json", type=Path, help="file of the rows")
+    return parser
 
 
-def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
+def _written(path: Path, rows: Rows) -> Path:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
-
-
-def _interval(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mara_integrations.errors import DataError, MissingExtraError
 from mara_integrations.models.int8 import _processor_problem
@@ -33,22 +34,96 @@ def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path,
     assert picture.name == "gpu.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_methods_are_trained_with_every_seed_and_judged(tmp_path, folder_model, capsys):
+@pytest.fixture
+def methods_on_little(tmp_path, folder_model):
+    """The benchmark of methods on a tiny model and a few prompts; writes its rows to `out.json`."""
     import methods
 
     for side, start in (("train", 0), ("test", 40)):
         rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 24)]
         (tmp_path / f"saferlhf_prompts_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("reward=tests/reward_for_tests.py:vowels", "max_replies=8", "inner_size=16", "epochs=1")
-    small = [f"--set={setting}" for setting in settings]
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1")]
     where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
-    (lines,) = methods.main(["sentiment", "--model", str(folder_model), "--seeds", "0", "1", *small, *where]).values()
+    return lambda *arguments: methods.main([*arguments, "--model", str(folder_model), *small, *where])
 
-    assert json.loads((tmp_path / "out.json").read_text()) == {"lines": lines}
+
+def test_methods_are_trained_with_every_seed_and_judged(tmp_path, methods_on_little, capsys):
+    reward = "--set=reward=tests/reward_for_tests.py:vowels"
+    lines = methods_on_little("sentiment", reward, "--seeds", "0", "1")
+
     assert len(lines) == 2 * 2 + 2, "two decodings of two seeds, and each over both"
     assert all("sentiment" in line and "preferred" in line for line in lines)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [line.split(":")[0] for line in lines[:4]] == list(rows)
+    assert all(len(row["scores"]["sentiment"]["gated"]) == 24 for row in rows.values())
     assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
     assert "min of training" in capsys.readouterr().out
+
+
+def test_rows_that_the_file_holds_are_not_measured_again(tmp_path, methods_on_little, capsys):
+    lines = methods_on_little("ten-words", "--seeds", "0")
+    file = tmp_path / "out.json"
+    content = json.loads(file.read_text())
+    gone = content["rows"].popitem()[0]
+    file.write_text(json.dumps(content))
+    head = next((tmp_path / "runs").glob("*/head.safetensors"))
+    trained_at = head.stat().st_mtime_ns
+    capsys.readouterr()
+
+    assert methods_on_little("ten-words", "--seeds", "0") == lines
+    assert gone in json.loads(file.read_text())["rows"] and head.stat().st_mtime_ns == trained_at
+    assert "is finished already" in capsys.readouterr().out
+    assert methods_on_little("ten-words", "--seeds", "0") == lines
+    assert "min of training" not in capsys.readouterr().out
+
+
+def test_a_head_is_compared_with_one_that_sees_tokens_alone(tmp_path, methods_on_little):
+    from mara_integrations.heads.head import MARAHead
+
+    methods_on_little("ten-words", "--seeds", "0")
+    lines = methods_on_little("ten-words", "--seeds", "0", "--head", "token-biases")
+
+    (blind,) = (tmp_path / "runs").glob("*token-biases*")
+    head = MARAHead.from_pretrained(blind)
+    states = head.state_features(torch.randn(5, head.config.hidden_size))
+    assert (states == states[:1]).all() and states.any(), (
+        "it is trained, and what it says of a token is always the same"
+    )
+    (sighted,) = set((tmp_path / "runs").glob("ten-words*/head.safetensors")) - {blind / "head.safetensors"}
+    states = MARAHead.from_pretrained(sighted.parent).state_features(torch.randn(5, head.config.hidden_size))
+    assert not (states == states[:1]).all()
+    assert [line for line in lines if "less ten-words" in line], lines
+
+
+def test_a_file_of_another_benchmark_is_refused(tmp_path):
+    from method_rows import RowFile
+
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DataError, match=r"other\.json holds no rows"):
+        RowFile(tmp_path / "other.json")
+
+
+def test_context_tasks_are_checked_by_their_text():
+    from context_tasks import TASKS, sentences
+
+    good = {
+        "ten-words": "One two three four five six seven eight nine ten. Two.",
+        "two-sentences": "It is so. Is it not?",
+        "question": "It is so. Is it not? ",
+        "no-number": "About the town, about half of us know: 3.",
+    }
+    bad = {
+        "ten-words": "One. One two three four five six seven eight nine ten eleven",
+        "two-sentences": "It is so. Is it? It is",
+        "question": "Is it not? It is",
+        "no-number": "Of about 300 km.",
+    }
+    assert good.keys() == bad.keys() == TASKS.keys()
+    for name, task in TASKS.items():
+        assert task.share([good[name], bad[name]]) == [1.0, 0.0], name
+        (high,), (low,) = task.reward([good[name]]), task.reward([bad[name]])
+        assert high > low and task.reward.takes_partial_text, name
+    assert len(sentences("A b. C!\nD")) == 3
 
 
 @pytest.mark.skipif(bool(_processor_problem()), reason=f"no int8 here: {_processor_problem()}")

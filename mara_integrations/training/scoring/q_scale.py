@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -28,9 +29,11 @@ from mara_integrations.training.scoring.scale import (
 
 _NUM_REPLIES = 24  # that a scale is calibrated on
 # Greedy replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
-MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.2, 0.93
-# Both worsen with about this power of the scale; measured on SmolLM2-135M.
-_GROWTH, _TRIALS = 2.5, 3
+MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
+# What they lose grows with about this power of the scale, measured on SmolLM2-135M; from the second trial on, what two
+# trials tell of it counts, within bounds.
+_GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.0, 6.0
+_TRIALS, _MARGIN = 4, 0.98
 
 
 def kl_per_token(positions: Positions, scores: Tensor, scale: float) -> float:
@@ -85,25 +88,59 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
     """
     if run.config.kl_budget is not None:
         return
-    untrained = run.new_head().eval()
+    untrained, trials = run.new_head().eval(), itertools.count(1)
 
     def greedy(stage: str, gating_head: MARAHead, *, is_base: bool = False) -> tuple[list[tuple[float, ...]], float]:
         replies = generate_replies(run, stage, prompts, 1, seed, gating_head, is_base=is_base, temperature=0.0)
         return [reply.log_probs for reply in replies], distinct_n([reply.token_ids for reply in replies])
 
     base_log_probs, base_distinct = greedy("held-out greedy base replies", untrained, is_base=True)
-    for trial in range(_TRIALS):
-        log_probs, distinct = greedy(f"held-out greedy replies {trial + 1}", head)
+
+    def loss_at(scale: float) -> float:
+        set_scale(head, scale)
+        log_probs, distinct = greedy(f"held-out greedy replies {next(trials)}", head)
         ratio = perplexity_ratio(base_log_probs, log_probs)
         variety = distinct / base_distinct if base_distinct else 1.0
-        excess = max(
-            math.log(ratio.mean) / math.log(MAX_PERPLEXITY_RATIO), (1.0 - variety) / (1.0 - MIN_DISTINCT_RATIO)
-        )
-        run.log("greedy quality", scale=head.config.scale, perplexity_ratio=asdict(ratio), distinct_2_ratio=variety)
+        run.log("greedy quality", scale=scale, perplexity_ratio=asdict(ratio), distinct_2_ratio=variety)
         run.say(
-            f"  greedy held-out replies at scale {head.config.scale:.2f}: perplexity x {ratio.mean:.2f}, "
+            f"  greedy held-out replies at scale {scale:.2f}: perplexity x {ratio.mean:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
-        if excess <= 1.0:
-            return
-        set_scale(head, head.config.scale * excess ** (-1.0 / _GROWTH))
+        return quality_loss(ratio.mean, variety)
+
+    scale, is_kept = scale_within_loss(head.config.scale, loss_at)
+    set_scale(head, scale)
+    if not is_kept:
+        run.say(f"  [yellow]greedy replies still lose more than that; the scale is lowered to {scale:.2f} unchecked[/]")
+
+
+def quality_loss(perplexity_ratio: float, distinct_ratio: float) -> float:
+    """Return what greedy replies lose, as a share of what they may lose: up to 1 is within both bounds.
+
+    Args:
+        perplexity_ratio: Perplexity of the gated replies over that of the base replies.
+        distinct_ratio: The same of distinct pairs of tokens.
+    """
+    return max(
+        math.log(perplexity_ratio) / math.log(MAX_PERPLEXITY_RATIO), (1.0 - distinct_ratio) / (1.0 - MIN_DISTINCT_RATIO)
+    )
+
+
+def scale_within_loss(scale: float, loss_at: Callable[[float], float]) -> tuple[float, bool]:
+    """Lower a scale until the loss is at most 1; return it, and whether that was seen within the trials there are.
+
+    Args:
+        scale: Scale to start from.
+        loss_at: Loss at a scale, which grows with it as a power; called once a trial.
+    """
+    growth, before = _GROWTH, None
+    for _ in range(_TRIALS):
+        loss = loss_at(scale)
+        if loss <= 1.0:
+            return scale, True
+        if before is not None:
+            slope = math.log(before[1] / loss) / math.log(before[0] / scale)
+            growth = min(max(slope, _MIN_GROWTH), _MAX_GROWTH)
+        before = (scale, loss)
+        scale *= _MARGIN * loss ** (-1.0 / growth)
+    return scale, False

@@ -1,0 +1,125 @@
+"""Rows of `methods.py`: one head, seed and decoding each; kept as json, summed up over seeds, compared with each other.
+
+Differences are paired by prompt: a head's replies to one prompt stay together when prompts are resampled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mara_integrations.errors import DataError
+from mara_integrations.evaluation.metrics import paired_bootstrap
+from mara_integrations.evaluation.results import Evaluation
+from mara_integrations.files import write_atomically
+from mara_integrations.heads.head import MARAHead
+
+Row: TypeAlias = dict[str, Any]
+SIDES = ("base", "gated")
+
+
+class RowFile:
+    """Rows by name in a json file, which is written whenever one is added; without a path they are only kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.rows: dict[str, Row] = {}
+        self._path = path
+        if path is not None and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or "rows" not in content:
+                raise DataError(f"{path} holds no rows of this benchmark", hint="name another file with --json")
+            self.rows = content["rows"]
+
+    def of(self, head: str, seeds: Sequence[int], decoding: str) -> list[Row] | None:
+        """Return the rows of a head, one a seed; None where one is missing."""
+        names = [f"{head}, seed {seed}, {decoding}" for seed in seeds]
+        return [self.rows[name] for name in names] if all(name in self.rows for name in names) else None
+
+    def add(self, name: str, row: Row) -> None:
+        """Keep a row, and write the file."""
+        self.rows[name] = row
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps({"rows": self.rows}, indent=1) + "\n")
+
+
+def row_of(evaluation: Evaluation, head: MARAHead) -> Row:
+    """The figures of an evaluation, and each prompt's scores; none of its texts."""
+    return {
+        "scores": {
+            name: {side: [getattr(example, side).scores[name] for example in evaluation.examples] for side in SIDES}
+            for name in evaluation.rewards
+        },
+        "preferred": {name: asdict(c.preference) if c.preference else None for name, c in evaluation.rewards.items()},
+        "perplexity": asdict(evaluation.perplexity_ratio),
+        "distinct_2": evaluation.gated.distinct_2 / evaluation.base.distinct_2,
+        "forwards": evaluation.gate.fed / evaluation.gated.num_tokens,
+        "scale": head.config.scale,
+        "kl_per_token": head.config.metrics.get("kl_per_token"),
+    }
+
+
+def shown(label: str, row: Row) -> str:
+    """One line of the table."""
+    opinions = []
+    for name in row["scores"]:
+        base, gated = (number(_mean(row["scores"][name][side])) for side in SIDES)
+        opinions.append(f"{name} {base} -> {gated}, preferred {interval(row['preferred'][name])}")
+    cost = (
+        f"perplexity x {row['perplexity']['mean']:.2f}, distinct-2 x {row['distinct_2']:.2f}, "
+        f"{row['forwards']:.1f} forwards a token"
+    )
+    return f"{label}: {'; '.join(opinions)}; {cost}"
+
+
+def over_seeds(label: str, rows: Sequence[Row]) -> list[str]:
+    """Each judge's mean over the seeds, with intervals over prompts."""
+    perplexity = _mean([row["perplexity"]["mean"] for row in rows])
+    distinct = _mean([row["distinct_2"] for row in rows])
+    lines = []
+    for name in rows[0]["scores"]:
+        base, gated = (number(_mean([_mean(row["scores"][name][side]) for row in rows])) for side in SIDES)
+        gains = _over_seeds(rows, name, lambda base, gated: gated - base)
+        signs = _over_seeds(rows, name, lambda base, gated: float((gated > base) - (gated < base)))
+        lines.append(
+            f"{label}, {name}: {base} -> {gated}, difference {interval(_bootstrap(gains))}, "
+            f"preferred {interval(_bootstrap(signs))}; perplexity x {perplexity:.2f}, distinct-2 x {distinct:.2f}"
+        )
+    return lines
+
+
+def against(label: str, rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
+    """How much higher each judge scores one head's replies than another's, over seeds, with intervals over prompts."""
+    lines = []
+    for name in rows[0]["scores"]:
+        ours, theirs = (_over_seeds(side, name, lambda _, gated: gated) for side in (rows, others))
+        lines.append(f"{label}, {name}: {interval(_bootstrap([a - b for a, b in zip(ours, theirs, strict=True)]))}")
+    return lines
+
+
+def number(value: float) -> str:
+    """A mean, as the lines show it."""
+    return f"{value:+.2f}"
+
+
+def interval(found: dict[str, float] | None) -> str:
+    """A mean with its interval, as the lines show it."""
+    return "-" if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def _over_seeds(rows: Sequence[Row], name: str, value: Callable[[float, float], float]) -> list[float]:
+    """Mean over the seeds of a value of both scores of each prompt; no opinion counts as 0."""
+    sides = [[[score or 0.0 for score in row["scores"][name][side]] for side in SIDES] for row in rows]
+    by_seed = [[value(base, gated) for base, gated in zip(*pair, strict=True)] for pair in sides]
+    return [_mean(of_prompt) for of_prompt in zip(*by_seed, strict=True)]
+
+
+def _bootstrap(values: Sequence[float]) -> dict[str, float]:
+    return asdict(paired_bootstrap([0.0] * len(values), values))
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return sum(value or 0.0 for value in values) / len(values)

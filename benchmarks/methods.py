@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
                 kept.add(label, row_of(found, head))
             lines.append(shown(label, kept.rows[label]))
             print(lines[-1], flush=True)
-    summary = _summary(kept, args.task, name, args.seeds)
+    others = [_name(args.task, head, changed) for head in HEADS if head != args.head]
+    summary = _summary(kept, name, others, args.seeds)
     print("\n".join(summary), flush=True)
     return lines + summary
 
@@ -83,17 +84,16 @@ def _trained(config: TrainConfig, task: Task, is_blind: bool) -> MARAHead:
     return MARAHead.from_pretrained(config.output)
 
 
-def _summary(kept: RowFile, task: str, name: str, seeds: list[int]) -> list[str]:
-    """Means over the seeds, and differences from the other heads of the task that the file holds for these seeds."""
+def _summary(kept: RowFile, name: str, others: list[str], seeds: list[int]) -> list[str]:
+    """Means over the seeds, and differences from the other heads where the file holds them for these seeds."""
     lines = []
     for decoding in DECODINGS:
         rows = kept.of(name, seeds, decoding)
         assert rows is not None
         lines += over_seeds(f"{name}, {len(seeds)} seeds, {decoding}", rows)
-        for other in (_name(task, head, {}) for head in HEADS):
-            others = kept.of(other, seeds, decoding)
-            if other != name and others is not None:
-                lines += against(f"{name} less {other}, {decoding}", rows, others)
+        for other in others:
+            if (theirs := kept.of(other, seeds, decoding)) is not None:
+                lines += against(f"{name} less {other}, {decoding}", rows, theirs)
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from mara_integrations.errors import DataError, MissingExtraError
 from mara_integrations.models.int8 import _processor_problem
+from tests.reward_for_tests import vowels
 
 SMALL = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 512 --prompt 8 --tokens 4 --rounds 1"
 
@@ -35,14 +37,19 @@ def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path,
 
 
 @pytest.fixture
-def methods_on_little(tmp_path, folder_model):
-    """The benchmark of methods on a tiny model and a few prompts; writes its rows to `out.json`."""
+def methods_on_little(tmp_path, folder_model, monkeypatch):
+    """The benchmark of methods on a tiny model and a few prompts; writes its rows to `out.json`.
+
+    The model writes no sentences, so that a task about them learns something else.
+    """
     import methods
 
+    monkeypatch.setitem(methods.TASKS, "ten-words", replace(methods.TASKS["ten-words"], reward=vowels))
+
     for side, start in (("train", 0), ("test", 40)):
-        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 24)]
+        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 16)]
         (tmp_path / f"saferlhf_prompts_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1")]
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "rounds=0")]
     where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
     return lambda *arguments: methods.main([*arguments, "--model", str(folder_model), *small, *where])
 
@@ -55,7 +62,7 @@ def test_methods_are_trained_with_every_seed_and_judged(tmp_path, methods_on_lit
     assert all("sentiment" in line and "preferred" in line for line in lines)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [line.split(":")[0] for line in lines[:4]] == list(rows)
-    assert all(len(row["scores"]["sentiment"]["gated"]) == 24 for row in rows.values())
+    assert all(len(row["scores"]["sentiment"]["gated"]) == 16 for row in rows.values())
     assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
     assert "min of training" in capsys.readouterr().out
 

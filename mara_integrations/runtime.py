@@ -16,7 +16,7 @@ from typing_extensions import Self, Unpack
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.verify import Verification, verify
-from mara_integrations.engine.reply_form import end_tokens, grammar_for, shown_tokens
+from mara_integrations.engine.reply_form import constraint_for, end_tokens, shown_tokens
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
     DecodingSettings,
@@ -286,7 +286,9 @@ class MARAEngine:
         """
         request = self.request(prompt, **settings)
         if request.constraint is not None:
-            raise ConfigError("the reference knows no tools or schemas", hint="verify the prompt without them")
+            raise ConfigError(
+                "the reference knows no tools, schemas or forbidden words", hint="verify the prompt without them"
+            )
         if self.model.parts is not None:
             raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
         seed = 0 if request.sampling.seed is None else request.sampling.seed
@@ -341,7 +343,7 @@ class MARAEngine:
             head=resolved.head,
             eos_token_ids=end_tokens(self.model),
             text=TextStream(self.model.tokenizer, stop, shown_tokens(self.model, form.tools)),
-            constraint=grammar_for(self.model, form),
+            constraint=constraint_for(self.model, form, sampling, stop),
         )
 
     def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:

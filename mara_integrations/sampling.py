@@ -23,6 +23,7 @@ MAX_TOP_K = 2_000_000
 # A gate needs one alternative; a request for more than this would judge noise.
 MAX_MIN_CANDIDATES = 1_000
 MAX_STOPS, MAX_STOP_CHARS = 64, 1_000
+MAX_NEVER, MAX_NEVER_CHARS = 1_000, 200
 
 
 class Params(BaseModel):
@@ -76,6 +77,11 @@ class SamplingParams(Params):
     stop: tuple[str, ...] = Field(
         (), max_length=MAX_STOPS, description="Text that ends the reply; it is not part of the reply."
     )
+    never: tuple[str, ...] = Field(
+        (),
+        max_length=MAX_NEVER,
+        description="Word or phrase that the reply never has: exactly, as a whole word, in any case.",
+    )
     seed: int | None = Field(
         None,
         ge=0,
@@ -83,7 +89,7 @@ class SamplingParams(Params):
         description="Seed that makes sampling repeatable: one number for each position, whatever the gate does.",
     )
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "never", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         if value is None:
@@ -97,6 +103,15 @@ class SamplingParams(Params):
             raise ValueError("a stop string can't be empty")
         if max(map(len, value), default=0) > MAX_STOP_CHARS:
             raise ValueError(f"a stop string has at most {MAX_STOP_CHARS} characters")
+        return value
+
+    @field_validator("never")
+    @classmethod
+    def _of_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(word.strip() for word in value):
+            raise ValueError("a forbidden word can't be blank")
+        if max(map(len, value), default=0) > MAX_NEVER_CHARS:
+            raise ValueError(f"a forbidden word or phrase has at most {MAX_NEVER_CHARS} characters")
         return value
 
     @field_validator("temperature")

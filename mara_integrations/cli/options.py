@@ -91,6 +91,10 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help=describe("stop", "May be repeated."), rich_help_panel=REPLIES),
 ]
+Never = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORD", help=describe("never", "May be repeated."), rich_help_panel=REPLIES),
+]
 Seed = Annotated[int | None, typer.Option(help=describe("seed"), rich_help_panel=REPLIES)]
 SystemPrompt = Annotated[
     str | None,
@@ -189,6 +193,7 @@ def _asked_model(
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = 512,
     stop: Stop = None,
+    never: Never = None,
     seed: Seed = None,
     system_prompt: SystemPrompt = None,
     model: Model = None,

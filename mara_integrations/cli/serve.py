@@ -47,6 +47,14 @@ def serve(
         str | None,
         typer.Option(help="System prompt for conversations that have none.", rich_help_panel=_MODELS),
     ] = None,
+    never: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD",
+            help="Word or phrase that no reply may have; requests can add to them. May be repeated.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,
@@ -162,6 +170,7 @@ def serve(
         dtype=dtype,
         quantization=quantization,
         system_prompt=system_prompt,
+        never=never,
         model_kwargs=keyword_arguments(model_kwargs or ()),
         engine=engine_name,
         limits=EngineLimits.of(

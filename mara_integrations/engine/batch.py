@@ -112,7 +112,10 @@ class BatchEntry:
         if ranking.token_ids:
             self.sequence.open_position(ranking)
         elif self.sequence.request.constraint is not None and bool(logits.isneginf().all()):
-            raise ModelError("no token may come next: the grammar or logits processors of this request forbid them all")
+            raise ModelError(
+                "no token may come next: the grammar, forbidden words or logits processors of this request forbid "
+                "them all"
+            )
         else:
             raise nonfinite("logits")
 

@@ -256,7 +256,14 @@ class Decoder:
         for entry, rankings in run_isolated(settled, self._rankings, "ranking the candidates of this request"):
             entry.rankings = rankings
             with ends_alone(entry.sequence):
-                entry.open_position(rankings[0], entry.logits[0])
+                self._open(entry, rankings[0], entry.logits[0], entry.ranked_states[0])
+
+    def _open(self, entry: BatchEntry, ranking: Ranking, logits: Tensor, hidden: Tensor) -> None:
+        """Open a position, given its candidates, the logits (V,) they are from, and the state before it, (d,)."""
+        while entry.sequence.refuses(ranking):
+            entry.sequence.mask_refused(logits)
+            ranking = rank([entry.sequence], hidden[None], logits[None], self.backend, self._heads)[0]
+        entry.open_position(ranking, logits)
 
     def _logits(self, entries: Seq[BatchEntry]) -> Seq[Tensor]:
         """Logits after the last token of each sequence and after its drafted tokens, (1 + m, V) each."""
@@ -276,11 +283,11 @@ class Decoder:
     def _open_after(self, entry: BatchEntry, num_drafted: int) -> None:
         """Open the position after this many drafted tokens, once these are committed."""
         logits, ranking = entry.logits[num_drafted], entry.rankings[num_drafted]
+        hidden = entry.draft_states[num_drafted - 1]
         if entry.sequence.request.constraint is not None:
             entry.sequence.mask(logits)  # what may follow depends on the tokens before, which are known only now
-            hidden = entry.draft_states[num_drafted - 1]
             ranking = rank([entry.sequence], hidden[None], logits[None], self.backend, self._heads)[0]
-        entry.open_position(ranking, logits)
+        self._open(entry, ranking, logits, hidden)
 
     # --- speculation
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.grammar_compiler import GrammarCompiler
+from mara_integrations.engine.request import Constraint
 
 if TYPE_CHECKING:
     import xgrammar
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 LOOK_AHEAD = 256  # characters
 
 
-class Grammar:
+class Grammar(Constraint):
     """The state of one reply in a grammar.
 
     It says what may come next, and nothing about how long a reply may be: one that `max_tokens` cuts stays cut.
@@ -68,6 +69,14 @@ class Grammar:
         self._matcher.accept_token(token_id)
         rest = self._certain[1:] if self._certain and self._certain[0] == token_id else []
         self._certain = rest or None
+
+    def allowed_after(self, token_id: int) -> Tensor:
+        """Return which tokens may follow one that may come next, (V,), on the CPU."""
+        matcher = self._matcher.fork()
+        matcher.accept_token(token_id)
+        if matcher.is_terminated():
+            return torch.zeros(len(self._vocabulary.texts), dtype=torch.bool)
+        return self._vocabulary.allowed(matcher)
 
     def certain(self) -> list[int]:
         """Tokens of the text that must come next, as the tokenizer writes it; up to where one may go beyond it.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mara_integrations.engine.grammar import Grammar
+from mara_integrations.engine.never import NeverConstraint, Refusals
+from mara_integrations.engine.request import Constraint
+from mara_integrations.engine.token_texts import TokenTexts
+from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Tool
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.families import FAMILIES, CallFamily
@@ -12,6 +17,8 @@ from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.harmony import HarmonyReader
 from mara_integrations.replies.reader import ReplyReader, TagReader
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts, ThoughtSplitter
+from mara_integrations.rewards.words import ForbiddenWords
+from mara_integrations.sampling import SamplingParams
 
 
 def family_for(model: LoadedModel) -> CallFamily:
@@ -62,3 +69,58 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
     if grammar is None:
         return None
     return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=end_tokens(model))
+
+
+def constraint_for(
+    model: LoadedModel, form: ReplyForm, sampling: SamplingParams, stop: Sequence[str]
+) -> Constraint | None:
+    """Return what constrains a reply: the grammar of its form, and words that must never appear.
+
+    Args:
+        model: The model.
+        form: Of the reply.
+        sampling: Has the words, and how long the reply may be.
+        stop: All strings that end the reply.
+
+    Raises:
+        ConfigError: See `grammar_for`; or if the form itself has a forbidden word, or the tokenizer is of no kind whose
+            tokens can be read as text.
+        MissingExtraError: See `grammar_for`.
+    """
+    grammar = grammar_for(model, form)
+    if not sampling.never:
+        return grammar
+    words = ForbiddenWords(sampling.never)
+    _check_agreement(form.grammar(family_for(model)), words)
+    tokens = TokenTexts.of(model.tokenizer, model.vocab_size, shown_tokens(model, form.tools), end_tokens(model))
+    refusals = Refusals.of(tokens, words, stop, end_tokens(model))
+    return NeverConstraint(refusals, sampling.max_new_tokens, grammar)
+
+
+def _check_agreement(grammar: Mapping[str, Any] | None, words: ForbiddenWords) -> None:
+    """Refuse a form whose own text has a forbidden word: the reply could not be written.
+
+    Raises:
+        ConfigError: Names the text and the word.
+    """
+    for text in _fixed_texts(grammar or {}):
+        for start, end in words.violations(text):
+            raise ConfigError(
+                f"never has {text[start:end]!r}, which the form of the reply itself writes in {text!r:.80}",
+                hint="rename the tool, key or value, or leave the word out of never",
+            )
+
+
+def _fixed_texts(grammar: Any, name: str = "") -> Iterator[str]:
+    """Texts that a structural tag writes itself: names of tools and keys, and values that it lists."""
+    if isinstance(grammar, str):
+        if name in ("begin", "end", "const", "enum"):
+            yield grammar
+    elif isinstance(grammar, Mapping):
+        if name == "properties":
+            yield from grammar
+        for key, value in grammar.items():
+            yield from _fixed_texts(value, "" if name == "properties" else key)
+    elif isinstance(grammar, list | tuple):
+        for value in grammar:
+            yield from _fixed_texts(value, name)

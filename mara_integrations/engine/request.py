@@ -18,6 +18,14 @@ class Constraint(Protocol):
     def mask(self, logits: Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
 
+    def refuses(self, token_id: int) -> bool:
+        """Whether this token may not come next although `mask` left it; asked of what the gate would take."""
+        return False
+
+    def mask_refused(self, logits: Tensor) -> None:
+        """Set the logits of all tokens that `refuses` names to -inf, in place, shape (V,)."""
+        return None
+
     def accept(self, token_id: int) -> None:
         """The gate took this token."""
 

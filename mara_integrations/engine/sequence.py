@@ -130,6 +130,8 @@ class Sequence:
         self.is_cancelled = False
         self._num_refed = 0  # pending tokens whose hidden states are known
         self._random = random.Random(request.sampling.seed)
+        self._random_again = random.Random(None if request.sampling.seed is None else f"{request.sampling.seed} again")
+        self._uniform: float | None = None  # of the next position, where it is drawn already
 
     @property
     def temperature(self) -> float:
@@ -182,7 +184,8 @@ class Sequence:
     def open_position(self, ranking: Ranking) -> None:
         """Open the next position; where there is nothing to judge, take its token at once."""
         token_ids, log_probs, _, accept_logits = ranking
-        position = Position(token_ids, log_probs, accept_logits, self._random.random())
+        uniform, self._uniform = self._random.random() if self._uniform is None else self._uniform, None
+        position = Position(token_ids, log_probs, accept_logits, uniform)
         if len(token_ids) == 1:
             self._take(position, 0, "single")
         elif self.feeds_candidates:
@@ -261,6 +264,34 @@ class Sequence:
         if self.request.constraint is not None:
             with naming(_CONSTRAINT):
                 self.request.constraint.mask(logits)
+
+    def refuses(self, ranking: Ranking) -> bool:
+        """Whether the request's constraint refuses what would be taken of the next position's candidates.
+
+        If so, the position is ranked again after `mask_refused`, and decided with another random number: the law is
+        then the one without the refused tokens, and a reply to which nothing is refused stays as it is. Where
+        candidates have to be fed to be judged, what would be taken is not known, and any of them is looked at.
+        """
+        constraint, count = self.request.constraint, len(ranking.token_ids)
+        if constraint is None or not count:
+            return False
+        if self._uniform is None:
+            self._uniform = self._random.random()
+        likely = ranking.token_ids
+        if not self.feeds_candidates and count > 1:
+            fallback = self.request.gate.fallback if self.is_gated else "first"
+            verdict = decide(ranking.accept_logits, count, self.rule, fallback, self._uniform)
+            assert verdict is not None, "all candidates are known"
+            likely = [ranking.token_ids[verdict.taken]]
+        with naming(_CONSTRAINT):
+            return any(map(constraint.refuses, likely))
+
+    def mask_refused(self, logits: Tensor) -> None:
+        """Forbid all tokens that the request's constraint refuses at the next position, in place, (V,)."""
+        assert self.request.constraint is not None, "it has refused a token"
+        with naming(_CONSTRAINT):
+            self.request.constraint.mask_refused(logits)
+        self._uniform = self._random_again.random()
 
     def _take_scored(self, ranking: Ranking, position: Position, verdict: Verdict) -> None:
         """Take a candidate of a position whose candidates were all scored before any was fed."""

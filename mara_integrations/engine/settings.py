@@ -28,6 +28,7 @@ class DecodingSettings(TypedDict, total=False):
     top_p: float | None
     min_candidates: int | None
     stop: str | Sequence[str] | None
+    never: str | Sequence[str] | None
     seed: int | None
     strength: float | None
     selection: Selection | None
@@ -89,10 +90,14 @@ _NULLABLE = ("head", "seed")
 def overlay(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a call over those of the object that was called, under one name each.
 
+    Words that must never appear add up: a call can't lift what the object forbids.
+
     Raises:
         ConfigError: If a name is unknown, or a setting of another engine has a value that would change something.
     """
-    return {**_given(defaults), **_given(call)}
+    own, called = _given(defaults), _given(call)
+    words = [*_words(own.get("never")), *_words(called.get("never"))]
+    return {**own, **called, **({"never": words} if words else {})}
 
 
 def resolve_settings(
@@ -106,6 +111,7 @@ def resolve_settings(
     | `strength`, `selection`, `fallback`, `trace` | yes  | yes    |                | `GateParams`           |
     | `temperature`, `max_new_tokens`              | yes  | yes    |                | `SamplingParams`       |
     | `stop`, `seed`                               | yes  | yes    |                | `SamplingParams`       |
+    | `never`                                      | both | both   |                | `SamplingParams`       |
     | `top_k`, `top_p`, `min_candidates`           | yes  | yes    | trained with   | `SamplingParams`       |
     | `system_prompt`                              | yes  | yes    | trained with   | none; `""` says so too |
     | `form`, `raw`                                | yes  |        |                | any text; a message    |
@@ -143,6 +149,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ConfigError: If a name is unknown or a value is out of bounds.
     """
     _checked(overlay({}, settings))
+
+
+def _words(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

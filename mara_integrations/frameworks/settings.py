@@ -23,7 +23,7 @@ from mara_integrations.sampling import Fallback, Selection, describe
 
 _SPEC = ("device", "dtype", "revision", "model_kwargs", "quantization")
 _GATE = ("strength", "selection", "fallback", "trace")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_candidates", "max_tokens", "stop", "seed")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_candidates", "max_tokens", "stop", "never", "seed")
 _REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
 
 # Code written for hosted models passes these to every model; a local one has nothing to do with them.
@@ -67,6 +67,7 @@ class EngineSettings(BaseModel):
     temperature: float = Field(0.0, description=describe("temperature"))
     max_tokens: int | None = Field(None, description=describe("max_new_tokens", _MAX_TOKENS))
     stop: list[str] | None = Field(None, description=describe("stop"))
+    never: list[str] | None = Field(None, description=describe("never", "A call adds to them, and lifts none."))
     seed: int | None = Field(None, description=describe("seed", "None draws fresh random numbers for each call."))
     system_prompt: str | None = None
     """Text put before every conversation that brings no system message. None is the one that the head was trained with;
@@ -119,7 +120,7 @@ class EngineSettings(BaseModel):
         super().model_post_init(context)
         self._new_engine()
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "never", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -23,6 +23,10 @@ class ForbiddenWords:
     Args:
         words: The words or phrases, at least one.
 
+    Attributes:
+        words: The words or phrases, in lower case.
+        folded: The same ones as they are compared, without differences of case.
+
     Raises:
         ConfigError: If there is no word or one is blank.
     """
@@ -36,6 +40,7 @@ class ForbiddenWords:
             plain = " ".join(word.lower().split())
             folded.setdefault(_folded(plain)[0], plain)
         self.words = tuple(folded.values())
+        self.folded = tuple(folded)
         if not self.words or "" in self.words:
             raise ConfigError(
                 f"forbidden words {given!r} are not allowed", hint="give at least one, none of them blank"
@@ -72,23 +77,38 @@ def _folded(text: str) -> tuple[str, Sequence[int]]:
     folded: list[str] = []
     origins: list[int] = []
     for index, character in enumerate(text):
-        plain = _folded_character(character)
+        plain = folded_character(character)
         folded.append(plain)
         origins += [index] * len(plain)
     return "".join(folded), origins
 
 
 @lru_cache(maxsize=4096)
-def _folded_character(character: str) -> str:
+def folded_character(character: str) -> str:
+    """Return a character as it is compared: without its case, decomposed, so that it may become several."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", character).casefold())
 
 
 _IN_WORD = r"[^\W_]|[\u0300-\u036f]"  # letters, digits, and the accents that decomposed letters carry
 
 
-def _whole_word(word: str) -> str:
+def is_in_word(character: str) -> bool:
+    """Return whether a folded character is a letter, a digit, or an accent that a decomposed letter carries."""
+    return character.isalnum() or "\u0300" <= character <= "\u036f"
+
+
+def has_edges(word: str) -> tuple[bool, bool]:
+    """Return whether a folded word begins, and ends, only where no letter or digit goes on."""
     # Not \b: it takes "_" for a letter, and finds no edge beside a word such as "c++".
-    before = f"(?<!{_IN_WORD})" if word[0].isalnum() else ""
-    after = "" if unicodedata.category(word[-1])[0] in "PSC" else f"(?!{_IN_WORD})"
-    inner = r"\s+".join(re.escape(part) for part in word.split())
-    return before + inner.replace("'", "['\u2019]") + after
+    return word[0].isalnum(), unicodedata.category(word[-1])[0] not in "PSC"
+
+
+def word_pattern(word: str) -> str:
+    """Return the regular expression of a folded word or phrase, or of the rest of one, without its edges."""
+    inner = r"\s+".join(re.escape(part) for part in re.split(" ", word))
+    return inner.replace("'", "['\u2019]")
+
+
+def _whole_word(word: str) -> str:
+    before, after = has_edges(word)
+    return f"{f'(?<!{_IN_WORD})' if before else ''}{word_pattern(word)}{f'(?!{_IN_WORD})' if after else ''}"

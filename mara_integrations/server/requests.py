@@ -16,7 +16,15 @@ from pydantic_core import from_json
 
 from mara_integrations.messages import Message, Prompt, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.sampling import MAX_STOP_CHARS, MAX_STOPS, GateParams, Params, SamplingParams
+from mara_integrations.sampling import (
+    MAX_NEVER,
+    MAX_NEVER_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    GateParams,
+    Params,
+    SamplingParams,
+)
 from mara_integrations.server.errors import RefusalError, shown
 from mara_integrations.server.names import ServedNames
 
@@ -28,6 +36,7 @@ _Form = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _Name: TypeAlias = Annotated[str, Field(pattern=r"^[\w.:/-]{1,128}$")]
 _MaxTokens: Any = Annotated[(int, *SamplingParams.model_fields["max_new_tokens"].metadata)]
 _Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_Never: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_NEVER_CHARS)]
 _Weight: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
 _TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
 
@@ -148,6 +157,11 @@ class _GenerationBody(BaseModel):
     max_tokens: _MaxTokens | None = Field(None, description="Upper bound of the reply, in tokens.")
     stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = Field(
         None, description="Strings that end the reply; they are not part of it."
+    )
+    never: _Never | Annotated[list[_Never], Field(fail_fast=True, max_length=MAX_NEVER)] | None = Field(
+        None,
+        description="Words and phrases that the reply must not have, whole words in any case; beside those of "
+        "the server.",
     )
     stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
     stream_options: StreamOptions | None = None
@@ -302,7 +316,7 @@ def _call(
 
 
 def _settings(checked: Any, names: ServedNames) -> dict[str, Any]:
-    settings = {name: getattr(checked, name) for name in (*_ENGINE_FIELDS, "stop")}
+    settings = {name: getattr(checked, name) for name in (*_ENGINE_FIELDS, "stop", "never")}
     settings = {name: value for name, value in settings.items() if value is not None}
     if checked.max_tokens is not None:
         settings["max_new_tokens"] = checked.max_tokens

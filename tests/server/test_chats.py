@@ -8,6 +8,7 @@ import pytest
 from serving import CHAT, TOOL, USER, events, post, text_of
 
 from mara_integrations.messages import Message
+from mara_integrations.rewards import ForbiddenWords
 
 
 async def test_a_chat_is_what_the_engine_says_in_openais_words(client, engine):
@@ -58,6 +59,20 @@ async def test_settings_reach_the_engine(client, engine):
     stopped = await post(client, **CHAT, **settings, stop=[expected[2]])
     assert stopped["choices"][0]["message"]["content"] == expected[: expected.index(expected[2])]
     assert stopped["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_words_of_a_request_never_appear(client):
+    free = (await post(client, **CHAT))["choices"][0]["message"]["content"]
+
+    held = (await post(client, **CHAT, never=free))["choices"][0]["message"]["content"]
+
+    assert ForbiddenWords(free).violations(free) and not ForbiddenWords(free).violations(held)
+
+
+async def test_a_blank_word_is_refused(client):
+    response = await client.post("/v1/chat/completions", json={**CHAT, "never": [" "]})
+
+    assert response.status_code == 400 and "blank" in response.json()["error"]["message"]
 
 
 async def test_log_probabilities_come_as_openai_has_them(client):

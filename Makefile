@@ -5,7 +5,7 @@ PYTHON_BIN := .venv/bin
 
 help:
 	@echo "make demo         train a head on the shipped preferences and see what it does (a few minutes)"
-	@echo "make test         lint, types, layers and tests"
+	@echo "make test         lint, types, layers, tests and coverage"
 	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-newest  the tests with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lint         lint, types and layers alone"
@@ -30,7 +30,11 @@ format: setup
 	$(PYTHON_BIN)/ruff format .
 
 test: lint
-	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder --cov --cov-report=
+	@for folder in engine heads data; do \
+		echo "Coverage of $$folder, at least 90 %:"; \
+		$(PYTHON_BIN)/coverage report --include="mara_integrations/$$folder/*" --fail-under=90 || exit 1; \
+	done
 
 test-lowest:
 	@sh .ci/other_versions.sh lowest

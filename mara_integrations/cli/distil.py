@@ -14,15 +14,27 @@ from mara_integrations.cli.options import Device, Dtype, Model
 from mara_integrations.files import check_writable
 from mara_integrations.progress import ConsoleReporter
 
+HEADS, DATA = "Heads", "Replies to learn from"
+
 
 def distil(
-    head: Annotated[str, typer.Option(help="Head to distil: its folder, a published .pth actor, or a Hub id.")],
-    data: Annotated[Path, typer.Option(help="Prompts that it replies to, in any form that train takes.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new head.")],
-    model: Model = "smollm2",
-    max_replies: Annotated[int, typer.Option(min=2, help="Replies of the teacher; a fifth is held out.")] = 128,
-    max_reply_tokens: Annotated[int, typer.Option(min=2, help="Length of these replies, in tokens.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.")] = 0,
+    head: Annotated[
+        str,
+        typer.Option(help="Head to distil: its folder, a published .pth actor, or a Hub id.", rich_help_panel=HEADS),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new head.", rich_help_panel=HEADS)],
+    data: Annotated[
+        Path, typer.Option(help="Prompts that the head replies to, in any form that train takes.", rich_help_panel=DATA)
+    ],
+    model: Model = None,
+    max_replies: Annotated[
+        int,
+        typer.Option(min=2, help="Replies of the head to learn from; a fifth is held out.", rich_help_panel=DATA),
+    ] = 128,
+    max_reply_tokens: Annotated[
+        int, typer.Option(min=2, help="Length of these replies, in tokens.", rich_help_panel=DATA)
+    ] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.", rich_help_panel=DATA)] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -35,15 +47,17 @@ def distil(
     """
     from mara_integrations.data import read_prompts
     from mara_integrations.heads.head import MARAHead
+    from mara_integrations.heads.source import base_model_of
     from mara_integrations.messages import Conversation
     from mara_integrations.models.load import ModelSpec, load_model
+    from mara_integrations.models.resolve import alias_of
     from mara_integrations.runtime import backend_of
     from mara_integrations.training.distil import distil as distil_head
 
     check_writable(output)
     rows = read_prompts(data).rows
     teacher = MARAHead.from_pretrained(head)
-    loaded = load_model(ModelSpec(model, device, dtype))
+    loaded = load_model(ModelSpec(model or alias_of(base_model_of(teacher)), device, dtype))
     teacher.check_fits(loaded.hidden_size, loaded.name, head)
     prompts = list(dict.fromkeys(Conversation(row.prompt, row.tools) for row in rows))[:max_replies]
     console = Console()

@@ -124,6 +124,9 @@ def create_app(
     return app
 
 
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+
+
 class _Routes:
     """The routes that only tell something."""
 
@@ -164,5 +167,7 @@ def _model_object(name: str) -> ModelObject:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {shown(request.url.path)}: {error.detail}"
+    if error.status_code == 404:
+        problem += f" (hint: this server has {', '.join(_PATHS)})"
     refusal = RefusalError(error.status_code, problem, headers=error.headers)
     return JSONResponse(refusal.as_dict(), status_code=refusal.status, headers=refusal.headers)

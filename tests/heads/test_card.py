@@ -38,7 +38,7 @@ def test_a_trained_head_tells_its_data_command_and_rewards():
 
 def test_lines_of_prompts_and_commands_stay_in_their_block():
     lines = model_card(TRAINED).splitlines()
-    assert ["> Be brief.", ">", "> Be kind."] == [line for line in lines if line.startswith(">")]
+    assert [line for line in lines if line.startswith(">")] == ["> Be brief.", ">", "> Be kind."]
     assert "    mara-tools train \\" in lines and "        --data prefs.jsonl" in lines
 
 

@@ -87,7 +87,7 @@ def test_the_base_model_is_the_one_that_all_heads_record(one, two, tmp_path):
 
 def test_a_head_that_records_no_base_model_is_named(tmp_path):
     silent = random_head(16)
-    with pytest.raises(ConfigError, match="^the head does not record the model"):
+    with pytest.raises(ConfigError, match=r"^the head does not record the model"):
         base_model_of(silent)
     with pytest.raises(ConfigError, match=r"head '.*silent' does not record the model"):
         base_model_of(str(silent.save_pretrained(tmp_path / "silent")))

@@ -56,9 +56,9 @@ def test_values_are_shown_short():
         assert len(shown(value)) <= 62
 
 
-async def test_an_unknown_route_is_not_found(client):
+async def test_an_unknown_route_is_answered_with_those_that_are_there(client):
     said = (await post(client, "embeddings", status=404))["error"]["message"]
-    assert said == "POST '/v1/embeddings': Not Found"
+    assert said.startswith("POST '/v1/embeddings': Not Found (hint: this server has /v1/chat/completions, ")
     assert "error" in (await client.get("/")).json()
 
 

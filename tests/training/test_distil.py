@@ -58,7 +58,7 @@ def test_there_must_be_something_to_distil(model):
 
 def test_the_command_writes_a_head_and_says_how_near_it_is(folder_model, prompts_file, tmp_path):
     random_head(32, "residual", base_model=folder_model, scale=0.3, top_k=5).save_pretrained(tmp_path / "teacher")
-    command = ["distil", "--head", str(tmp_path / "teacher"), "--model", folder_model, "--data", str(prompts_file)]
+    command = ["distil", "--head", str(tmp_path / "teacher"), "--data", str(prompts_file)]  # it records its model
 
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "q"), "--max-reply-tokens", "6"])
 

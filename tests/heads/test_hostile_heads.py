@@ -101,6 +101,16 @@ def header(change):
     return weight_bytes(changed)
 
 
+def in_turn(*damages):
+    """Several damages, one after the other."""
+
+    def damage(folder):
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
 def linked(name, target):
     """A link in the place of a file."""
 
@@ -203,7 +213,10 @@ FOLDERS = {
     "weights NaN": weights(set_to("linear1.weight", float("nan"))),
     "weights inf": weights(set_to("output_linear.bias", float("-inf"))),
     "weights beyond float32": weights(lambda t: {**t, "ln.bias": t["ln.bias"].double() + 1e300}),
-    "complex weights": weights(cast(torch.complex64)),
+    "complex weights": in_turn(  # old releases of safetensors write none
+        weights(cast(torch.float64)),
+        header(lambda h: {**h, "linear1.weight": {**h["linear1.weight"], "dtype": "C64"}}),
+    ),
     "bool weights": weights(cast(torch.bool)),
     "int8 weights": weights(cast(torch.int8)),
     "int64 weights": weights(cast(torch.int64)),

@@ -88,3 +88,15 @@ def test_a_cancelled_request_waits_no_longer_and_takes_no_turn(full, gate):
     assert all(list(ticket)[-1].generation is not None for ticket in tickets)
     backend = worker.decoder.backend
     assert max(segment.row for fed in backend.fed for segment in fed) == 2, "three rows were ever opened"
+
+
+def test_closing_is_heard_by_those_who_run_and_those_who_wait_and_nothing_more_is_decoded(full, gate):
+    worker, tickets = full
+    worker.close()
+    gate.set()
+    for ticket in tickets:
+        with pytest.raises(EngineClosedError, match="closed before the reply was finished"):
+            list(ticket)
+    worker.join(30)
+    backend = worker.decoder.backend
+    assert len(backend.fed) == 1 and backend.open_rows == 0

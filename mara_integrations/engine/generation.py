@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -73,3 +74,13 @@ class Generation:
     finish_reason: FinishReason
     stats: GateStats
     trace: tuple[TracePosition, ...] | None = None
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the text, and a line of counts."""
+        stats = self.stats
+        counts = f"{len(self.token_ids)} tokens · finish_reason {self.finish_reason} · {stats.accepted} accepted"
+        counts += f" · {stats.rejected} candidates rejected" if stats.rejected else ""
+        return (
+            f'<div style="white-space:pre-wrap;max-width:50em">{escape(self.text)}</div>'
+            f'<div style="font-size:85%;opacity:.75">{counts}</div>'
+        )

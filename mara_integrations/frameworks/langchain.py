@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from contextlib import aclosing, closing
 from contextvars import ContextVar
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -21,7 +21,6 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema
-from pydantic import BaseModel
 from typing_extensions import Self
 
 from mara_integrations.engine.worker import AsyncStream, Update
@@ -32,6 +31,9 @@ from mara_integrations.frameworks.schemas import check_schema, json_schema, name
 from mara_integrations.frameworks.settings import EngineSettings
 from mara_integrations.frameworks.structured_output import arguments_parser, object_parser
 from mara_integrations.replies.forms import ReplyForm
+
+StructuredOutputMethod: TypeAlias = Literal["json_schema", "function_calling", "json_mode"]
+_Schema = TypeVar("_Schema")
 
 # Arguments of a call that LangChain gives to itself.
 _LANGCHAINS_OWN = ("stream", "ls_structured_output_format", "structured_output_format")
@@ -63,6 +65,9 @@ class ChatMARA(EngineSettings, BaseChatModel):
 
     Reasoning: thoughts that a reply begins with, between `<think>` and `</think>`, are no part of its text; they are
     the `reasoning` block of its `content_blocks`, and `additional_kwargs["reasoning_content"]`.
+
+    Serialisation: the object pickles where its model is named. LangChain's `dumpd` writes down its settings, but `load`
+    refuses to build it, and `init_chat_model` knows hosted providers only: pass the object itself.
     """
 
     streaming: bool = False
@@ -219,15 +224,45 @@ class ChatMARA(EngineSettings, BaseChatModel):
         ReplyForm.of_call(dict(bound))  # refuses a wrong choice now
         return self.bind(**{name: value for name, value in bound.items() if value is not None}, **kwargs)
 
+    @overload  # type: ignore[override]  # the base class allows dictionaries and pydantic's classes alone
+    def with_structured_output(
+        self,
+        schema: type[_Schema],
+        *,
+        method: StructuredOutputMethod = "json_schema",
+        include_raw: Literal[False] = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, _Schema]: ...
+    @overload
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | None = None,
+        *,
+        method: StructuredOutputMethod = "json_schema",
+        include_raw: Literal[False] = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any]]: ...
+    @overload
     def with_structured_output(
         self,
         schema: dict[str, Any] | type | None = None,
         *,
-        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        method: StructuredOutputMethod = "json_schema",
+        include_raw: bool,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any]]: ...
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: StructuredOutputMethod = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
         **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+    ) -> Runnable[LanguageModelInput, Any]:
         """Make every answer an object of a schema; a grammar holds the model to it.
 
         Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import Callbacks
@@ -24,6 +24,8 @@ from mara_integrations.frameworks.settings import EngineSettings
 
 # Fields of the LangChain half beside those of `EngineSettings`.
 _OF_LANGCHAIN = ("name", "cache", "callbacks", "streaming")
+
+_Schema = TypeVar("_Schema")
 
 
 def _of_langchain(name: str) -> Any:
@@ -90,6 +92,18 @@ class MARALLM(GatedLLM, Runnable[LanguageModelInput, AIMessage]):
         """Let the model call tools; see `ChatMARA.bind_tools`."""
         return self.as_langchain().bind_tools(tools, **kwargs)
 
+    @overload
+    def with_structured_output(
+        self, schema: type[_Schema], *, include_raw: Literal[False] = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, _Schema]: ...
+    @overload
+    def with_structured_output(
+        self, schema: dict[str, Any] | None = None, *, include_raw: Literal[False] = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, dict[str, Any]]: ...
+    @overload
+    def with_structured_output(
+        self, schema: dict[str, Any] | type | None = None, *, include_raw: bool, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, dict[str, Any]]: ...
     def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         """Make every answer an object of a schema; see `ChatMARA.with_structured_output`."""
         return self.as_langchain().with_structured_output(schema, **kwargs)

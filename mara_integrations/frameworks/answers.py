@@ -16,7 +16,7 @@ from mara_integrations.replies.reader import ReplyReader
 
 
 def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
-    """What an answer says about itself, as plain JSON.
+    """Return what an answer says about itself, as plain JSON.
 
     Returns:
         `model_name`, `finish_reason`, `token_ids`, the counts of `GateStats` as `gate`, and with `trace=True` a
@@ -47,7 +47,7 @@ def reply_reader(settings: Mapping[str, Any], model: LoadedModel, prompt: Prompt
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:
-    """Log-probabilities of a reply in the form of OpenAI's API, as plain JSON; needs a reply with a trace.
+    """Return the log-probabilities of a reply with a trace in the form of OpenAI's API, as plain JSON.
 
     Each of `content` is a token of `token_ids`: `token`, `bytes`, `logprob` and `top_logprobs`, the most probable of
     the candidates that were left for the gate. Beyond that form: `accept_logit` of the token taken (None where the
@@ -67,7 +67,7 @@ def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: in
 
 
 def _token(token_id: int, tokenizer: Any) -> dict[str, Any]:
-    """A token's text and bytes; None for bytes that can't be told, where the token is a part of a character."""
+    """Return a token's text and bytes; the bytes are None where they can't be told, for a part of a character."""
     text = tokenizer.decode([token_id])
     if "\ufffd" not in text:
         return {"token": text, "bytes": list(text.encode())}

@@ -88,7 +88,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
         return params
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The key of a cached answer: it names the head by its weights, so that two heads share no answers."""
+        """Return the key of a cached answer. It names the head by its weights, so that two heads share no answers."""
         return f"{type(self).__name__}{self._fingerprint({'stop': stop, **kwargs})}"
 
     def _generate(
@@ -190,13 +190,13 @@ class ChatMARA(EngineSettings, BaseChatModel):
         return super().batch_as_completed(inputs, _all_at_once(config, len(inputs)), **kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of a text in the model's own tokenizer."""
+        """Return the token ids of a text in the model's own tokenizer."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self.engine.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Length of the prompt that these messages become, the chat template's own tokens included."""
+        """Return the number of tokens of the prompt that messages become, those of the chat template included."""
         form = ReplyForm.of_call({"tools": [openai_tool(tool) for tool in tools or ()]})
         return len(self.engine.encode(as_conversation(messages), form=form))
 
@@ -325,7 +325,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
 
 
 def _response_format(schema: Any) -> dict[str, Any]:
-    """The `response_format` of OpenAI's API for a schema; None allows any object."""
+    """Return the `response_format` of OpenAI's API for a schema; None allows any object."""
     if schema is None:
         return {"type": "json_object"}
     whole = json_schema(schema) or convert_to_json_schema(schema)
@@ -333,7 +333,7 @@ def _response_format(schema: Any) -> dict[str, Any]:
 
 
 def _all_at_once(config: Any, count: int) -> list[RunnableConfig]:
-    """As many threads as inputs, unless the config says otherwise: all that waits is decoded together."""
+    """Return configs with as many threads as inputs, unless they say otherwise: all that waits is decoded together."""
     from langchain_core.runnables.config import get_config_list
 
     threads = min(max(count, 1), _BATCH_THREADS)

@@ -41,7 +41,7 @@ class LangChainReply:
         return reply_reader(self.settings, self._engine.model)
 
     def result(self, generation: Generation) -> ChatResult:
-        """The whole reply."""
+        """Return the whole reply."""
         pieces = self._reader.push(generation.text, generation.finish_reason)
         thoughts = "".join(piece.thoughts for piece in pieces)
         message = AIMessage(
@@ -107,7 +107,7 @@ def _chunk(piece: Piece) -> AIMessageChunk:
 
 
 def _invalid(call: Call) -> AIMessageChunk:
-    """What makes the chunks of a call add up to an invalid one; all of a call without a name."""
+    """Return the chunk that makes those of a call add up to an invalid call; it is all of a call without a name."""
     spoiled = _spoiled(call.arguments)
     if call.name:
         chunk = tool_call_chunk(name=None, args=spoiled, id=None, index=call.index)
@@ -117,7 +117,7 @@ def _invalid(call: Call) -> AIMessageChunk:
 
 
 def take_top_logprobs(call: dict[str, Any]) -> int | None:
-    """Take the wish for log-probabilities out of a call's arguments; None: there is none."""
+    """Pop the arguments that ask for log-probabilities from `call`; None: they are not wanted."""
     is_wanted, count = call.pop("logprobs", None), call.pop("top_logprobs", None)
     if is_wanted not in (None, True, False):
         raise ConfigError(f"logprobs={is_wanted!r} is not allowed", hint="it is True or False; see top_logprobs")
@@ -129,10 +129,10 @@ def take_top_logprobs(call: dict[str, Any]) -> int | None:
 
 
 def _spoiled(arguments: str) -> str:
-    """What to add to the arguments of a call that can't be read, for chunks that add up to an invalid call.
+    """Return what to add to the arguments of a broken call, so that its chunks add up to an invalid call.
 
-    LangChain completes JSON that is cut short when it adds chunks; half a call would be made. A bracket that does not
-    match is what it does not complete.
+    LangChain completes JSON that breaks off when it adds chunks, and would make a whole call of half a one. It does not
+    complete a bracket that matches none.
     """
     for end in ("", "]", "}", '"]', '"}', '""]', '""}'):  # in an object, in a list, in a string, after a backslash
         try:

@@ -59,7 +59,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex packs prompts by; weights are not loaded for it.
+        """Return what LlamaIndex packs prompts by; weights are not loaded for it.
 
         It counts prompts with one tokenizer a process, `Settings.tokenizer`: GPT-3.5's, unless somebody chose another.
         Reading this puts the model's own in place of that default, so that packed prompts fit; a choice is left alone.
@@ -75,7 +75,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """What events tell of this LLM: the settings. Not `metadata`, which would load the model in an event loop."""
+        """Return what events tell of this LLM: its settings, without `metadata`, which may load files."""
         return {"class_name": self.class_name(), "model_name": self.model_name, **self._described()}
 
     @llm_chat_callback()
@@ -170,7 +170,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """Calls of a response, also of one that is still being written: its arguments are then what is there so far.
+        """Return the calls of a response. While it is being written, their arguments are what is there so far.
 
         Raises:
             CutReplyError: If `max_tokens` cut the response before its call was whole.
@@ -269,7 +269,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         return AsyncStream(written(), updates.cancel)
 
     def _chat_answers(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., ChatResponse]:
-        """Makes the responses of one request, each with all that was written so far."""
+        """Return what makes the responses of one request, each with all that was written so far."""
         reader: ReplyReader | None = None  # the model is loaded by the time of the first update
         thoughts = text = ""
 
@@ -295,7 +295,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         return answer
 
     def _completions(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., CompletionResponse]:
-        """Make the responses of one completion: as `_chat_answers`, with the text alone.
+        """Return what makes the responses of one completion: as `_chat_answers`, with the text alone.
 
         Thoughts are no part of the text; they are `additional_kwargs["thinking"]`.
         """
@@ -327,7 +327,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 def _closing(
     outer: Generator[Answer, None, None], inner: Generator[Answer, None, None]
 ) -> Generator[Answer, None, None]:
-    """What `outer` gives; left early, it closes `inner` too."""
+    """Yield what `outer` yields; left early, close `inner` too."""
     try:
         yield from outer
     finally:
@@ -353,7 +353,7 @@ def _answering(output_cls: type[Model], llm_kwargs: dict[str, Any] | None) -> di
 
 
 def _objects_of(output_cls: type[Model]) -> Callable[[ChatResponse], BaseModel | None]:
-    """Reads responses as objects: loose ones while JSON is being written, the last as the class itself."""
+    """Return what reads responses as objects: loose ones while JSON is being written, the last as the class itself."""
     loose = create_flexible_model(output_cls)
 
     def as_object(response: ChatResponse) -> BaseModel | None:

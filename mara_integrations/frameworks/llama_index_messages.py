@@ -1,4 +1,4 @@
-"""LlamaIndex' messages as ours, and its way of counting tokens."""
+"""Convert LlamaIndex' messages to ours, and count tokens for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenCount:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -44,7 +44,7 @@ def count_with(tokenizer: Any) -> None:
 
 
 def as_conversation(messages: Sequence[ChatMessage]) -> list[Message]:
-    """LlamaIndex' messages as ours.
+    """Convert LlamaIndex' messages to ours.
 
     Raises:
         ConfigError: If a message holds something else than text and calls.
@@ -83,7 +83,7 @@ def _as_message(message: ChatMessage) -> Message:
 
 
 def read_arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
-    """Arguments of a call that may be half-written, or written by another model as text that is no JSON."""
+    """Return the arguments of a call. They may be half-written, or text of another model that is no JSON."""
     if isinstance(arguments, dict):
         return arguments
     try:

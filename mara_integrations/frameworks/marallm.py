@@ -29,7 +29,7 @@ _Schema = TypeVar("_Schema")
 
 
 def _of_langchain(name: str) -> Any:
-    """A method of `ChatMARA`, called on the chat model that a `MARALLM` holds."""
+    """Return a method of `ChatMARA` that is called on the chat model which a `MARALLM` holds."""
 
     @functools.wraps(getattr(ChatMARA, name))
     def call(self: MARALLM, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ class MARALLM(GatedLLM, Runnable[LanguageModelInput, AIMessage]):
     _chat: ChatMARA | None = PrivateAttr(default=None)
 
     def as_langchain(self) -> ChatMARA:
-        """The LangChain chat model with these settings; both run the same loaded model."""
+        """Return the LangChain chat model with these settings; both run the same loaded model."""
         given = [name for name in _OF_LANGCHAIN if name in self.model_fields_set]  # LangChain looks at what was set
         values = {name: getattr(self, name) for name in (*EngineSettings.model_fields, *given)}
         if self._chat is None or any(getattr(self._chat, name) is not value for name, value in values.items()):
@@ -143,7 +143,7 @@ class MARALLM(GatedLLM, Runnable[LanguageModelInput, AIMessage]):
         return self.as_langchain().OutputType
 
     def __getattr__(self, name: str) -> Any:
-        """What only LangChain's chat models have: `profile`, `configurable_fields`, `get_num_tokens` and the like."""
+        """Find what only LangChain's chat models have: `profile`, `configurable_fields`, `get_num_tokens` and so on."""
         if (name.startswith("_") and name not in _PRIVATE) or not hasattr(ChatMARA, name):
             return super().__getattr__(name)  # type: ignore[misc]  # pydantic's
         return getattr(self.as_langchain(), name)
@@ -154,5 +154,5 @@ _PRIVATE = ("_llm_type", "_get_ls_params", "_identifying_params")
 
 
 def _is_template(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether these are the arguments of LlamaIndex' `stream(prompt, **variables)`."""
+    """Return whether these are the arguments of LlamaIndex' `stream(prompt, **variables)`."""
     return isinstance(args[0] if args else kwargs.get("prompt"), BasePromptTemplate)

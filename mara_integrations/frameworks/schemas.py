@@ -15,7 +15,7 @@ _OF_TOOLS = {"name", "function", "toolSpec"}  # OpenAI, Anthropic; OpenAI, wrapp
 
 
 def named(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema with a name, out of OpenAI's wrapping, and not a reference as a whole; a tool as it is."""
+    """Return a JSON schema with a name, without OpenAI's wrapping or a reference at its root; a tool stays as it is."""
     schema = schema.get("json_schema", schema)
     if {"name", "schema"} <= schema.keys():
         schema = {"title": schema["name"], **schema["schema"]}
@@ -39,7 +39,7 @@ def check_schema(schema: Any) -> None:
 
 
 def json_schema(schema: Any) -> dict[str, Any] | None:
-    """Of a dict that is one, or of a class with definitions: LangChain leaves out what is no list of properties."""
+    """Return the schema of a dict, or of a class with definitions, which LangChain would leave out; None for others."""
     if isinstance(schema, dict):
         return None if _OF_TOOLS & schema.keys() else schema
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
@@ -49,7 +49,7 @@ def json_schema(schema: Any) -> dict[str, Any] | None:
 
 
 def openai_tool(tool: Any) -> dict[str, Any]:
-    """A tool of any kind in OpenAI's form.
+    """Return a tool of any kind in OpenAI's form.
 
     Raises:
         ConfigError: If its arguments are no object.

@@ -140,7 +140,7 @@ class EngineSettings(BaseModel):
 
     @property
     def engine(self) -> MARAEngine:
-        """The engine with these settings, for `verify`, `evaluate`, raw text and token ids.
+        """Return the engine with these settings, for `verify`, `evaluate`, raw text and token ids.
 
         It answers as this object does. After a field has changed it is another one, on the same loaded model unless a
         field that names the model was changed.
@@ -167,16 +167,16 @@ class EngineSettings(BaseModel):
         return MARAEngine(self.model, **self._spec(), limits=self.limits, **self._defaults())
 
     def _spec(self) -> dict[str, Any]:
-        """The settings that say how the model is loaded, in the engine's words."""
+        """Return the settings that say how the model is loaded, under the engine's names."""
         return {**{name: getattr(self, name) for name in _SPEC}, "engine": self.engine_name}
 
     def _defaults(self) -> dict[str, Any]:
-        """The settings of requests in the engine's words."""
+        """Return the settings of requests, under the engine's names."""
         return {name: getattr(self, name) for name in _REQUEST}
 
     @property
     def model_name(self) -> str:
-        """What the model is called, without loading it.
+        """Return the name of the model, without loading it.
 
         Raises:
             ConfigError: If no model is named, and the head records none.
@@ -213,7 +213,7 @@ class EngineSettings(BaseModel):
         self.close()
 
     def _call_settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of one call in the engine's words: those that say nothing of decoding are taken out."""
+        """Return the settings of one call under the engine's names, without those that say nothing of decoding."""
         call = dict(call)
         if "model" in call and (model := call.pop("model")) not in (None, self.model_name):
             raise ConfigError(
@@ -228,13 +228,13 @@ class EngineSettings(BaseModel):
         return self.model is None or isinstance(self.model, str | os.PathLike)
 
     def _described(self) -> dict[str, Any]:
-        """The settings as plain values, for traces and logs; without `model_kwargs`, which may hold an access token."""
+        """Return the settings as plain values, for traces and logs, but `model_kwargs`: it may hold a token."""
         values = {name: getattr(self, name) for name in (*_SPEC, "engine_name", *_REQUEST) if name != "model_kwargs"}
         values.update(head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
         return {"model": None if self.model is None else self.model_name, **values}
 
     def _fingerprint(self, call: Mapping[str, Any]) -> str:
-        """Differs for two calls that can answer differently, given the same prompt."""
+        """Return a text that differs for two calls which can answer one prompt differently."""
         values = {**self._described(), "model": self.model_name, **self.engine.given(**self._call_settings(call))}
         if self.model is not None and not isinstance(
             self.model, str | os.PathLike

@@ -1,4 +1,4 @@
-"""The form that a reply must take: tool calls in the syntax of the model's family, or an object of a schema."""
+"""The form that a reply must take: tool calls as the model's family writes them, or an object of a schema."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mara_integrations.replies.schema_bounds import SchemaBounds
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """What a reply may be.
+    """The form of a reply.
 
     Attributes:
-        tools: What the model may call.
-        tool_choice: `auto`: text or calls. `none`: text. `any`: calls alone. Else the name of the tool it must call.
-        parallel: Several calls in one reply; None: in `auto` alone.
-        json_schema: The reply is JSON of this schema; with tools and `auto`, that or calls.
+        tools: Functions that the model may call.
+        tool_choice: `auto` allows text and calls, `none` text, `any` calls alone. The name of a tool demands its call.
+        parallel: Whether a reply may make several calls; None allows it in `auto` alone.
+        json_schema: Schema of the JSON that the reply must be; with tools and `auto`, it may be calls instead.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -32,7 +32,7 @@ class ReplyForm:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a choice that can't be met, and schemas beyond `SchemaBounds`.
+        """Refuse a choice that names no tool, and schemas beyond `SchemaBounds`.
 
         Raises:
             ConfigError: If `tool_choice` is no tool's name, or a schema or a name is not allowed.
@@ -49,7 +49,7 @@ class ReplyForm:
 
     @classmethod
     def of_call(cls, call: dict[str, Any]) -> ReplyForm:
-        """Take the arguments that say it out of a call's, in the words of OpenAI's API, which both frameworks use.
+        """Pop the OpenAI-style tool and format arguments from `call`, and build a form of them.
 
         Raises:
             ConfigError: If one of them has a value that is not allowed.
@@ -76,7 +76,7 @@ class ReplyForm:
 
     @property
     def is_free(self) -> bool:
-        """Whether a reply may begin with any text."""
+        """Return whether a reply may begin with any text."""
         return self.json_schema is None and (not self.tools or self.tool_choice in ("auto", "none"))
 
     def grammar(self, family: CallFamily, thoughts: Thoughts = "none") -> dict[str, Any] | None:

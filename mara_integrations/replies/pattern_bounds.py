@@ -1,4 +1,4 @@
-"""How long the texts of a regular expression are, and how large it is with its repetitions written out."""
+"""Bounds of a regular expression: the lengths of its texts, and its size with its repetitions written out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ESCAPE = re.compile(r"\\(?:[pPukx]\{[^}]*\}|.)?", re.DOTALL)
 
 @dataclass(slots=True)
 class _Group:
-    """A group that is being read: what came before its last `|`, and the alternative since then.
+    """A group that is being read: the alternatives before its last `|`, and the one since then.
 
     Attributes:
         shortest: Characters of the shortest alternative so far; None before the first `|`.

@@ -1,6 +1,6 @@
-"""Parts the thoughts of a reasoning model, `<think>...</think>` at the beginning of a reply, from its answer.
+"""Separate the thoughts of a reasoning model, `<think>...</think>` at the beginning of a reply, from its answer.
 
-Pure: it knows text alone, in pieces of any size.
+Knows text alone, in pieces of any size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Thoughts = Literal["none", "possible", "begun"]
 
 @dataclass(slots=True)
 class ThoughtSplitter:
-    """Splits a reply while it is written; what may become a tag is held back until that is clear.
+    """Splits a reply while it is written; text that may become a tag is held back until that is clear.
 
     Attributes:
         is_open: The prompt ended inside an open `<think>`, so the reply begins with thoughts.
@@ -27,7 +27,7 @@ class ThoughtSplitter:
     _held: str = field(default="", init=False)
 
     def push(self, text: str, *, final: bool = False) -> tuple[str, str]:
-        """Take more text; `final`: there is no more.
+        """Read more text; `final`: there is no more.
 
         Returns:
             What is new of the thoughts, and what is new of the answer; both may be empty.
@@ -64,5 +64,5 @@ class ThoughtSplitter:
 
 
 def overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `mark`, but not all of it."""
+    """Return the length of the longest end of `text` that is a beginning of `mark`, but not all of it."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

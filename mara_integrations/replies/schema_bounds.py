@@ -128,7 +128,7 @@ def _check_count(value: Any, keyword: str, where: str) -> None:
 
 
 def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The schemas that replies to a schema may go through, with their places; those it defines, but for its own use."""
+    """Yield the schemas that a reply may have to follow, with their places; unused definitions are left out."""
     for keyword in _ONE:
         yield keyword, node.get(keyword)
     for keyword in _MANY:
@@ -140,7 +140,7 @@ def _children(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _reachable(root: Mapping[str, Any], most: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All schemas that replies may go through, each once, with its place; the first `most` of them."""
+    """Yield the first `most` schemas that a reply may have to follow, each once, with its place."""
     waiting, seen = [("#", root)], set[int]()
     while waiting and len(seen) < most:
         path, node = waiting.pop()
@@ -154,7 +154,7 @@ def _reachable(root: Mapping[str, Any], most: int) -> Iterator[tuple[str, Mappin
 
 
 def _target(root: Mapping[str, Any], node: Mapping[str, Any]) -> Any:
-    """What a schema refers to inside the whole schema; None if to nothing there."""
+    """Return what a schema refers to inside the whole schema; None if there is nothing."""
     pointer = node.get("$ref")
     if not isinstance(pointer, str) or not pointer.startswith("#"):
         return None
@@ -224,7 +224,7 @@ def _shortest(root: Mapping[str, Any], node: Mapping[str, Any], shortest: Mappin
 
 
 def _kind(node: Mapping[str, Any]) -> str | None:
-    """The type of a schema that names none."""
+    """Return the type of a schema that names none."""
     for kind, keywords in (("object", ("properties", "required")), ("array", ("items", "prefixItems"))):
         if any(keyword in node for keyword in keywords):
             return kind

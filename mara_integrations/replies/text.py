@@ -31,7 +31,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Take one more token; returns the text that is now certain, which may be empty."""
+        """Read one more token; return the text that is now certain, which may be empty."""
         self._token_ids.append(token_id)
         known, now = self._decode(self._prefix, self._read), self._decode(self._prefix, None)
         if len(now) <= len(known) or now.endswith(_UNFINISHED):
@@ -40,7 +40,7 @@ class TextStream:
         return self._release(now[len(known) :], final=False)
 
     def finish(self) -> str:
-        """No token follows: what was held back is text after all."""
+        """Return what was held back: no token follows, so it is text after all."""
         if self.stopped:
             return ""
         known, now = self._decode(self._prefix, self._read), self._decode(self._prefix, None)

@@ -22,13 +22,13 @@ class Call:
 
     @property
     def parsed(self) -> dict[str, Any] | None:
-        """The arguments, once they are whole."""
+        """Return the arguments as an object; None while they are not whole, or where the call has an error."""
         return None if self.error else json_object(self.arguments)
 
 
 @dataclass(slots=True)
 class Piece:
-    """The next part of a reply: of its text, of its thoughts, or of a call's arguments."""
+    """The next part of a reply: text, thoughts, or arguments of a call."""
 
     text: str = ""
     thoughts: str = ""
@@ -89,15 +89,15 @@ _NAME = re.compile(r'"name"\s*:\s*"([^"\\]+)"')
 
 @dataclass(slots=True)
 class CallParser:
-    """Parts calls from text while both are written; what may become a call is held back until that is clear.
+    """Separates calls from text while both are written; what may become a call is held back until that is clear.
 
-    What a tag announces or what names one of the tools is a call, with an `error` if it can't be read; other JSON is
-    text.
+    JSON that a tag announces, or that names one of the tools, is a call; it has an `error` if it can't be read. Other
+    JSON is text.
 
     Attributes:
         syntax: Of the model's family.
-        names: Of the tools that it was given; with them, a reply that is a call without its tag is understood too.
-        calls: Those found so far.
+        names: Names of the tools; with them, a reply that is a call without its tag is understood too.
+        calls: The calls found so far.
     """
 
     syntax: JSONMarks
@@ -232,7 +232,7 @@ class CallParser:
         return self._is_tagged or not self.names or name in self.names
 
     def _skip(self, pattern: str) -> None:
-        """Move what matches to the mark, of which it is given back with it."""
+        """Move the match into `_mark`, so that it is returned as text if this is no call after all."""
         matched = re.match(pattern, self._held)
         assert matched is not None
         self._mark, self._held = self._mark + matched[0], self._held[matched.end() :]
@@ -261,7 +261,7 @@ class JSONEnd:
     _escaped: bool = False
 
     def find(self, text: str) -> int:
-        """How much of the text belongs to the object."""
+        """Return the number of characters that belong to the object."""
         for place, character in enumerate(text):
             if self._in_string:
                 self._in_string = self._escaped or character != '"'
@@ -282,7 +282,7 @@ class JSONEnd:
 
 
 def _match(text: str, place: int, mark: str) -> int | None:
-    """Where the mark ends that begins at `place`; 0: none does. None: the text ends inside it."""
+    """Return where the mark ends that begins at `place`; 0: none begins there. None: the text ends inside it."""
     end = place
     for character in mark:
         while place < end < len(text) and character in '{":' and text[end].isspace():  # as JSON allows
@@ -305,7 +305,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def _call_of(body: str, is_tagged: bool) -> tuple[str, str] | None:
-    """Name and arguments of a call whose JSON is in another order or form than usual."""
+    """Return the name and arguments of a call whose JSON has another order or form than usual."""
     call = json_object(body) or {}
     call = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = call.get("arguments", call.get("parameters", {} if is_tagged else None))

@@ -17,6 +17,7 @@ def chat() -> ChatMARA:
     return ChatMARA("org/model", head="heads/x", temperature=0.5, model_kwargs={"proxies": SECRET})
 
 
+@pytest.mark.filterwarnings("ignore:The function `load` is in beta")
 def test_dumpd_tells_the_settings_without_secrets_and_load_refuses_them() -> None:
     dumped = dumpd(chat())
 

@@ -122,3 +122,12 @@ async def test_a_conversation_with_calls_and_results_is_understood(client):
         {"role": "tool", "tool_call_id": "1", "content": "noon"},
     ]
     assert (await post(client, **{**CHAT, "messages": messages, "tools": [TOOL]}))["usage"]["completion_tokens"] == 6
+
+
+async def test_a_control_token_in_a_message_is_text(client):
+    async def length(content, **more):
+        return (await post(client, **{**CHAT, "messages": [{**USER, "content": content}], **more}))["usage"][
+            "prompt_tokens"
+        ]
+
+    assert await length("<eos>") == await length("<abc>") == await length("abcde")

@@ -15,6 +15,7 @@ from mara_integrations.sampling import HeadForm
 
 if TYPE_CHECKING:
     from mara_integrations.heads.head import MARAHead
+    from mara_integrations.training.collect.workload import Workload
     from mara_integrations.training.context import MethodResult, Run
 
 Source = Literal["pairs", "labels", "reward", "rule"]
@@ -60,11 +61,21 @@ class Method:
 
     def train(self, run: Run, head: MARAHead) -> MethodResult:
         """Fit a head in place; see the module of the method."""
+        module, function = self._loop
+        train = getattr(import_module(module), function)
+        return cast("Callable[[Run, MARAHead], MethodResult]", train)(run, head)
+
+    def work(self, run: Run) -> Workload:
+        """Return what `train` will do, by the function `work` of the method's module."""
+        work = import_module(self._loop[0]).work
+        return cast("Callable[[Run], Workload]", work)(run)
+
+    @property
+    def _loop(self) -> tuple[str, str]:
         loop = self.q_loop if self.form == "q" else self.loop
         assert loop is not None, "the form was checked"
         module, _, function = loop.partition(":")
-        train = getattr(import_module(module), function)
-        return cast("Callable[[Run, MARAHead], MethodResult]", train)(run, head)
+        return module, function
 
 
 # Why the paper's form can't be trained on given replies. Measured on SmolLM2-135M: token labels led 0.9 nats a token

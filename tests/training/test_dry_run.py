@@ -1,4 +1,4 @@
-"""A dry run counts the replies that the run will write."""
+"""A dry run names the replies and the work of the run: by every method, they are what the run then does."""
 
 from __future__ import annotations
 
@@ -7,41 +7,93 @@ import string
 
 import pytest
 
+from mara_integrations.engine.backends.packed import PackedBackend
+from mara_integrations.models.int8 import weight_bytes
+from mara_integrations.testing import tiny_model
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.registry import METHODS
 from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
 
 VOWELS = "tests/reward_for_tests.py:vowels"
+WHOLE = {"reward": VOWELS, "max_replies": 48, "rounds": 1}
+PUNCTUATION = tuple(string.punctuation)
+RUNS = {
+    "rloo": {"reward": VOWELS, "partial_text": True},
+    "rloo, rounds": {"reward": VOWELS, "partial_text": True, "rounds": 1, "kl_budget": 0.3},
+    "rloo, whole replies": WHOLE,
+    "rloo, residual": {**WHOLE, "form": "residual"},
+    "reward-model": {"method": "reward-model"},
+    "reward-model, residual": {"method": "reward-model", "form": "residual"},
+    "value": {"reward": VOWELS, "method": "value"},
+    "value of pairs": {"method": "value"},
+    "value, q": {"reward": VOWELS, "method": "value", "form": "q"},
+    "value of pairs, q": {"method": "value", "form": "q"},
+    "dpo": {"method": "dpo"},
+    "dpo, q": {"method": "dpo", "form": "q"},
+    "kto": {"method": "kto"},
+    "kto, q": {"method": "kto", "form": "q"},
+    "sac": {"reward": VOWELS, "method": "sac", "max_replies": 192},
+    "rule": {"forbid": PUNCTUATION},
+    "rule, residual": {"forbid": PUNCTUATION, "form": "residual"},
+}
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"reward": VOWELS, "partial_text": True},
-        {"reward": VOWELS, "max_replies": 48, "rounds": 1},
-        {"reward": VOWELS, "method": "value"},
-        {"reward": VOWELS, "method": "sac", "max_replies": 192},
-        {"forbid": tuple(string.punctuation)},
-        {"method": "reward-model"},
-    ],
-    ids=["parts", "whole replies", "value", "sac", "rule", "reward model"],
-)
-def test_it_counts_the_replies_that_will_be_written(folder_model, prompts_file, tmp_path, how, monkeypatch):
-    if "reward" not in how and "forbid" not in how:
-        pair = {"chosen": "so it was", "rejected": "then and"}
-        rows = [{"prompt": f"{i}?", **pair} for i in range(100)]
-        prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 0, "max_replies": 16}
-    config = TrainConfig.of(model=folder_model, data=prompts_file, output=tmp_path / "h", **{**small, **how})
-    expected = dry_run(config).replies
+@pytest.fixture
+def config(folder_model, prompts_file, tmp_path):
+    def config(**how):
+        if "reward" not in how and "forbid" not in how:
+            pair = {"chosen": "so it was", "rejected": "then and"}
+            rows = [{"prompt": f"{i}?", **pair} for i in range(100)]
+            prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
+        return TrainConfig.of(model=folder_model, data=prompts_file, output=tmp_path / "h", **{**small, **how})
+
+    return config
+
+
+@pytest.mark.usefixtures("nothing_fed_ahead")  # how much is depends on the machine
+@pytest.mark.parametrize("how", RUNS.values(), ids=RUNS)
+def test_it_counts_the_replies_and_the_tokens_that_the_run_feeds(config, tmp_path, how, monkeypatch):
+    expected = dry_run(config(**how)).expected
     assert not (tmp_path / "h").exists()
-    written, submit = [], LocalWorker.submit
+    written, fed, submit, feed = [], [], LocalWorker.submit, PackedBackend.feed
 
-    def count(workers, batch, on_reply):
+    def count_replies(workers, batch, on_reply):
         written.append(len(batch.prompts) * batch.replies_per_prompt)
         return submit(workers, batch, on_reply)
 
-    monkeypatch.setattr(LocalWorker, "submit", count)
-    train(config)
-    assert sum(written) == expected
+    def count_tokens(backend, segments):
+        fed.append(sum(len(segment.token_ids) for segment in segments))
+        return feed(backend, segments)
+
+    monkeypatch.setattr(LocalWorker, "submit", count_replies)
+    monkeypatch.setattr(PackedBackend, "feed", count_tokens)
+    train(config(**how))
+
+    assert sum(written) == expected.generated
+    assert 1 / 1.5 < sum(fed) / expected.tokens_fed < 1.5
+
+
+def test_every_method_is_tried():
+    assert {name.split(",")[0].split(" of ")[0] for name in RUNS} == set(METHODS)
+
+
+def test_replies_in_the_cache_are_told_and_take_no_time(config):
+    how = {"reward": VOWELS, "partial_text": True}
+    before = dry_run(config(**how)).expected
+    train(config(**how))
+
+    after = dry_run(config(**how, learning_rate=1e-3, overwrite=True)).expected
+
+    assert before.cached == 0 < after.cached < after.replies == before.replies
+    assert after.tokens_fed < before.tokens_fed
+
+
+def test_memory_counts_the_copy_of_the_weights(config):
+    estimate = dry_run(config(reward=VOWELS))
+    model = tiny_model()
+    layers, logits = weight_bytes(model.get_decoder().layers), weight_bytes(model.get_output_embeddings())
+    assert estimate.model_bytes == weight_bytes(model) + layers + logits
+    assert estimate.peak_bytes > estimate.model_bytes + estimate.states_bytes

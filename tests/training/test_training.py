@@ -302,7 +302,7 @@ def test_every_method_has_a_loop_and_a_name_on_the_command_line():
     assert set(METHODS) == set(get_args(MethodName)) - {"auto"}
     for method in METHODS.values():
         module, _, function = method.loop.partition(":")
-        assert callable(getattr(import_module(module), function))
+        assert callable(getattr(import_module(module), function)) and callable(import_module(module).work)
     assert {METHODS[name].learns_from.count(source) for source, name in AUTO.items()} == {1}
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
+from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.identity import MODEL
 from mara_integrations.training.records.store import cache_file, mark_used
@@ -45,20 +46,8 @@ def generate_replies(
             base model passes over.
         temperature: Temperature of the replies; 0 is greedy.
     """
-    size = max(1, _REPLIES_PER_BATCH // replies_per_prompt)
-    order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
-    changes = {"min_candidates": head.config.min_candidates} if head else {}
-    sampling = run.sampling(temperature=temperature, **changes)
-    batches = [
-        RolloutBatch(
-            [prompts[i] for i in order[start : start + size]],
-            sampling,
-            seed + start * replies_per_prompt,
-            replies_per_prompt,
-            head,
-        )
-        for start in range(0, len(prompts), size)
-    ]
+    size = prompts_per_batch(replies_per_prompt)
+    order, batches = _batches(run, prompts, replies_per_prompt, seed, head, temperature)
     is_cached = head is None or is_base
     files = [
         cache_file(_cache_key(run, batch)) if is_cached else run.stored(stage, index * size)
@@ -79,6 +68,46 @@ def generate_replies(
                 reply.prompt_index = order[index * size + reply.prompt_index]
             replies += generated
     return sorted(replies, key=lambda reply: reply.prompt_index)
+
+
+def num_cached(run: Run, planned: Generation, head: MARAHead | None) -> int:
+    """Return how many of the replies of a planned generation are in the cache."""
+    if planned.is_gated and not planned.is_base:
+        return 0
+    _, batches = _batches(run, planned.prompts, planned.replies_per_prompt, planned.seed, head, planned.temperature)
+    found = [batch for batch in batches if cache_file(_cache_key(run, batch)).exists()]
+    return sum(len(batch.prompts) * batch.replies_per_prompt for batch in found)
+
+
+def prompts_per_batch(replies_per_prompt: int) -> int:
+    """Return the number of prompts whose replies are generated together."""
+    return max(1, _REPLIES_PER_BATCH // replies_per_prompt)
+
+
+def _batches(
+    run: Run,
+    prompts: Sequence[Conversation],
+    replies_per_prompt: int,
+    seed: int,
+    head: MARAHead | None,
+    temperature: float,
+) -> tuple[list[int], list[RolloutBatch]]:
+    """Return the order of the prompts, by length, and batches of them."""
+    size = prompts_per_batch(replies_per_prompt)
+    order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
+    changes = {"min_candidates": head.config.min_candidates} if head else {}
+    sampling = run.sampling(temperature=temperature, **changes)
+    batches = [
+        RolloutBatch(
+            [prompts[i] for i in order[start : start + size]],
+            sampling,
+            seed + start * replies_per_prompt,
+            replies_per_prompt,
+            head,
+        )
+        for start in range(0, len(prompts), size)
+    ]
+    return order, batches
 
 
 def _cache_key(run: Run, batch: RolloutBatch) -> str:

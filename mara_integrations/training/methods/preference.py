@@ -18,6 +18,7 @@ from typing_extensions import Self, override
 
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.given import given_replies, read_as_decisions
+from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Loss, fit, outputs
 from mara_integrations.training.learning.objectives import dpo_loss, kto_loss, reply_log_ratios
@@ -140,6 +141,12 @@ def train_dpo(run: Run, head: MARAHead) -> MethodResult:
 def train_kto(run: Run, head: MARAHead) -> MethodResult:
     """Fit f to labelled replies."""
     return fit_labels(run, head, _read)
+
+
+def work(run: Run) -> Workload:
+    """Return what `train_dpo` or `train_kto` will do."""
+    readings = Reading.of_both_sides(run, is_by_token=True)
+    return Workload(readings=readings, fitted=sum(map(len, readings)))
 
 
 def _read(run: Run, stage: str, given: Sequence[GivenReply], good: Tensor, group_size: int) -> LabelledDecisions:

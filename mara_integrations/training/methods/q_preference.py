@@ -17,6 +17,7 @@ from typing_extensions import override
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.collect.given import read_states
+from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.q_objectives import taken_log_ratios
 from mara_integrations.training.methods.preference import LabelledReplies, fit_labels, fit_pairs
@@ -65,6 +66,12 @@ def train_dpo(run: Run, head: MARAHead) -> MethodResult:
 def train_kto(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to labelled replies."""
     return fit_labels(run, head, _read)
+
+
+def work(run: Run) -> Workload:
+    """Return what `train_dpo` or `train_kto` will do."""
+    readings = Reading.of_both_sides(run)
+    return Workload(readings=readings, fitted=sum(map(len, readings)))
 
 
 def _read(run: Run, stage: str, given: Sequence[GivenReply], good: Tensor, group_size: int) -> LabelledPositions:

@@ -8,7 +8,7 @@ form. See `rounds` for what happens around it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,8 +19,9 @@ from typing_extensions import override
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
+from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Rows, fit
+from mara_integrations.training.learning.fit import Epoch, Rows, fit
 from mara_integrations.training.learning.objectives import (
     BETA,
     CLIP,
@@ -35,16 +36,16 @@ from mara_integrations.training.learning.q_objectives import (
     score_loss,
     taken_log_ratios,
 )
-from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward
+from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward, work_of_rounds
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.partial_rewards import position_gains, prefix_rewards
+from mara_integrations.training.scoring.partial_rewards import position_gains, prefix_rewards, uses_partial_text
 from mara_integrations.training.scoring.q_scale import hold_quality, kl_per_token, scale_within_budget
 
 # Candidates of a position that are scored: those after them have 3 % of the probability together. The one taken counts
 # wherever it stands.
-_NUM_SCORED = 12
+NUM_SCORED = 12
 _POSITIONS_PER_STEP = 1024
 
 
@@ -106,7 +107,7 @@ class QLearner(Learner[PositionExperience]):
     @override
     def score_parts(self, side: PromptSide, replies: Sequence[Reply], rewards: Sequence[float]) -> dict[str, Any]:
         prefixes = prefix_rewards(self.run, side.data, side.prompts, replies, rewards)
-        where = Positions.of(replies).narrowed(_NUM_SCORED)
+        where = Positions.of(replies).narrowed(NUM_SCORED)
         gains = position_gains(self.run, side.data, side.prompts, replies, prefixes, where)
         returns = [discounted_returns(torch.tensor(of_reply).diff(), GAMMA) for of_reply in prefixes]
         at_positions = [
@@ -119,7 +120,7 @@ class QLearner(Learner[PositionExperience]):
     def experience(self, scored: Experience, parts: Mapping[str, Any] | None) -> PositionExperience:
         gains, returns = (parts["gains"], parts["returns"]) if parts is not None else (torch.zeros(0), torch.zeros(0))
         where = Positions.of(scored.replies)
-        narrowed = where.narrowed(_NUM_SCORED)
+        narrowed = where.narrowed(NUM_SCORED)
         return PositionExperience(scored.generated, scored.replies, scored.rewards, where, narrowed, gains, returns)
 
     @override
@@ -188,6 +189,14 @@ class QLearner(Learner[PositionExperience]):
         return kl_per_token(experience.positions, scores, self.head.config.scale)
 
     @override
+    @classmethod
+    def checked_at_the_end(cls, run: Run, held_out: PromptSide) -> list[Generation]:
+        if run.config.kl_budget is not None:
+            return []
+        greedy = Generation(held_out.prompts, 1, held_out.seed, is_gated=True, is_base=True, temperature=0.0)
+        return [greedy, replace(greedy, is_base=False)]
+
+    @override
     def adjust_scale(self, held_out: PromptSide) -> None:
         hold_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
 
@@ -197,8 +206,21 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     return train_on_reward(QLearner(run, head))
 
 
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    return work_of_rounds(run, QLearner, is_partial=uses_partial_text(run))
+
+
 def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets) -> None:
     """Fit q of each candidate to its target."""
+    with run.fitting(name) as on_epoch:
+        fit_targets(run, head, train, held_out, on_epoch)
+
+
+def fit_targets(
+    run: Run, head: QHead, train: Targets, held_out: Targets, on_epoch: Callable[[Epoch], None], **changes: int
+) -> None:
+    """Fit q of each candidate to its target, and report no progress but by `on_epoch`; `changes` are of the fit."""
     embeddings = run.backend.output_embeddings
 
     def loss(head: MARAHead, part: Targets) -> Tensor:
@@ -206,9 +228,8 @@ def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets)
         where = part.positions
         return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
 
-    with run.fitting(name) as on_epoch:
-        settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP)
-        fit(head, train, held_out, loss, settings, on_epoch)
+    settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP, **changes)
+    fit(head, train, held_out, loss, settings, on_epoch)
 
 
 def _new_critic(run: Run) -> QHead:

@@ -20,6 +20,7 @@ from mara_integrations.rewards import Rule
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.given import given_replies, read_states
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.collect.workload import Generation, Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Rows, fit
 from mara_integrations.training.learning.q_objectives import compliance_loss
@@ -95,6 +96,24 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     gated = generate_replies(run, "held-out gated replies", held_out_prompts, per_prompt, seed + _HELD_OUT_SEED, head)
     report_damage(run, rule, held_out_base, gated)
     return MethodResult()
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    per_prompt, rounds, seed = min(2, replies_per_prompt(run)), run.config.correction_rounds, run.config.seed
+    prompts, held_out = (limited_prompts(run, data) for data in (run.plan.train, run.plan.held_out))
+    generations = [
+        Generation(prompts, per_prompt, seed, is_gated=True, is_base=True),
+        Generation(held_out, per_prompt, seed + _HELD_OUT_SEED, is_gated=True, is_base=True),
+    ]
+    readings = Reading.of_both_sides(run)
+    known = sum(map(len, generations)) + sum(map(len, readings))
+    added = 2 * len(prompts) + len(held_out)
+    for _ in range(rounds):
+        generations += [Generation(prompts, is_gated=True, temperature=t) for t in (1.0, 0.0)]
+        generations.append(Generation(held_out, is_gated=True))
+    generations.append(Generation(held_out, per_prompt, is_gated=True))  # which show the damage
+    return Workload(generations, readings, fitted=sum(known + number * added for number in range(rounds + 1)))
 
 
 def fit_rule(run: Run, name: str, head: QHead, train: LabelledCandidates, held_out: LabelledCandidates) -> None:

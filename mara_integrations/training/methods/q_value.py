@@ -8,6 +8,7 @@ was not taken, it has learned where that candidate was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import outputs
+from mara_integrations.training.methods import value
 from mara_integrations.training.methods.q_rewards import Targets, regress
 from mara_integrations.training.methods.value import fit_and_report
 from mara_integrations.training.rollouts.positions import Positions
@@ -48,6 +51,16 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     deviation = float(sides[0].values.std()) or 1.0
     regress(run, "fit of q", head, *(Targets(side.positions, side.values / deviation) for side in sides))
     return MethodResult(accuracy)
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    of_v, each, seed = value.work(run), replies_per_prompt(run), run.config.seed
+    sides = ((run.plan.train, seed), (run.plan.held_out, seed + _HELD_OUT_SEED))
+    steps = [
+        Generation(limited_prompts(run, data, each), each, first, is_gated=True, is_base=True) for data, first in sides
+    ]
+    return replace(of_v, generations=[*of_v.generations, *steps], fitted=of_v.fitted + sum(map(len, steps)))
 
 
 @torch.inference_mode()

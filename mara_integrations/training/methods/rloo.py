@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from mara_integrations.engine.gate import accept_logit
 from mara_integrations.heads.head import HeadConfig, MARAHead
+from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Table, fit, outputs
 from mara_integrations.training.learning.objectives import (
@@ -35,12 +36,12 @@ from mara_integrations.training.learning.objectives import (
     look_ahead_advantages,
     value_loss,
 )
-from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward
+from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward, work_of_rounds
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.records.memory_mapped import joined
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_of
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.partial_rewards import candidate_gains, prefix_rewards
+from mara_integrations.training.scoring.partial_rewards import candidate_gains, prefix_rewards, uses_partial_text
 from mara_integrations.training.scoring.scale import decisions_kl, scale_on_decisions
 
 _CRITIC_SIZES = (256, 64)
@@ -139,6 +140,11 @@ class ResidualLearner(Learner[DecisionExperience]):
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Train the head against the run's reward."""
     return train_on_reward(ResidualLearner(run, head))
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    return work_of_rounds(run, ResidualLearner, is_partial=uses_partial_text(run))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from mara_integrations.rewards import Reward, reward_name
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.rewards import check_differ, report_mean, score_replies, with_opinion
+from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.records.store import load_or_compute
 from mara_integrations.training.rollouts.replies import Reply
@@ -124,6 +125,11 @@ class Learner(ABC, Generic[ExperienceT]):
     def kl_per_token(self, experience: ExperienceT, sampled_at: float) -> float:
         """Return KL(gate || base) of the head, in nats a token; arguments as in `scale_within_budget`."""
 
+    @classmethod
+    def checked_at_the_end(cls, run: Run, held_out: PromptSide) -> list[Generation]:
+        """Return what `adjust_scale` generates at least."""
+        return []
+
     def adjust_scale(self, held_out: PromptSide) -> None:  # a learner may leave the scale as it is
         """Change the scale at the end, where the KL budget alone does not decide it."""
 
@@ -211,6 +217,34 @@ def _keep(learner: Learner[ExperienceT], best: BestRound[ExperienceT], held_out:
     kl = learner.kl_per_token(best.held_out, best.scale)
     report_scale(learner.run, head.config.scale, kl)
     return kl
+
+
+def work_of_rounds(run: Run, learner: type[Learner[ExperienceT]], *, is_partial: bool) -> Workload:
+    """Return what `train_in_rounds` will do if no round ends it early."""
+    train_side, held_out = prompt_sides(run, is_partial)
+    rounds = num_rounds(run, is_partial)
+
+    def generation(side: PromptSide, *, is_base: bool = False, temperature: float = 1.0) -> Generation:
+        return Generation(side.prompts, side.replies_per_prompt, side.seed, True, is_base, temperature)
+
+    base = [generation(side, is_base=True) for side in (train_side, held_out)]
+    later = [
+        generation(train_side.quarter(number), temperature=temperature)
+        for number in range(rounds)
+        for temperature in learner.stages.values()
+    ]
+    gated = [generation(held_out) for _ in range(rounds + 1)]
+    scored = sum(map(len, [*base, *later, *gated]))
+    per_round = len(later) // rounds if rounds else 0
+    fits = []
+    for number in range(rounds + 1):
+        known = [base[0], *later[: number * per_round]]
+        fits += [*known, *gated[:number], base[1]] * 2 if is_partial else [known[-1], base[1]]  # a critic, and the head
+    return Workload(
+        [*base, *later, *gated, *learner.checked_at_the_end(run, held_out)],
+        fitted=sum(map(len, fits)),
+        scored=scored if is_partial else 0,
+    )
 
 
 def gather(

@@ -19,6 +19,7 @@ from mara_integrations.rewards import Rule
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.given import given_replies, read_states
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.collect.workload import Generation, Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.learning.objectives import rule_loss
@@ -60,6 +61,19 @@ def train(run: Run, head: MARAHead) -> MethodResult:
                 run, f"held-out {stage}", held_out_prompts, 1, round_seed + _HELD_OUT_SEED, head
             )
     return MethodResult()
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    per_prompt, rounds = min(2, replies_per_prompt(run)), run.config.correction_rounds
+    prompts = [limited_prompts(run, data) for data in (run.plan.train, run.plan.held_out)]
+    seeds = (run.config.seed, run.config.seed + _HELD_OUT_SEED)
+    base = [Generation(side, per_prompt, seed) for side, seed in zip(prompts, seeds, strict=True)]
+    gated = [Generation(side, is_gated=True) for side in prompts] * rounds
+    readings = Reading.of_both_sides(run)
+    known = sum(map(len, base)) + sum(map(len, readings))
+    fitted = sum(known + number * sum(map(len, prompts)) for number in range(rounds + 1))
+    return Workload([*base, *gated], readings, fitted)
 
 
 def check_violations(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:

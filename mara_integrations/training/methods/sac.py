@@ -25,6 +25,7 @@ from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
 from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.collect.rewards import check_differ, score_replies, with_opinion
+from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.actor_critic import (
     Learner,
@@ -124,6 +125,18 @@ def train_with(run: Run, head: MARAHead, settings: SACSettings, credit: AssignCr
             _store_learner(run, learner, rounds, number + 1)
     head.eval().requires_grad_(False)
     return MethodResult()
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do if the head does not collapse."""
+    prompts, settings = limited_prompts(run, run.plan.train), settings_of(run)
+    num_rounds = -(-run.max_replies // _REPLIES_PER_ROUND)
+    of_a_round = [prompts[i % len(prompts)] for i in range(_REPLIES_PER_ROUND)]
+    rounds = [Generation(of_a_round, is_gated=True)] * num_rounds
+    num_updates = num_rounds * _REPLIES_PER_ROUND * settings.updates
+    networks = 4  # the head, two critics, and what their targets cost
+    scored = num_rounds * _REPLIES_PER_ROUND if settings.credit == "prefix" else 0
+    return Workload(rounds, updates=num_updates * settings.batch_size * networks, scored=scored)
 
 
 def settings_of(run: Run) -> SACSettings:

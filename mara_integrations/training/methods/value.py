@@ -16,7 +16,9 @@ from mara_integrations.errors import DataError
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.given import given_replies, read_states
+from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.rewards import rewarded_replies
+from mara_integrations.training.collect.workload import Generation, Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Epoch, FitSettings, Table, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
@@ -30,6 +32,17 @@ _HELD_OUT_SEED = 500_000  # apart from the seeds of replies to fit on
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit V to labels or rewards, and report how well it orders held-out replies."""
     return MethodResult(fit_and_report(run, head))
+
+
+def work(run: Run) -> Workload:
+    """Return what `train` will do."""
+    if run.plan.source != "reward":
+        readings = Reading.of_both_sides(run)
+        return Workload(readings=readings, fitted=sum(map(len, readings)))
+    each, seed = replies_per_prompt(run), run.config.seed
+    sides = ((run.plan.train, seed), (run.plan.held_out, seed + _HELD_OUT_SEED))
+    generations = [Generation(limited_prompts(run, data), each, first) for data, first in sides]
+    return Workload(generations, fitted=sum(map(len, generations)))
 
 
 def fit_and_report(run: Run, head: MARAHead) -> Interval | None:

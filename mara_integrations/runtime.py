@@ -332,7 +332,7 @@ class MARAEngine:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens; this model's maximum context length is "
                 f"{self.model.context_window} tokens, the reply included",
-                hint="shorten the prompt",
+                hint="shorten the prompt" + (", or raise n_ctx" if self.model.engine == "llama.cpp" else ""),
             )
         stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
         sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))

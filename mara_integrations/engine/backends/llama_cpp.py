@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ _NO_ROOM = 1  # what `llama_decode` answers when its cells are full
 
 
 class _Place(NamedTuple):
-    """A token to feed, and where."""
+    """A token to feed, where, and whether anybody may ask for the logits after it."""
 
     token_id: int
     position: int
     sequence: int
+    is_last: bool = True
 
 
 @dataclass(eq=False)
@@ -91,6 +92,7 @@ class LlamaCppBackend(Backend):
         self._max_siblings = min(_MAX_SIBLINGS, most_rows // limits.max_live - 1)
         num_sequences = limits.max_live * (1 + self._max_siblings) + _NUM_PREFIXES + 1
         num_cells, num_kept = _cells(model, limits)
+        num_cells += self._max_siblings  # of the longest reply that the context window allows
         self._reserve = Reserve(num_cells * model.cell_bytes, num_kept * model.cell_bytes, _NUM_PREFIXES)
         self._context = self._new_context(num_cells + num_kept, num_sequences)
         self._memory = self._library.llama_get_memory(self._context)
@@ -152,10 +154,10 @@ class LlamaCppBackend(Backend):
             num_seen = 1 if segment.only_last else count
             states += [hidden.new_zeros(count - num_seen, hidden.shape[1]), hidden[place : place + num_seen]]
             if segment.siblings:
-                row.branches += [(sequence, logits[place + i]) for i, sequence in enumerate(own)]
+                row.branches += [(sequence, next(logits)) for sequence in own]
             else:
                 row.length += count
-                row.logits = logits[place + num_seen - 1]
+                row.logits = next(logits)
             place += num_seen
         return torch.cat(states)
 
@@ -253,18 +255,21 @@ class LlamaCppBackend(Backend):
                     self._library.llama_memory_seq_cp(self._memory, row.sequence, sequence, -1, -1)
                     seen.append(_Place(token_id, row.length, sequence))
             else:
-                places = [_Place(token, row.length + i, row.sequence) for i, token in enumerate(segment.token_ids)]
-                cut = len(places) - 1 if segment.only_last else 0
+                last = len(segment.token_ids) - 1
+                places = [
+                    _Place(token_id, row.length + i, row.sequence, i == last)
+                    for i, token_id in enumerate(segment.token_ids)
+                ]
+                cut = last if segment.only_last else 0
                 unseen += places[:cut]
                 seen += places[cut:]
             branches.append(own)
         return unseen, seen, branches
 
-    def _decode(self, places: Sequence[_Place], *, shows: bool) -> tuple[Tensor, Tensor]:
-        """Feed tokens; returns the states (T, d) and logits (T, V) after them where `shows` asks for them."""
-        size = len(places) if shows else 0
-        hidden = np.empty((size, self._model.hidden_size), np.float32)
-        logits = np.empty((size, self._model.vocab_size), np.float32)
+    def _decode(self, places: Sequence[_Place], *, shows: bool) -> tuple[Tensor, Iterator[Tensor]]:
+        """Feed tokens; returns the states (T, d) where `shows` asks for them, and the logits (V,) after last tokens."""
+        hidden = torch.empty(len(places) if shows else 0, self._model.hidden_size)
+        logits = []
         self._library.llama_set_embeddings(self._context, shows)
         for start in range(0, len(places), _BATCH_TOKENS):
             chunk = places[start : start + _BATCH_TOKENS]
@@ -274,16 +279,18 @@ class LlamaCppBackend(Backend):
             if answer != 0:
                 reason = "; ".join(list(self._library.last_words)[-1:])
                 raise ModelError(f"llama.cpp can't decode (code {answer}){': ' if reason else ''}{reason}")
-            for i in range(len(chunk) if shows else 0):
+            for i, place in enumerate(chunk if shows else ()):
                 hidden[start + i] = self._read("llama_get_embeddings_ith", i, self._model.hidden_size)
-                logits[start + i] = self._read("llama_get_logits_ith", i, self._model.vocab_size)
-        return torch.from_numpy(hidden), torch.from_numpy(logits)
+                if place.is_last:
+                    logits.append(self._read("llama_get_logits_ith", i, self._model.vocab_size).clone())
+        return hidden, iter(logits)
 
-    def _read(self, name: str, index: int, size: int) -> Any:
+    def _read(self, name: str, index: int, size: int) -> Tensor:
+        """Numbers of llama.cpp's own memory, (size,); the next forward changes them."""
         numbers = getattr(self._library, name)(self._context, index)
         if not numbers:
             raise ModelError(f"llama.cpp gives nothing by {name} for token {index} of a batch")
-        return np.ctypeslib.as_array(numbers, (size,))
+        return torch.from_numpy(np.ctypeslib.as_array(numbers, (size,)))
 
     def _undo(self, segments: Sequence[Segment], branches: Sequence[Sequence[int]]) -> None:
         """Take back what a forward that failed has written."""
@@ -309,7 +316,7 @@ class LlamaCppBackend(Backend):
                 f"{in_mib(num_cells * self._model.cell_bytes)}{': ' if reason else ''}{reason}",
                 hint="lower n_ctx, or free memory",
             )
-        weakref.finalize(self, self._library.llama_free, context)
+        weakref.finalize(self, _free, context, self._model).atexit = False  # at the exit, a thread may still use it
         ask = self._library
         got = (ask.llama_n_ctx(context) >= num_cells, ask.llama_n_seq_max(context), ask.llama_pooling_type(context))
         if got != (True, num_sequences, 0) or ask.llama_n_ctx_seq(context) < num_cells:
@@ -317,6 +324,11 @@ class LlamaCppBackend(Backend):
         threads = self._model.options.n_threads or torch.get_num_threads()
         ask.llama_set_n_threads(context, threads, threads)
         return int(context)
+
+
+def _free(context: int, model: LlamaCppModel) -> None:
+    """Free a context; its model is an argument so that it is freed later."""
+    model.library.llama_free(context)
 
 
 class _BatchArrays:
@@ -341,7 +353,7 @@ class _BatchArrays:
     def filled(self, places: Sequence[_Place], *, shows: bool) -> Batch:
         """Return a batch of these tokens; it is valid until the next one."""
         count = len(places)
-        self._tokens[:count], self._positions[:count], self._sequences[:count] = zip(*places, strict=True)
+        self._tokens[:count], self._positions[:count], self._sequences[:count], _ = zip(*places, strict=True)
         self._shown[:count] = shows
         self._batch.n_tokens = count
         return self._batch

@@ -65,7 +65,7 @@ class LlamaCppModel:
                 hint="is the file whole? A newer llama.cpp may know more kinds of models",
             )
         self.handle: int = handle
-        self._free = weakref.finalize(self, self.library.llama_model_free, handle)
+        weakref.finalize(self, self.library.llama_model_free, handle).atexit = False  # then a thread may still use it
         asked = self.library
         self.hidden_size = int(asked.llama_model_n_embd(handle))
         self.vocab_size = int(asked.llama_vocab_n_tokens(asked.llama_model_get_vocab(handle)))

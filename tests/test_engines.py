@@ -1,0 +1,290 @@
+"""What every engine must do, on one tiny `.gguf` file; and what each of them refuses."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mara_integrations import MARALLM, ChatMARA
+from mara_integrations.errors import ConfigError, ContextLengthError, HeadError, MissingExtraError, ModelError
+from mara_integrations.fingerprints import same_model
+from mara_integrations.messages import Message
+from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.replies.forms import ReplyForm
+from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+
+if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
+    pytest.skip("llama.cpp is not installed", allow_module_level=True)
+
+from tiny_gguf import VOCAB_SIZE, oracle, write_gguf
+
+HEADS = {
+    "base": None,
+    "q": random_head(32, "q"),
+    "residual": random_head(32, "residual"),
+    "paper": random_head(32, "paper"),
+    "both": {random_head(32, "q"): 1.0, random_head(32, "value", seed=1): 0.5},
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["pun", "riddle"]}, "rating": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["kind", "rating"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MARA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    yield str(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", oracle(max_position_embeddings=2048)))
+    patch.undo()
+
+
+def make(path, engine, **settings):
+    settings = {"max_new_tokens": 12, "seed": 0, **settings}
+    kwargs = {"n_threads": 1, "n_ctx": 1024} if engine == "llama.cpp" else {}
+    return MARAEngine(path, engine=engine, model_kwargs=kwargs, **settings)
+
+
+@pytest.fixture(scope="module", params=["llama.cpp", "transformers"])
+def engine(path, request):
+    return make(path, request.param)
+
+
+@pytest.fixture(scope="module")
+def both(path):
+    return [make(path, name) for name in ("llama.cpp", "transformers")]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_head_of_strength_0_is_the_base_model(engine, temperature):
+    base = engine.generate("hi", head=None, temperature=temperature)
+    for head in HEADS.values():
+        assert engine.generate("hi", head=head, strength=0, temperature=temperature).token_ids == base.token_ids
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replies_are_the_references(engine, name, temperature):
+    assert engine.verify("what is it?", head=HEADS[name], temperature=temperature).holds
+
+
+def test_a_head_says_the_same_on_both_engines(both):
+    """But where a decision is closer than the half precision of llama.cpp's keys and values."""
+    equal = []
+    for head in HEADS.values():
+        for prompt in ("tell me", "who?", "a story"):
+            ours, theirs = (engine.generate(prompt, head=head, trace=True) for engine in both)
+            equal.append(ours.token_ids == theirs.token_ids)
+            assert ours.trace[0].log_probs[:5] == pytest.approx(theirs.trace[0].log_probs[:5], abs=0.02)
+            assert ours.trace[0].accept_logits[:1] == pytest.approx(theirs.trace[0].accept_logits[:1], abs=0.3)
+            if equal[-1]:
+                assert ours.log_probs == pytest.approx(theirs.log_probs, abs=0.05)
+    assert sum(equal) / len(equal) > 0.6
+
+
+def test_a_seed_says_which_draw(engine):
+    def draw(seed):
+        return engine.generate("hi", head=HEADS["q"], temperature=1.0, seed=seed).token_ids
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_batch_has_the_replies_of_one_by_one(engine, name):
+    prompts = ["hi", "a longer prompt than the others have", "what?", "and one more"]
+    together = engine.generate_batch(prompts, head=HEADS[name])
+    assert [reply.token_ids for reply in together] == [engine.generate(p, head=HEADS[name]).token_ids for p in prompts]
+
+
+def test_heads_of_many_requests_are_decoded_together(engine):
+    requests = [engine.request("hi", head=head, temperature=1.0) for head in HEADS.values()]
+    alone = [engine.generate(request).token_ids for request in requests]
+    streams = [engine.stream(engine.request("hi", head=head, temperature=1.0)) for head in HEADS.values()]
+    assert [[*stream][-1].generation.token_ids for stream in streams] == alone
+
+
+def test_a_stream_has_the_reply_in_pieces(engine):
+    whole = engine.generate("hi", head=HEADS["q"])
+    updates = [*engine.stream("hi", head=HEADS["q"])]
+    assert "".join(update.text for update in updates) == whole.text
+    assert sum((update.token_ids for update in updates), ()) == whole.token_ids and len(updates) > 5
+
+
+def test_a_stop_string_ends_a_reply(engine):
+    text = engine.generate("hi").text
+    assert engine.generate("hi", stop=[text[3:5]]).text == text[: text.index(text[3:5])]
+
+
+def test_a_grammar_holds_the_reply(engine):
+    reply = engine.generate("hi", head=HEADS["q"], form=ReplyForm(json_schema=SCHEMA), max_new_tokens=80)
+    assert json.loads(reply.text)["kind"] in ("pun", "riddle") and reply.finish_reason == "stop"
+
+
+def test_a_dropped_stream_leaves_no_sequence(path):
+    engine = make(path, "llama.cpp", max_new_tokens=900)
+    stream = engine.stream("hi", head=HEADS["residual"])
+    next(stream)
+    stream.close()
+    worker = worker_for(engine.model)
+    deadline = time.monotonic() + 30
+    while not worker.decoder.is_idle and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker.join()
+    worker.decoder.prefixes.clear()
+    gc.collect()
+    assert worker.decoder.backend.num_sequences == 0
+
+
+def test_a_shared_beginning_is_read_once(path):
+    engine = make(path, "llama.cpp")
+    system = Message("system", "be brief and kind, and say what you know, and no more than that")
+    replies = [engine.generate([system, Message("user", text)]) for text in ("hi", "who?", "hi")]
+    worker_for(engine.model).join()
+    found = worker_for(engine.model).decoder.prefixes.longest(engine.encode([system, Message("user", "why?")]))
+    assert found[1] > 60 and replies[0].token_ids == replies[2].token_ids
+
+
+def test_the_model_is_known_to_be_the_same(both):
+    ours, theirs = (engine.model for engine in both)
+    assert same_model(ours.fingerprint, theirs.fingerprint) and ours.fingerprint == theirs.fingerprint
+    assert ours.eos_token_ids == theirs.eos_token_ids and ours.vocab_size == theirs.vocab_size == VOCAB_SIZE
+    assert both[0].encode("hi there, 12") == both[1].encode("hi there, 12")
+    assert ours.number_format == "F32"
+
+
+def test_another_models_head_is_refused(path):
+    other = load_model(ModelSpec((oracle(seed=1), tiny_tokenizer()))).fingerprint
+    head = random_head(32, "q", base_model="org/other", base_model_fingerprint=other)
+    with pytest.raises(HeadError, match="org/other"):
+        make(path, "llama.cpp", head=head).load()
+
+
+def test_llms_of_both_frameworks_run_on_it(path):
+    settings = {"engine": "llama.cpp", "head": HEADS["q"], "max_tokens": 8, "model_kwargs": {"n_threads": 1}}
+    llm, chat = MARALLM(path, **settings), ChatMARA(path, **settings)
+    text = llm.engine.generate("hi").text
+    assert llm.complete("hi").text == llm.invoke("hi").content == chat.invoke("hi").content == text
+    assert "".join(chunk.content for chunk in chat.stream("hi")) == text
+    assert llm.engine.model is chat.engine.model and llm.engine.model.engine == "llama.cpp"
+    assert llm.model_copy().engine_name == "llama.cpp"
+
+
+def test_the_command_line_takes_it(path):
+    from mara_integrations.cli import app
+
+    asked = ["generate", "hi", "--model", path, "--engine", "llama.cpp", "--max-new-tokens", "6", "--no-stream"]
+    result = CliRunner().invoke(app, [*asked, "--model-kwargs", "n_threads=1"])
+    want = MARAEngine(path, engine="llama.cpp", model_kwargs={"n_threads": 1}, max_new_tokens=6).generate("hi").text
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == want.strip()
+
+
+def test_a_quantised_file_runs_as_it_is(tmp_path, monkeypatch):
+    from gguf import GGMLQuantizationType
+
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "q8.gguf", kind=GGMLQuantizationType.Q8_0)
+    engine = MARAEngine(str(file), engine="llama.cpp", model_kwargs={"n_threads": 1}, max_new_tokens=8)
+    assert engine.model.number_format == "Q8_0"
+    assert engine.verify("hi", head=HEADS["q"]).holds
+    exact, ids = oracle().get_output_embeddings().weight, torch.tensor([3, 200])
+    assert torch.allclose(engine.model.model.output_embeddings(ids), exact[ids], atol=0.02)
+    assert not any(entry.name.endswith(".safetensors") for entry in (tmp_path / "cache").rglob("*"))
+
+
+REFUSED = {
+    "dtype": ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
+    "quantization": ({"quantization": "int8"}, "quantization='int8'"),
+    "revision": ({"revision": "main"}, "revision='main'"),
+    "a loaded model": ({"model": (object(), object())}, "loaded already"),
+    "an argument of transformers": ({"model_kwargs": {"device_map": "auto"}}, "device_map"),
+    "no tokens": ({"model_kwargs": {"n_ctx": 0}}, "n_ctx=0"),
+    "another engine": ({"engine": "llamacpp"}, "engine='llamacpp'"),
+}
+
+
+@pytest.mark.parametrize("settings, said", REFUSED.values(), ids=REFUSED)
+def test_what_it_can_not_do_is_refused_by_name(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        MARAEngine(**{"model": "no-such-file.gguf", "engine": "llama.cpp", **settings})
+
+
+def test_a_folder_is_no_gguf(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"runs .gguf files"):
+        MARAEngine(str(tmp_path), engine="llama.cpp").load()
+
+
+@pytest.mark.parametrize("kwargs", [{"n_gpu_layers": 3}, {"device": "cuda"}])
+def test_layers_on_a_gpu_that_is_not_there_are_refused(path, kwargs):
+    from mara_integrations.models.llama_cpp.library import library
+
+    if library().llama_supports_gpu_offload():
+        pytest.skip("this llama.cpp has a GPU")
+    device = kwargs.pop("device", "auto")
+    with pytest.raises(ConfigError, match="GPU"):
+        MARAEngine(path, engine="llama.cpp", device=device, model_kwargs=kwargs).load()
+
+
+def test_a_window_wider_than_the_models_is_refused(path):
+    with pytest.raises(ConfigError, match=r"n_ctx=4096 .* 2048"):
+        MARAEngine(path, engine="llama.cpp", model_kwargs={"n_ctx": 4096}).load()
+
+
+def test_a_prompt_that_is_too_long_is_refused(path):
+    engine = MARAEngine(path, engine="llama.cpp", model_kwargs={"n_ctx": 256, "n_threads": 1})
+    with pytest.raises(ContextLengthError, match="256"):
+        engine.generate("long " * 100)
+
+
+@pytest.mark.parametrize("content", [b"GGUF damaged", b""])
+def test_a_broken_file_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad.gguf"):
+        MARAEngine(str(tmp_path / "bad.gguf"), engine="llama.cpp").load()
+
+
+def test_a_cut_file_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(Path(path).read_bytes()[:-5000])
+    with pytest.raises(ModelError, match=r"cut.gguf"):
+        MARAEngine(str(tmp_path / "cut.gguf"), engine="llama.cpp").load()
+
+
+def test_without_the_package_its_extra_is_named(path, monkeypatch):
+    from mara_integrations.models.llama_cpp import library
+
+    monkeypatch.setattr(library, "PACKAGES", ())
+    library.library.cache_clear()
+    with pytest.raises(MissingExtraError, match="llama-cpp"):
+        MARAEngine(path, engine="llama.cpp", model_kwargs={"n_ctx": 100}).load()
+    library.library.cache_clear()
+
+
+def test_an_unknown_layout_is_an_error_and_no_crash():
+    from mara_integrations.models.llama_cpp import library
+
+    params = library.library().llama_context_default_params()
+    if not isinstance(params, library.ContextParams):
+        pytest.skip("llama-cpp-python declares its own")
+    params.n_batch = 77
+    with pytest.raises(ModelError, match="n_batch=77"):
+        library.check_layout(params, library.CONTEXT_DEFAULTS, "a package")
+
+
+def test_what_llama_cpp_says_is_heard_by_who_asks(path, caplog):
+    with caplog.at_level(logging.WARNING):
+        MARAEngine(path, engine="llama.cpp", model_kwargs={"n_ctx": 300, "n_threads": 1}).load()
+    assert not [record for record in caplog.records if "llama" in record.name]

@@ -65,8 +65,11 @@ class Engine:
 @torch.inference_mode()
 def generate(model: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) -> None:
     """Decode with transformers' own `generate`, prompts padded on the left."""
-    inputs = model.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt", padding_side="left")
-    model.model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in prompts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+    model.model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:

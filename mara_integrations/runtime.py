@@ -15,6 +15,8 @@ from typing_extensions import Self, Unpack
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
+from mara_integrations.engine.oracle.drift import Drift, drift
+from mara_integrations.engine.oracle.reference import AnyModel
 from mara_integrations.engine.oracle.verify import Verification, verify
 from mara_integrations.engine.reply_form import constraint_for, end_tokens, shown_tokens
 from mara_integrations.engine.request import Request
@@ -29,6 +31,7 @@ from mara_integrations.engine.settings import (
 from mara_integrations.engine.worker import AsyncStream, LoopTicket, Stream, ThreadTicket, Ticket, Update
 from mara_integrations.engine.workers import EngineStatus, ModelLease, backend_of, worker_for
 from mara_integrations.errors import ConfigError, ContextLengthError
+from mara_integrations.fingerprints import same_model
 from mara_integrations.heads.compose import Head
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.source import HeadSource, base_model_of, head_weights, heads, place_heads
@@ -289,16 +292,37 @@ class MARAEngine:
             raise ConfigError(
                 "the reference knows no tools, schemas or forbidden words", hint="verify the prompt without them"
             )
-        if self.model.parts is not None:
-            raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
         seed = 0 if request.sampling.seed is None else request.sampling.seed
         request = replace(request, text=None, sampling=request.sampling.updated(seed=seed))
-        token_ids = self.generate(request).token_ids
+        return verify(self._plain, request, self.generate(request).token_ids)
+
+    def compare(self, other: MARAEngine, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Drift:
+        """Let another engine read this one's reply too: what quantisation or a number format changes.
+
+        ```python
+        MARAEngine("m.gguf", engine="llama.cpp").compare(MARAEngine("m.gguf", engine="transformers"), "Hi!")
+        ```
+
+        Raises:
+            ConfigError: If the other engine runs another model, or several processes hold one of them. Else as
+                `generate`.
+        """
+        request = self.request(prompt, **settings)
+        if same_model(self.model.fingerprint, other.model.fingerprint) is False:
+            raise ConfigError(f"{self.model.name!r} and {other.model.name!r} are different models")
+        return drift(self._plain, other._plain, request.prompt_ids, self.generate(request).token_ids)
+
+    @property
+    def _plain(self) -> AnyModel:
+        """The model as the reference runs it."""
+        if self.model.parts is not None:
+            raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
         if self.model.engine == "llama.cpp":
             from mara_integrations.engine.oracle.llama_cpp import LlamaCppOracle  # needs the package gguf
 
-            return verify(LlamaCppOracle(self.model.model), request, token_ids)
-        return verify(self.model.model, request, token_ids)
+            return LlamaCppOracle(self.model.model)
+        model: AnyModel = self.model.model
+        return model
 
     # --- what a request is made of ---
 

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from mara_integrations import MARALLM, ChatMARA
-from mara_integrations.errors import ConfigError, ContextLengthError, HeadError, MissingExtraError, ModelError
+from mara_integrations.errors import ConfigError, ContextLengthError, MissingExtraError, ModelError
 from mara_integrations.fingerprints import same_model
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
@@ -163,11 +163,15 @@ def test_the_model_is_known_to_be_the_same(both):
     assert ours.number_format == "F32"
 
 
-def test_another_models_head_is_refused(path):
-    other = load_model(ModelSpec((oracle(seed=1), tiny_tokenizer()))).fingerprint
-    head = random_head(32, "q", base_model="org/other", base_model_fingerprint=other)
-    with pytest.raises(HeadError, match="org/other"):
-        make(path, "llama.cpp", head=head).load()
+def test_a_head_is_known_to_be_of_the_model_or_of_another(both, path):
+    of_this = both[1].model.fingerprint
+    of_another = load_model(ModelSpec((oracle(seed=1), tiny_tokenizer()))).fingerprint
+    own, other = (
+        random_head(32, "q", base_model="org/named", base_model_fingerprint=known) for known in (of_this, of_another)
+    )
+    make(path, "llama.cpp", head=own).load()  # without a warning
+    with pytest.warns(UserWarning, match="org/named"):
+        make(path, "llama.cpp", head=other).load()
 
 
 def test_llms_of_both_frameworks_run_on_it(path):
@@ -188,6 +192,11 @@ def test_the_command_line_takes_it(path):
     want = MARAEngine(path, engine="llama.cpp", model_kwargs={"n_threads": 1}, max_new_tokens=6).generate("hi").text
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == want.strip()
+
+
+def test_what_the_engines_differ_by_is_measured(both):
+    found = both[0].compare(both[1], "hi")
+    assert 0 < found.states < 0.01 and found.log_probs < 0.05 and found.same_best > 0.9
 
 
 def test_a_quantised_file_runs_as_it_is(tmp_path, monkeypatch):

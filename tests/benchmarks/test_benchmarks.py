@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ def test_int8_is_compared_with_float32(folder_model, tmp_path):
     assert json.loads((tmp_path / "quantization.json").read_text())["rows"] == rows
     assert 0.9 < rows["perplexity"]["int8 / float32"]["median"] < 1.1
     assert rows["memory of weights"]["int8 / float32"]["median"] < 0.9
+
+
+def test_engines_are_compared_on_one_file(tmp_path, monkeypatch):
+    if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
+        pytest.skip("llama.cpp is not installed")
+    import engines
+    from tiny_gguf import write_gguf
+
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    small = ["--tokens", "3", "--rounds", "1", "--threads", "1", "--requests", "1", "2"]
+    rows = engines.main([*small, "--model", str(write_gguf(tmp_path / "tiny.gguf"))])
+
+    assert list(rows) == ["1 request", "2 requests", "hidden states"]
+    assert 0 < rows["hidden states"]["difference / size"]["median"] < 0.01
+    assert {"llama.cpp, Q-head / ungated", "llama.cpp / generate()"} < rows["2 requests"].keys()
 
 
 def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path, capsys, monkeypatch):

@@ -81,7 +81,7 @@ def decide_reference(
     form = head.config.form if head else None
     temperature = 0.0 if form == "paper" else sampling.temperature
     rule = selection_rule(gate.selection if head else "auto", form, temperature)
-    state, logits = _run(model, context)
+    state, logits = recompute(model, context)
     candidates, probs = _candidates(logits, sampling, temperature or 1.0)
     scores = [0.0] * len(candidates)
     if head is not None and len(candidates) > 1:
@@ -94,7 +94,7 @@ def decide_reference(
         hazard = min(max(weights[k] / left if left else 0.5, 1e-13), 1 - 1e-13)
         z = math.log(hazard / (1 - hazard))
         if head is not None and len(candidates) > 1 and afterstate_parts(head):
-            seen = _run(model, [*context, candidate])[0]
+            seen = recompute(model, [*context, candidate])[0]
             parts = [w * float(part.score(seen[None], state[None])[0]) for part, w in afterstate_parts(head).items()]
             score = gate.strength * sum(parts)
             z = score if form == "paper" else z + score
@@ -132,8 +132,8 @@ def generate_reference(
     return reply
 
 
-def _run(model: AnyModel, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Hidden state (d,) and logits (V,) of the last token, from the beginning."""
+def recompute(model: AnyModel, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the hidden state (d,) and the logits (V,) of the last token, computed from the first one on."""
     if isinstance(model, PlainModel):
         return model.run(token_ids)
     ids = torch.tensor([list(token_ids)], device=model.device)

@@ -381,8 +381,8 @@ def _described(
 
 def _vocab_size(model: Any) -> int:
     """Return the width of the logits."""
-    output = model.get_output_embeddings() or model.get_input_embeddings()
-    return int(output.weight.shape[0]) if hasattr(output, "weight") else int(output.out_features)
+    output = model.get_output_embeddings()  # its weight may be packed, and of another shape
+    return int(output.out_features if hasattr(output, "out_features") else model.get_input_embeddings().weight.shape[0])
 
 
 def _device_of(model: Any) -> torch.device:

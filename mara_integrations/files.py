@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock
 import platformdirs
 
 from mara_integrations.errors import OutputError
@@ -78,6 +80,26 @@ def check_writable(folder: str | Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"can't write {str(path)!r}: {error.strerror or error}", hint="check permissions and free space")
+
+
+def make_folder_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder by `write` unless it is there; it appears whole or not at all, and one process writes.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return
+        for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
+        try:
+            write(partial)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_dir() -> Path:

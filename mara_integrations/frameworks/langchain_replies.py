@@ -20,8 +20,8 @@ from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.frameworks.answers import answer_report, log_prob_report, reply_reader
+from mara_integrations.replies.calls import Call, Piece
 from mara_integrations.replies.reader import ReplyReader
-from mara_integrations.replies.tool_calls import Call, Piece
 from mara_integrations.runtime import MARAEngine
 
 

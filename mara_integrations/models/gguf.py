@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import transformers
 
 from mara_integrations.errors import MissingExtraError, ModelError
-from mara_integrations.files import cache_dir
+from mara_integrations.files import cache_dir, make_folder_once
 
 _log = logging.getLogger(__name__)
 
@@ -40,17 +37,7 @@ def converted(gguf: Path) -> Path:
         return folder
     require_packages(gguf)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
-                try:
-                    _convert(gguf, partial)
-                    os.replace(partial, folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+        make_folder_once(folder, functools.partial(_convert, gguf))
     except OSError as error:
         raise ModelError(
             f"{gguf.name!r} can't be converted into {str(folder.parent)!r}: {error}",

@@ -5,22 +5,20 @@ It is read once, which takes up to a minute, and kept in the cache.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import transformers
 from torch import Tensor
 
 from mara_integrations.errors import ModelError
+from mara_integrations.files import make_folder_once
 from mara_integrations.fingerprints import fingerprint
 from mara_integrations.models import gguf as converted_copies
 
@@ -77,15 +75,7 @@ def outline_of(gguf: Path) -> GgufOutline:
     if not folder.is_dir():
         converted_copies.require_packages(gguf)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{folder}.lock"):
-                if not folder.is_dir():
-                    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
-                    try:
-                        _write(gguf, partial)
-                        os.replace(partial, folder)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
+            make_folder_once(folder, functools.partial(_write, gguf))
         except OSError as error:
             raise ModelError(
                 f"what {gguf.name!r} says of itself can't be kept in {str(folder.parent)!r}: {error}",

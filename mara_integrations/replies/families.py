@@ -14,8 +14,9 @@ from typing import Any, Literal
 from mara_integrations.errors import MissingExtraError
 from mara_integrations.messages import Tool
 from mara_integrations.replies import harmony
+from mara_integrations.replies.calls import CallReader
 from mara_integrations.replies.marked_calls import CallMarks, MarkedCallReader
-from mara_integrations.replies.tool_calls import CallParser, CallReader, JSONMarks
+from mara_integrations.replies.tool_calls import CallParser, JSONMarks
 
 Format = dict[str, Any]  # a format of xgrammar's structural tags, as plain JSON
 

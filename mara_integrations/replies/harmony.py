@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mara_integrations.replies.calls import CUT, Call, Piece, more_arguments, new_call
 from mara_integrations.replies.reasoning import overlap
-from mara_integrations.replies.tool_calls import CUT, Call, Piece, more_arguments, new_call
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 TAGS = (START, CHANNEL, MESSAGE, END, "<|constrain|>")

@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from typing_extensions import override
 
 from mara_integrations.messages import Tool
+from mara_integrations.replies.calls import CallReader, JSONEnd, Piece, more_arguments, new_call
 from mara_integrations.replies.reasoning import overlap
 from mara_integrations.replies.schema_values import value_of
-from mara_integrations.replies.tool_calls import CUT, Call, JSONEnd, Piece, more_arguments, new_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class CallMarks:
 
 
 @dataclass(slots=True)
-class MarkedCallReader:
+class MarkedCallReader(CallReader):
     """Separates calls from text while both are written; what may become a mark is held back until that is clear.
 
     JSON arguments are passed on as they are written, tagged ones when the call is whole. A call that can't be read has
@@ -44,35 +46,16 @@ class MarkedCallReader:
     Attributes:
         marks: Of the model's family.
         tools: What may be called; their schemas tell which arguments are text.
-        calls: Those found so far.
     """
 
     marks: CallMarks
     tools: Sequence[Tool] = ()
-    calls: list[Call] = field(default_factory=list)
-    _part: Literal["text", "call", "arguments", "end"] = field(default="text", init=False)
     _json: JSONEnd = field(default_factory=JSONEnd, init=False)
-    _held: str = field(default="", init=False)
-    _ends_with_call: bool = field(default=False, init=False)
 
-    def push(self, text: str, *, final: bool = False, is_cut: bool = False) -> list[Piece]:
-        """Read more text; `final`: there is no more, `is_cut`: a call that the reply ends with is not whole."""
-        self._held += text
-        pieces: list[Piece] = []
+    @override
+    def _step(self, final: bool) -> list[Piece] | None:
         steps = {"text": self._text, "call": self._call, "arguments": self._arguments, "end": self._end}
-        while (new := steps[self._part](final)) is not None:
-            pieces += new
-        if final and self._part == "arguments":
-            self.calls[-1].error = "the reply ended inside the call"
-        if is_cut and self._ends_with_call:
-            self.calls[-1].error = CUT
-        return pieces
-
-    def cut_before_call(self) -> list[Piece]:
-        """Report a call of which nothing was written before the reply was cut."""
-        piece = new_call(self.calls, "")
-        self.calls[-1].error = CUT
-        return [piece]
+        return steps[self._part](final)
 
     # One step of each part; None: it needs more text.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from mara_integrations.replies.calls import Call, CallReader, Piece
 from mara_integrations.replies.reasoning import ThoughtSplitter
-from mara_integrations.replies.tool_calls import Call, CallReader, Piece
 
 
 class ReplyReader(Protocol):

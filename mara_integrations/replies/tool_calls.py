@@ -5,60 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
-from uuid import uuid4
+from dataclasses import dataclass, field
 
+from typing_extensions import override
 
-@dataclass(slots=True)
-class Call:
-    """One call as it was written; with an `error`, `arguments` is what can't be read, and `name` may be empty."""
-
-    index: int
-    id: str
-    name: str
-    arguments: str = ""
-    error: str | None = None
-
-    @property
-    def parsed(self) -> dict[str, Any] | None:
-        """Return the arguments as an object; None while they are not whole, or where the call has an error."""
-        return None if self.error else json_object(self.arguments)
-
-
-@dataclass(slots=True)
-class Piece:
-    """The next part of a reply: text, thoughts, or arguments of a call."""
-
-    text: str = ""
-    thoughts: str = ""
-    call: Call | None = None
-
-
-class CallReader(Protocol):
-    """Separates calls from the text of one reply while both are written."""
-
-    calls: list[Call]
-
-    def push(self, text: str, *, final: bool = False, is_cut: bool = False) -> list[Piece]:
-        """Read more text; `final`: there is no more, `is_cut`: a call that the reply ends with is not whole."""
-        ...
-
-    def cut_before_call(self) -> list[Piece]:
-        """Report a call of which nothing was written before the reply was cut."""
-        ...
-
-
-def new_call(calls: list[Call], name: str, call_id: str | None = None) -> Piece:
-    """Add a call to those of a reply, and return its first piece."""
-    calls.append(Call(len(calls), call_id or f"call_{uuid4().hex[:24]}", name))
-    return Piece(call=replace(calls[-1]))
-
-
-def more_arguments(call: Call, arguments: str) -> Piece:
-    """Add to the arguments of a call, and return the piece that says so."""
-    call.arguments += arguments
-    return Piece(call=replace(call, arguments=arguments))
+from mara_integrations.replies.calls import CallReader, JSONEnd, Piece, json_object, more_arguments, new_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +28,6 @@ class JSONMarks:
 
 # What a model writes that was shown tools and forgot the tags.
 BARE_CALL = '{"name":'
-CUT = "max_tokens cut the reply before this call was whole: raise max_tokens"
 
 
 _OPENED = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -88,7 +38,7 @@ _NAME = re.compile(r'"name"\s*:\s*"([^"\\]+)"')
 
 
 @dataclass(slots=True)
-class CallParser:
+class CallParser(CallReader):
     """Separates calls from text while both are written; what may become a call is held back until that is clear.
 
     JSON that a tag announces, or that names one of the tools, is a call; it has an `error` if it can't be read. Other
@@ -97,47 +47,22 @@ class CallParser:
     Attributes:
         syntax: Of the model's family.
         names: Names of the tools; with them, a reply that is a call without its tag is understood too.
-        calls: The calls found so far.
     """
 
     syntax: JSONMarks
     names: Collection[str] = ()
-    calls: list[Call] = field(default_factory=list)
-    _part: Literal["text", "head", "arguments", "rest", "end"] = field(default="text", init=False)
     _mark: str = field(default="", init=False)  # what began this call, as it was written
     _is_tagged: bool = field(default=False, init=False)
     _in_list: bool = field(default=False, init=False)
     _in_object: bool = field(default=False, init=False)
     _is_first: bool = field(default=True, init=False)  # no text was given yet
-    _json: JSONEnd = field(default_factory=lambda: JSONEnd(), init=False)
-    _held: str = field(default="", init=False)
-    _ends_with_call: bool = field(default=False, init=False)
+    _json: JSONEnd = field(default_factory=JSONEnd, init=False)
 
-    def push(self, text: str, *, final: bool = False, is_cut: bool = False) -> list[Piece]:
-        """Read more text.
-
-        Args:
-            text: The text that was added.
-            final: There is no more, so what was held back is text after all.
-            is_cut: The reply was cut; a call that it ends with is not whole.
-        """
-        self._held += text
-        pieces: list[Piece] = []
+    @override
+    def _step(self, final: bool) -> list[Piece] | None:
         steps = {"text": self._text, "head": self._head, "arguments": self._arguments}
         steps.update(rest=self._rest, end=self._end)
-        while (new := steps[self._part](final)) is not None:
-            pieces += new
-        if final and self._part == "arguments":
-            self.calls[-1].error = "the reply ended inside the call"
-        if is_cut and self._ends_with_call:
-            self.calls[-1].error = CUT
-        return pieces
-
-    def cut_before_call(self) -> list[Piece]:
-        """Report a call of which nothing was written before the reply was cut."""
-        piece = self._open("")
-        self.calls[-1].error = CUT
-        return [piece]
+        return steps[self._part](final)
 
     # One step of each part; None: it needs more text.
 
@@ -251,36 +176,6 @@ class CallParser:
         return [Piece(text=text)] if text else []
 
 
-@dataclass(slots=True)
-class JSONEnd:
-    """Finds where a JSON object ends, over any number of pieces; a tag outside a string ends it too."""
-
-    depth: int = 0
-    is_over: bool = False
-    _in_string: bool = False
-    _escaped: bool = False
-
-    def find(self, text: str) -> int:
-        """Return the number of characters that belong to the object."""
-        for place, character in enumerate(text):
-            if self._in_string:
-                self._in_string = self._escaped or character != '"'
-                self._escaped = not self._escaped and character == "\\"
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self.depth += 1
-            elif character == "<":
-                self.is_over = True
-                return place
-            elif character in "}]":
-                self.depth -= 1
-                if self.depth == 0:
-                    self.is_over = True
-                    return place + 1
-        return len(text)
-
-
 def _match(text: str, place: int, mark: str) -> int | None:
     """Return where the mark ends that begins at `place`; 0: none begins there. None: the text ends inside it."""
     end = place
@@ -293,15 +188,6 @@ def _match(text: str, place: int, mark: str) -> int | None:
             return 0
         end += 1
     return end
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """Return the object that a text is; None: it is no JSON, or no object."""
-    try:
-        loaded = json.loads(text, strict=False)  # in free text a string may hold a raw tab
-    except (ValueError, RecursionError):
-        return None
-    return loaded if isinstance(loaded, dict) else None
 
 
 def _call_of(body: str, is_tagged: bool) -> tuple[str, str] | None:

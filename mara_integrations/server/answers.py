@@ -14,8 +14,8 @@ from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.worker import Update
 from mara_integrations.frameworks.answers import log_prob_report, reply_reader
 from mara_integrations.models.load import LoadedModel
+from mara_integrations.replies.calls import Call
 from mara_integrations.replies.reader import ReplyReader
-from mara_integrations.replies.tool_calls import Call
 from mara_integrations.server.objects import (
     CallOfReply,
     ChatCompletion,

@@ -217,6 +217,8 @@ def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
 _Command = TypeVar("_Command", bound=Callable[..., None])
 _METAVARS = {
     "forbid": "WORD",
+    "principle": "TEXT",
+    "against": "TEXT",
     "reward": "REWARD",
     "judge": "REWARD",
     "column": "NAME=COLUMN",

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
 from mara_integrations.cli.options import takes
+from mara_integrations.data.principles import VARIED_PROMPTS
 from mara_integrations.models import ranks
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.training.config import GROUPS, TrainConfig, read_settings
 
 
-@takes(TrainConfig, GROUPS, required=("data", "output"))
+@takes(TrainConfig, GROUPS, required=("output",))
 def train(
     *,
     config_file: Annotated[
@@ -32,14 +33,16 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a head on preference pairs, on labelled replies, or on prompts with a reward or forbidden words.
+    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, or a sentence.
+
+    All but a sentence need --data.
 
     Of every prompt in the data, some are held out: the head is not fitted on them, and is evaluated on them at the end.
     An interrupted run continues where it was when the same command is given again.
 
     Examples:
       mara-tools train --data prefs.jsonl --output heads/brand-voice
-      mara-tools train --data prompts.jsonl --forbid refund --output heads/no-refund
+      mara-tools train --principle "Be warm and brief." --output heads/warm
     """
     config = _settings(config_file, options)
     if dry_run:
@@ -48,7 +51,8 @@ def train(
         trial.dry_run(config, ConsoleReporter(Console()))
         print("Everything is in order; nothing was written.")
         return
-    print(f"Training a head for {config.model} on {config.data}, into {config.output}", flush=True)
+    source = config.data or "prompts of many kinds"
+    print(f"Training a head for {config.model} on {source}, into {config.output}", flush=True)
     console = Console()
     try:
         from mara_integrations.evaluation.report import print_summary
@@ -68,7 +72,8 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     """Return the settings of the options, and of the file where there is no option."""
     settings = read_settings(file) if file is not None else {}
     settings |= {name: value for name, value in options.items() if value not in (None, [])}
-    for name in ("data", "output"):
+    has_principle = bool(settings.get("principle") or settings.get("principle_file"))
+    for name in ("output",) if has_principle else ("data", "output"):
         if settings.get(name) is None:
             raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
     return TrainConfig.of(**settings)
@@ -81,7 +86,8 @@ def _show_next_steps(config: TrainConfig) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
     for name, value in config.model_kwargs.items():
         flags += f" --model-kwargs {shlex.quote(f'{name}={json.dumps(value)}')}"
-    data = ["--data", str(config.data), *(flag for column in config.column for flag in ("--column", column))]
+    data = ["--data", str(config.data or VARIED_PROMPTS)]
+    data += [flag for column in config.column for flag in ("--column", column)]
     data += [] if config.format == "auto" else ["--format", config.format]
     data += ["--skip-bad-rows"] if config.skip_bad_rows else []
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())

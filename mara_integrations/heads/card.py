@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mara_integrations.heads.config import HeadConfig
 
@@ -43,6 +44,10 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
     ]
     if config.method is not None:
         lines.append(f"Trained by `{config.method}`{f' because {why}' if why else ''}.")
+    if config.principle is not None:
+        lines += ["", "It was made of this sentence:", "", *_quoted(config.principle)]
+        if contrast := config.metrics.get("contrast"):
+            lines += ["", f"It learned what the sentence changes against {contrast}."]
     if config.system_prompt is not None:
         lines += ["", "Trained with this system prompt; use it too:", "", *_quoted(config.system_prompt)]
     if config.origin is not None:
@@ -77,6 +82,7 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
             "Brackets are 95 % intervals. `mara-tools eval` measures the same on prompts of your own.",
             "",
         ]
+    lines += _beside_the_prompt(config.metrics.get("prompt_baseline"))
     if files := [f"`{spec['file']}` ({spec['name']})" for spec in config.rewards if "file" in spec]:
         lines += [
             "## Reward models",
@@ -94,6 +100,32 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
             "",
         ]
     return "\n".join(lines)
+
+
+def _beside_the_prompt(baseline: dict[str, Any] | None) -> list[str]:
+    """Return the table of a head beside the sentence as a system prompt; nothing where it was not measured."""
+    if not baseline:
+        return []
+    judges = list(baseline["rows"][0]["judges"])
+    names = ["", "agreement, nats a token", "perplexity", "distinct-2", *(f"{judge}, preferred" for judge in judges)]
+    lines = [
+        f"## Beside the sentence as a system prompt, on {baseline['num_prompts']} held-out prompts",
+        "",
+        f"| {' | '.join(names)} |",
+        f"| {' | '.join(['---'] * len(names))} |",
+    ]
+    for row in baseline["rows"]:
+        judged = [f"{mean:+.3f}, {rate:+.2f}" for mean, rate in row["judges"].values()]
+        cells = [
+            f"{row['replies']}, {row['decoding']}",
+            f"{row['agreement']:+.3f}",
+            f"x {row['perplexity_ratio']:.2f}",
+            f"x {row['distinct_2_ratio']:.2f}",
+            *judged,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    explained = "Agreement is the mean of log p(token \\| sentence) - log p(token) over the replies' tokens."
+    return [*lines, "", explained, ""]
 
 
 def _quoted(text: str) -> list[str]:

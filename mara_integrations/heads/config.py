@@ -101,6 +101,8 @@ class HeadConfig(BaseModel):
         system_prompt: System prompt it was trained with, the default of conversations that bring none.
         method: Name of the training method.
         rewards: Descriptions of the rewards it was trained for.
+        principle: Sentence that says how replies should be, where it was trained from one.
+        against: The opposite of that sentence.
         data_fingerprint: Hash of the training data.
         origin: Where the head comes from.
         training: Settings of the training run.
@@ -123,6 +125,8 @@ class HeadConfig(BaseModel):
     system_prompt: Text | None = None
     method: Name | None = None
     rewards: tuple[dict[str, Any], ...] = ()
+    principle: Text | None = None
+    against: Text | None = None
     data_fingerprint: Name | None = None
     origin: Origin | None = None
     training: dict[str, Any] = {}

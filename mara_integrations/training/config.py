@@ -16,7 +16,7 @@ from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import Quantization, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
 
-MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac"]
+MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -28,7 +28,8 @@ class TrainConfig(Params):
         Path | None,
         Field(
             description="Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder "
-            "saved by datasets, a Hub name such as org/name:train, or a mixture of several in a .yaml file."
+            "saved by datasets, a Hub name such as org/name:train, or a mixture of several in a .yaml file. With "
+            "--principle it may be left out: then prompts of many kinds are used that come with the package."
         ),
     ] = None
     output: Annotated[Path, Field(description="Folder that the head is written to.")]
@@ -36,8 +37,8 @@ class TrainConfig(Params):
     method: Annotated[
         MethodName,
         Field(
-            description="Training method. auto takes rule with --forbid, rloo with --reward, reward-model from 300 "
-            "preference pairs on, else value."
+            description="Training method. auto takes principle with --principle, rule with --forbid, rloo with "
+            "--reward, reward-model from 300 preference pairs on, else value."
         ),
     ] = "auto"
     reward: Annotated[
@@ -53,6 +54,21 @@ class TrainConfig(Params):
         tuple[str, ...],
         Field(description="Word or phrase that must not appear in replies. May be repeated."),
     ] = ()
+    principle: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Sentence that says how replies should be, as a system prompt would: the head is made of it "
+            "alone. May be repeated."
+        ),
+    ] = ()
+    principle_file: Annotated[Path | None, Field(description="Text file with such sentences.")] = None
+    against: Annotated[
+        str | None,
+        Field(
+            description="The opposite of the principle, in the same form. Default: made of it. Whether it serves is "
+            "measured."
+        ),
+    ] = None
     system_prompt: Annotated[
         str | None,
         Field(
@@ -124,7 +140,7 @@ class TrainConfig(Params):
         Field(
             ge=8,
             description="Number of replies to generate in all; prompts beyond it are left out. Default: 640 for rloo "
-            "and reward-model, 1152 for sac, else 384.",
+            "and reward-model, 320 for principle, 1152 for sac, else 384.",
         ),
     ] = None
     replies_each: Annotated[
@@ -269,7 +285,7 @@ class TrainConfig(Params):
         ),
     ] = 0
 
-    @field_validator("reward", "judge", mode="before")
+    @field_validator("reward", "judge", "principle", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value or ()
@@ -282,6 +298,13 @@ class TrainConfig(Params):
         except ConfigError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("principle", "against")
+    @classmethod
+    def _not_blank(cls, value: Any) -> Any:
+        if any(not text.strip() for text in ((value,) if isinstance(value, str) else value or ())):
+            raise ValueError("a sentence is needed, such as 'Be warm and brief.'")
+        return value
+
     @field_validator("system_prompt")
     @classmethod
     def _no_controls(cls, value: str | None) -> str | None:
@@ -293,6 +316,11 @@ class TrainConfig(Params):
     def _no_contradiction(self) -> Self:
         if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
+        has_principle = bool(self.principle) or self.principle_file is not None
+        if has_principle and self.forbid:
+            raise ValueError("give either a principle or forbidden words, not both")
+        if self.against is not None and not has_principle:
+            raise ValueError("the opposite of a principle needs the principle")
         if self.ray and self.model_kwargs.get("tp_plan") is not None:
             raise ValueError("a process on Ray holds a whole model: give either ray or tp_plan, not both")
         return self
@@ -310,6 +338,7 @@ class TrainConfig(Params):
 _NOT_DECISIVE = {
     "data",
     "prompts",
+    "principle_file",
     "output",
     "overwrite",
     "device",
@@ -323,7 +352,8 @@ _NOT_DECISIVE = {
 # Groups of settings in the order that `--help` shows them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Options": (
-        "model", "data", "output", "overwrite", "method", "reward", "forbid", "system_prompt", "seed",
+        "model", "data", "output", "overwrite", "method", "reward", "forbid", "principle", "principle_file", "against",
+        "system_prompt", "seed",
     ),
     "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
     "Rewards": ("normalise_rewards", "reward_timeout_s", "partial_text", "judge"),

@@ -40,11 +40,13 @@ class MethodResult:
         rewards: Rewards that were fitted for the method, by name; the final evaluation uses them.
         kl_per_token: KL(gate || base) on held-out replies of the gate, in nats a token, where the method has calibrated
             the head's scale itself; else None.
+        metrics: Further figures for the head's config, as JSON values.
     """
 
     held_out_accuracy: Interval | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     kl_per_token: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class Run:
             system_prompt=config.system_prompt,
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
+            principle=None if plan.principle is None else plan.principle.text,
+            against=None if plan.principle is None else plan.principle.against,
             data_fingerprint=plan.data_fingerprint,
             origin=self.identity.origin(config, plan),
             training=config.described(),

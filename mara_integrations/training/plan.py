@@ -19,6 +19,7 @@ from mara_integrations.data import (
     read_prompts,
     split,
 )
+from mara_integrations.data.principles import VARIED_PROMPTS, Principle, make_principle
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
@@ -66,6 +67,7 @@ class Plan:
         train: Rows that the head is fitted on.
         held_out: Rows that it is not fitted on; no prompt is on both sides.
         data_fingerprint: Hash of the rows to fit on, as they were read.
+        principle: How replies should be, in words; None without it.
         rule: The forbidden words; None without them.
         reward: The reward; None without one.
         judges: Rewards that are only reported, by name.
@@ -79,6 +81,7 @@ class Plan:
     train: Dataset
     held_out: Dataset
     data_fingerprint: str
+    principle: Principle | None
     rule: ForbiddenWords | None
     reward: Reward | None
     judges: Mapping[str, Reward] = field(default_factory=dict)
@@ -98,12 +101,17 @@ class Plan:
             "data": f"{self.train.fingerprint} {self.held_out.fingerprint}",
             "prompts": " ".join(side.fingerprint for side in self.other_prompts or ()),
             "reward": reward_fingerprint(decisive) if decisive is not None else "",
+            **({} if self.principle is None else {"principle": _hash(self.principle)}),
         }
 
     @property
     def fingerprint(self) -> str:
         """Hash of `hashes`."""
         return hashlib.sha256(json.dumps(self.hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(principle: Principle) -> str:
+    return hashlib.sha256(json.dumps([principle.text, principle.against]).encode()).hexdigest()
 
 
 def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
@@ -123,20 +131,28 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     check_writable(config.output)
     if config.push_to_hub is not None:
         check_can_push(config.push_to_hub, public=config.public)
-    data = _read_data(config, inputs)
+    principle = make_principle(config.principle, config.principle_file, config.against)
+    data = _read_data(config, inputs, principle)
     rule = ForbiddenWords(config.forbid) if config.forbid else None
     weighted = [*map(parse_reward, config.reward), *inputs.rewards]
     if rule is not None and weighted:
         raise ConfigError("give either a reward or forbidden words, not both")
+    if principle is not None and rule is not None:
+        raise ConfigError("give either a principle or forbidden words, not both")
+    judged = [each for each, _ in weighted] if principle is not None else []  # the sentence alone is learned from
+    weighted = [] if principle is not None else weighted
     reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
-    judges = [*(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
+    judges = [*judged, *(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
     given: dict[Source, bool] = {
+        "principle": principle is not None,
         "rule": rule is not None,
         "reward": reward is not None,
         "pairs": data.kind == "pairs",
         "labels": data.kind == "labelled",
     }
-    sources = [source for source, is_given in given.items() if is_given]
+    sources: list[Source] = [source for source, is_given in given.items() if is_given]
+    if principle is not None:
+        sources = ["principle"]  # the data is there for its prompts
     num_pairs = len(data.rows) if given["pairs"] else 0
     try:
         method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
@@ -154,6 +170,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         method=method,
         source=source,
         why=_why(method.name, source, data, rule, reward),
+        principle=principle,
         train=train,
         held_out=held_out,
         data_fingerprint=train.fingerprint,
@@ -165,11 +182,15 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     )
 
 
-def _read_data(config: TrainConfig, inputs: Inputs) -> Dataset:
+def _read_data(config: TrainConfig, inputs: Inputs, principle: Principle | None) -> Dataset:
+    if principle is not None and config.data is None and inputs.data is None:
+        return read_prompts(VARIED_PROMPTS)
     if (config.data is None) == (inputs.data is None):
         raise ConfigError(
             "there is no data" if config.data is None else f"data is given twice: as {str(config.data)!r} and as rows",
-            hint="give preference pairs, labelled replies or prompts, as a file or as rows",
+            hint="give preference pairs, labelled replies or prompts, as a file or as rows; or a principle"
+            if config.data is None
+            else "leave one of them out",
         )
     return read_dataset(
         config.data if config.data is not None else inputs.data,
@@ -204,6 +225,9 @@ def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
 
 def _why(method: str, source: Source, data: Dataset, rule: ForbiddenWords | None, reward: Reward | None) -> str:
     match source:
+        case "principle":
+            num_prompts = len({row.prompt for row in data.rows})
+            return f"a sentence says how replies to {num_prompts} prompts should be, and the model reads them under it"
         case "rule":
             assert rule is not None
             return f"forbidden words ({', '.join(map(repr, rule.words))}) can be found token by token"

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from mara_integrations.training.collect.workload import Workload
     from mara_integrations.training.context import MethodResult, Run
 
-Source = Literal["pairs", "labels", "reward", "rule"]
+Source = Literal["pairs", "labels", "reward", "rule", "principle"]
 SOURCES: dict[Source, str] = {
     "pairs": "preference pairs",
     "labels": "labelled replies",
     "reward": "a reward (--reward module:function)",
     "rule": "forbidden words (--forbid WORD)",
+    "principle": "a sentence (--principle TEXT)",
 }
 
 
@@ -153,12 +154,26 @@ METHODS: dict[str, Method] = {
             temperature=0.0,  # as applications run it
             other_forms=("residual",),
         ),
+        Method(
+            name="principle",
+            loop=f"{_HERE}.principle:train",
+            q_loop=f"{_HERE}.principle:train",
+            learns_from=("principle",),
+            form="q",
+            max_replies=320,
+        ),
     )
 }
 
-# What `auto` takes: the first source that is given decides. Rules and rewards have options of their own, so they go
-# before the labels that the data may hold.
-AUTO: dict[Source, str] = {"rule": "rule", "reward": "rloo", "pairs": "value", "labels": "value"}
+# What `auto` takes: the first source that is given decides. Principles, rules and rewards have options of their own,
+# so they go before the labels that the data may hold.
+AUTO: dict[Source, str] = {
+    "principle": "principle",
+    "rule": "rule",
+    "reward": "rloo",
+    "pairs": "value",
+    "labels": "value",
+}
 # From so many pairs on, a reward model of them trains better heads than they do; see cookbook/training_methods.md.
 MANY_PAIRS = 300
 
@@ -181,7 +196,7 @@ def choose(
     if not sources:
         raise ConfigError(
             "prompts alone do not say what a good reply is",
-            hint="add --reward module:function or --forbid WORD, or give pairs or labelled replies",
+            hint="add --principle TEXT, --reward module:function or --forbid WORD, or give pairs or labelled replies",
         )
     if name == "auto":
         reward_model = METHODS["reward-model"]

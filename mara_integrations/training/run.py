@@ -75,6 +75,7 @@ def train(
     prompts: Any = None,
     reward: RewardLike | Sequence[RewardLike] = (),
     judge: RewardLike | Sequence[RewardLike] = (),
+    principle: str | Sequence[str] = (),
     model: Any = None,
     reporter: Reporter | None = None,
 ) -> TrainResult:
@@ -90,6 +91,7 @@ def train(
         reward: Function with TRL's signature, beside those of `config.reward`; several, or pairs of a function and its
             weight, are summed.
         judge: Function that is only reported, beside those of `config.judge`; or several.
+        principle: Sentence that says how replies should be, beside those of `config.principle`; or several.
         model: A loaded `(model, tokenizer)` instead of `config.model`.
         reporter: Receives text and progress; None shows nothing.
 
@@ -100,6 +102,9 @@ def train(
         >>> train(TrainConfig(output="heads/brief"), data=rows, reward=brevity)
     """
     judges = [each for each, _ in weighted_rewards(judge)]
+    sentences = (principle,) if isinstance(principle, str) else tuple(principle)
+    if sentences:  # a setting like any other: recorded, and part of what decides the head
+        config = config.updated(principle=(*config.principle, *sentences))
     plan = make_plan(config, Inputs(data, prompts, weighted_rewards(reward), judges))  # refuses what can't work
     return train_plan(config, plan, model=model, reporter=reporter or Reporter())
 
@@ -178,6 +183,10 @@ def _report_plan(config: TrainConfig, plan: Plan, reporter: Reporter) -> None:
     reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
     sides = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out; no prompt is on both sides"
     reporter.say(f"[bold]Data[/]   {escape(str(plan.train.path))}: {sides}")
+    if plan.principle is not None:
+        made = "  (made of it)" if plan.principle.is_derived else ""
+        reporter.say(f"[bold]Sentence[/] {escape(plan.principle.text)}")
+        reporter.say(f"[bold]Opposite[/] {escape(plan.principle.against)}{made}")
     if plan.other_prompts is not None:
         sides = f"{len(plan.prompts[0].rows)} to reply to, {len(plan.prompts[1].rows)} held out"
         reporter.say(f"[bold]Prompts[/] {escape(str(plan.prompts[0].path))}: {sides}")
@@ -256,6 +265,7 @@ def _evaluate(run: Run, head: MARAHead, result: MethodResult) -> Evaluation | No
 def _save_final(run: Run, head: MARAHead, evaluation: Evaluation | None, result: MethodResult) -> None:
     """Save the head again, with its metrics, its model card and the settings of the run."""
     metrics: dict[str, Any] = {"kl_per_token": result.kl_per_token, "seconds": round(run.metrics.elapsed_s, 1)}
+    metrics |= result.metrics
     if result.held_out_accuracy is not None:
         metrics["held_out_accuracy"] = asdict(result.held_out_accuracy)
     if evaluation is not None:

@@ -1,0 +1,226 @@
+"""The method `principle`: a head from a sentence. No data, no reward, no judge.
+
+The base model reads its own plain replies again with the sentence as a system prompt. q is fitted to what that changes
+in the log-probability of every candidate, against the opposite sentence or none at all. Which of the two contrasts is
+right differs from sentence to sentence: each trains a small head on a part of the replies, and the one whose replies
+agree more with the sentence, for the same KL, is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mara_integrations.data.principles import under
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
+from mara_integrations.messages import Conversation
+from mara_integrations.training.collect.generated import generate_replies
+from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.context import MethodResult, Run
+from mara_integrations.training.learning.fit import Rows, fit
+from mara_integrations.training.learning.q_objectives import centred, score_loss
+from mara_integrations.training.records.store import as_dict, load_or_compute
+from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
+from mara_integrations.training.rollouts.replies import OnReply, Reply
+from mara_integrations.training.rollouts.rereading import Rereading, reread
+from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
+from mara_integrations.training.scoring.q_scale import hold_quality, kl_per_token, scale_within_budget
+from mara_integrations.training.scoring.scale import report_scale, set_scale
+
+Contrast = Literal["base", "opposite"]
+CONTRASTS: dict[Contrast, str] = {"base": "no sentence", "opposite": "the opposite"}
+
+_HELD_OUT_SEED, _TRIAL_SEED = 500_000, 2_000_000  # offsets larger than any number of replies
+_REPLIES_PER_FILE = 64
+_MAX_TARGET = 5.0  # standard deviations
+_POSITIONS_PER_STEP = 1024
+_TRIAL_PROMPTS = 24  # held-out prompts that a contrast is judged on
+# A KL below this is noise: dividing by it would reward a head that does nothing.
+_LEAST_KL = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Base replies to the prompts of one side, read again.
+
+    Attributes:
+        name: Name of the side in stages.
+        prompts: The prompts.
+        replies: R replies.
+        positions: Their positions.
+    """
+
+    name: str
+    prompts: list[Conversation]
+    replies: list[Reply]
+    positions: Positions
+
+    @classmethod
+    def of(cls, name: str, prompts: list[Conversation], replies: list[Reply]) -> Side:
+        """Return a side with the positions of its replies."""
+        return cls(name, prompts, replies, Positions.of(replies))
+
+    def first(self, count: int) -> Side:
+        """Return the side with its first replies alone."""
+        return Side.of(self.name, self.prompts, self.replies[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastTargets(Rows):
+    """Positions with what q of each candidate is to be.
+
+    Attributes:
+        positions: P positions.
+        values: Targets, (P, K).
+    """
+
+    positions: Positions
+    values: Tensor
+
+
+def train(run: Run, head: MARAHead) -> MethodResult:
+    """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
+    assert isinstance(head, QHead)
+    train_side, held_out = _base_sides(run)
+    contrast = choose_contrast(run, train_side, held_out)
+    fit_contrast(run, "fit", head, contrast, train_side, held_out)
+    set_scale(head, scale_within_budget(run, head, held_out.positions))
+    seed = run.config.seed + _HELD_OUT_SEED
+    gated = Positions.of(generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head))
+    # on its own replies, which lie further from the base model, the budget may allow less
+    set_scale(head, min(head.config.scale, scale_within_budget(run, head, gated)))
+    hold_quality(run, head, held_out.prompts, seed)
+    kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
+    report_scale(run, head.config.scale, kl)
+    baseline = beside_the_prompt(run, head, held_out.prompts[: run.config.eval_prompts])
+    return MethodResult(kl_per_token=kl, metrics={"contrast": CONTRASTS[contrast], **baseline})
+
+
+def num_replies(run: Run) -> int:
+    """Return the number of replies that the method generates, those of the table included."""
+    each = replies_per_prompt(run)
+    fitted = each * len(limited_prompts(run, run.plan.train, each))
+    held_out = len(limited_prompts(run, run.plan.held_out))
+    greedy = 2 * held_out if run.config.kl_budget is None else 0
+    trials, table = 2 * min(held_out, _TRIAL_PROMPTS), 8 * min(held_out, run.config.eval_prompts, MAX_PROMPTS)
+    return fitted + 2 * held_out + greedy + trials + table
+
+
+def _base_sides(run: Run) -> tuple[Side, Side]:
+    """Return base replies to the prompts to fit on and to those held out, with all candidates."""
+    untrained, seed = run.new_head().eval(), run.config.seed
+    each = replies_per_prompt(run)
+    sides = []
+    for name, data, count, offset in (
+        ("base replies", run.plan.train, each, 0),
+        ("held-out base replies", run.plan.held_out, 1, _HELD_OUT_SEED),
+    ):
+        prompts = limited_prompts(run, data, count)
+        run.random().shuffle(prompts)  # the first part is to be like the others
+        replies = generate_replies(run, name, prompts, count, seed + offset, untrained, is_base=True)
+        sides.append(Side.of(name, prompts, replies))
+    return sides[0], sides[1]
+
+
+def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
+    """Return the contrast whose head agrees more with the sentence a nat, tried on a part of the replies."""
+    part = train_side.first(_part_size(len(train_side.replies)))
+    prompts = held_out.prompts[:_TRIAL_PROMPTS]
+    found: dict[Contrast, float] = {}
+    for contrast in CONTRASTS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.config.seed)
+            head = run.new_head()
+        assert isinstance(head, QHead)
+        fit_contrast(run, f"trial fit against {CONTRASTS[contrast]}", head, contrast, part, held_out)
+        set_scale(head, scale_within_budget(run, head, held_out.positions))
+        stage, seed = f"replies of the trial against {CONTRASTS[contrast]}", run.config.seed + _TRIAL_SEED
+        replies = generate_replies(run, stage, prompts, 1, seed, head)
+        positions = Positions.of(replies)
+        scores = all_scores(head, positions, run.backend.output_embeddings)
+        kl = kl_per_token(positions, scores, head.config.scale)
+        gain = _agreement(run, Side(stage, prompts, replies, positions)) - _agreement(run, held_out)
+        found[contrast] = gain / max(kl, _LEAST_KL)
+        run.log("trial", contrast=contrast, agreement=gain, kl_per_token=kl)
+        run.say(
+            f"  against {CONTRASTS[contrast]}: agreement with the sentence {gain:+.3f} nats a token, at KL {kl:.3f}: "
+            f"{found[contrast]:+.2f}"
+        )
+    best = max(found, key=lambda contrast: found[contrast])
+    run.say(f"  the head learns what the sentence changes against {CONTRASTS[best]}")
+    return best
+
+
+def _part_size(num_replies: int) -> int:
+    """Return the number of replies to try a contrast on: a quarter, in whole files."""
+    return min(num_replies, -(-num_replies // 4 // _REPLIES_PER_FILE) * _REPLIES_PER_FILE)
+
+
+def _agreement(run: Run, side: Side) -> float:
+    """Return the mean of log p(token | sentence) - log p(token) over replies to plain prompts, in nats."""
+    assert run.plan.principle is not None
+    plain = torch.tensor([log_prob for reply in side.replies for log_prob in reply.log_probs])
+    return float((read_under(run, side, "the sentence", run.plan.principle.text).tokens - plain).mean())
+
+
+def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_side: Side, held_out: Side) -> None:
+    """Fit q to a contrast, in standard deviations."""
+    values = [contrast_values(run, side, contrast) for side in (train_side, held_out)]
+    spread = float(values[0][train_side.positions.live].std()) or 1.0
+    train_targets, held_out_targets = (
+        ContrastTargets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
+        for side, value in zip((train_side, held_out), values, strict=True)
+    )
+    embeddings = run.backend.output_embeddings
+
+    def loss(head: MARAHead, part: ContrastTargets) -> Tensor:
+        assert isinstance(head, QHead)
+        where = part.positions
+        return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
+
+    with run.fitting(name) as on_epoch:
+        settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP)
+        fit(head, train_targets, held_out_targets, loss, settings, on_epoch)
+
+
+def contrast_values(run: Run, side: Side, contrast: Contrast) -> Tensor:
+    """Return what the sentence changes in the log-probability of each candidate, centred under the base model, (P, K).
+
+    A constant of the position, as that of the softmax, falls out.
+    """
+    principle, log_probs = run.plan.principle, side.positions.log_probs
+    assert principle is not None
+    with_sentence = read_under(run, side, "the sentence", principle.text).candidates
+    if contrast == "base":
+        without = log_probs.masked_fill(~side.positions.live, 0.0)
+    else:
+        without = read_under(run, side, "the opposite", principle.against).candidates
+    return centred(with_sentence - without, log_probs)
+
+
+def read_under(run: Run, side: Side, name: str, sentence: str) -> Rereading:
+    """Return what the model makes of a side's replies under a sentence; each part is stored."""
+    encode, window = run.model.encoder.encode, run.model.context_window
+    contexts = [encode(under(sentence, prompt))[-(window - run.config.max_reply_tokens) :] for prompt in side.prompts]
+    parts, stage = [], f"{side.name} under {name}"
+    with run.stage(stage, len(side.replies)) as advance:
+        for start in range(0, len(side.replies), _REPLIES_PER_FILE):
+            replies = side.replies[start : start + _REPLIES_PER_FILE]
+            read = partial(_read, run, contexts, replies, advance)
+            found, was_stored = load_or_compute(run.stored(stage, start), read)
+            if was_stored:
+                advance(len(replies))
+            parts.append(Rereading(**found))
+    width = side.positions.token_ids.shape[1]
+    wide = [torch.nn.functional.pad(part.candidates, (0, width - part.candidates.shape[1])) for part in parts]
+    return Rereading(torch.cat(wide), torch.cat([part.tokens for part in parts]))
+
+
+def _read(run: Run, contexts: Sequence[Sequence[int]], replies: Sequence[Reply], advance: OnReply) -> object:
+    return as_dict(reread(run.backend, contexts, replies, advance))

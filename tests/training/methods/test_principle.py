@@ -1,0 +1,116 @@
+"""A head from a sentence, from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mara_integrations.errors import ConfigError
+from mara_integrations.heads.head import MARAHead
+from mara_integrations.testing import tiny_model, tiny_tokenizer
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.plan import make_plan
+from mara_integrations.training.run import train
+
+SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2, "max_replies": 16}
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def config(files, name="head", **settings):
+    named = {"model": str(files / "tiny"), "data": files / "prompts.jsonl", "principle": "Be kind."}
+    return TrainConfig.of(**{**named, "output": files / name, **SMALL, **settings})
+
+
+def weights(files, name):
+    return (files / name / "head.safetensors").read_bytes()
+
+
+def length(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, interrupting):
+    whole = train(config(files, "whole"), judge=length)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(files, "cut"), judge=length, reporter=interrupting("base replies under the opposite", 1))
+
+    cut = train(config(files, "cut"), judge=length)
+
+    assert weights(files, "cut") == weights(files, "whole")
+    assert cut.head.config.scale == whole.head.config.scale
+    assert cut.kl_per_token == whole.kl_per_token <= 0.15 + 1e-6
+    metrics = whole.head.config.metrics
+    assert metrics["contrast"] in ("no sentence", "the opposite")
+    rows = metrics["prompt_baseline"]["rows"]
+    assert [row["replies"] for row in rows[:4]] == [
+        "base model",
+        "sentence as system prompt",
+        "head",
+        "head and sentence",
+    ]
+    assert [row["decoding"] for row in rows] == ["sampled"] * 4 + ["greedy"] * 4
+    assert all(row["perplexity_ratio"] == row["distinct_2_ratio"] == 1.0 for row in rows[::4])
+    assert all("length" in row["judges"] for row in rows)
+    loaded = MARAHead.from_pretrained(files / "whole")
+    assert loaded.config.principle == "Be kind." and loaded.config.form == "q"
+    card = (files / "whole" / "README.md").read_text()
+    assert "> Be kind." in card and "| head and sentence, greedy |" in card
+
+
+def test_the_sentence_decides_the_head(files):
+    one, other = (
+        train(config(files, name, principle=(), eval_prompts=0), principle=sentence)
+        for name, sentence in (("one", "Be kind."), ("other", "Write 0123456789 and nothing else."))
+    )
+
+    assert one.head.config.principle == "Be kind."
+    assert not all(map(torch.equal, one.head.state_dict().values(), other.head.state_dict().values()))
+
+
+def test_a_dry_run_writes_nothing(files):
+    estimate = dry_run(config(files))
+
+    assert estimate.replies > 16 and not (files / "head").exists()
+
+
+def test_without_data_the_shipped_prompts_are_used(files):
+    plan = make_plan(config(files, data=None))
+
+    assert (plan.method.name, len(plan.train) + len(plan.held_out)) == ("principle", 320)
+
+
+def test_a_reward_beside_a_sentence_only_judges(files):
+    plan = make_plan(config(files, reward="length?words=5"))
+
+    assert plan.reward is None and plan.source == "principle" and len(plan.judges) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"principle": [" "]}, "a sentence is needed"),
+        ({"against": ""}, "a sentence is needed"),
+        ({"principle": (), "against": "Be unkind."}, "needs the principle"),
+        ({"forbid": ["no"]}, "either a principle or forbidden words"),
+        ({"method": "rloo"}, "method 'rloo' needs a reward"),
+        ({"form": "residual"}, "form='residual' is not allowed"),
+        ({"principle": (), "data": None}, "there is no data"),
+        ({"principle": (), "method": "principle"}, "do not say what a good reply is"),
+        ({"principle_file": "nowhere.txt"}, "can't be read"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_the_model_is_loaded(files, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(files, **settings))

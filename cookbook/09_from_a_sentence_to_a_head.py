@@ -6,7 +6,7 @@ with the package, and reads its replies again with the sentence before them. Wha
 each candidate, against the opposite of the sentence or none at all, is what the head learns; which of the two, a trial
 decides. The same on the command line:
 
-    mara-tools train --principle "You are a cheerful, enthusiastic assistant. ..." --judge sentiment --output heads/cheerful
+    mara-tools train --principle "Be cheerful and enthusiastic." --judge sentiment --output heads/cheerful
 
 Give `--data prompts.jsonl` with prompts of your own application, if there are any. The table at the end has the head
 beside the sentence as a system prompt, and both together; it stands in the head's README.md, too. A judge there is only

@@ -319,8 +319,6 @@ class TrainConfig(Params):
         has_principle = bool(self.principle) or self.principle_file is not None
         if has_principle and self.forbid:
             raise ValueError("give either a principle or forbidden words, not both")
-        if self.against is not None and not has_principle:
-            raise ValueError("the opposite of a principle needs the principle")
         if self.ray and self.model_kwargs.get("tp_plan") is not None:
             raise ValueError("a process on Ray holds a whole model: give either ray or tp_plan, not both")
         return self

@@ -102,7 +102,7 @@ def test_a_reward_beside_a_sentence_only_judges(files):
     [
         ({"principle": [" "]}, "a sentence is needed"),
         ({"against": ""}, "a sentence is needed"),
-        ({"principle": (), "against": "Be unkind."}, "needs the principle"),
+        ({"principle": (), "against": "Be unkind."}, "no principle"),
         ({"forbid": ["no"]}, "either a principle or forbidden words"),
         ({"method": "rloo"}, "method 'rloo' needs a reward"),
         ({"form": "residual"}, "form='residual' is not allowed"),

@@ -22,6 +22,7 @@ from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Rows, fit
 from mara_integrations.training.learning.q_objectives import centred, score_loss
@@ -102,14 +103,23 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     return MethodResult(kl_per_token=kl, metrics={"contrast": CONTRASTS[contrast], **baseline})
 
 
-def num_replies(run: Run) -> int:
-    """Return the number of replies that the method generates, those of the table included."""
-    each = replies_per_prompt(run)
-    fitted = each * len(limited_prompts(run, run.plan.train, each))
-    held_out = len(limited_prompts(run, run.plan.held_out))
-    greedy = 2 * held_out if run.config.kl_budget is None else 0
-    trials, table = 2 * min(held_out, _TRIAL_PROMPTS), 8 * min(held_out, run.config.eval_prompts, MAX_PROMPTS)
-    return fitted + 2 * held_out + greedy + trials + table
+def work(run: Run) -> Workload:
+    """Return what `train` will do; replies are read again too, which takes much less than to generate them."""
+    seed, each = run.config.seed, replies_per_prompt(run)
+    prompts = limited_prompts(run, run.plan.train, each)
+    held_out = limited_prompts(run, run.plan.held_out)
+    trial, table = held_out[:_TRIAL_PROMPTS], held_out[: min(run.config.eval_prompts, MAX_PROMPTS)]
+    generations = [
+        Generation(prompts, each, seed, is_gated=True, is_base=True),
+        Generation(held_out, 1, seed + _HELD_OUT_SEED, is_gated=True, is_base=True),
+        *[Generation(trial, is_gated=True)] * len(CONTRASTS),
+        Generation(held_out, is_gated=True),
+        *[Generation(held_out, is_gated=True, temperature=0.0)] * (2 if run.config.kl_budget is None else 0),
+        *[Generation(table, is_gated=True)] * 8,
+    ]
+    known = len(prompts) * each + len(held_out)
+    part = len(CONTRASTS) * (_part_size(len(prompts) * each) + len(held_out))
+    return Workload([planned for planned in generations if len(planned)], fitted=known + part)
 
 
 def _base_sides(run: Run) -> tuple[Side, Side]:

@@ -113,6 +113,8 @@ def read_bytes(data: bytes) -> tuple[str, bytes]:
 def may_become_letter(unfinished: bytes) -> bool:
     """Return whether a letter, digit or accent begins with these bytes of an unfinished character."""
     lead, num_known = unfinished[0], len(unfinished)
+    if lead > 0xF0:  # Unicode has no letters from U+40000 on
+        return False
     size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
     value = lead & (0xFF >> (size + 1))
     for byte in unfinished[1:]:

@@ -17,7 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.never import NeverConstraint, Refusals
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.token_texts import TokenTexts
+from mara_integrations.engine.token_texts import TokenTexts, may_become_letter
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.messages import Message, Tool
 from mara_integrations.replies.forms import ReplyForm
@@ -241,6 +241,18 @@ def test_a_tokenizer_that_writes_otherwise_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="can't be forbidden with this tokenizer"):
         TokenTexts.of(odd, SIZE, (), {EOS})
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "may"),
+    [(b"\xc3", True), (b"\xe2", True), (b"\xe2\x80", False), (b"\xf0", True), (b"\xf0\x9f\x98", False), (b"\xf4", False)],
+)
+def test_whether_a_letter_begins_with_some_bytes(unfinished: bytes, may: bool) -> None:
+    assert may_become_letter(unfinished) == may
+
+
+def test_no_letter_is_beyond_the_planes_that_are_looked_at() -> None:
+    assert not any(chr(code).isalnum() for code in range(0x40000, 0x110000))
 
 
 def test_pieces_of_sentencepiece_are_read_as_text() -> None:

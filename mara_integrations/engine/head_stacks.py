@@ -241,7 +241,8 @@ class _Stack:
                 self._versions[head] = version
 
     def _restack(self, heads: Sequence[MARAHead]) -> None:
-        names = [name for name, _ in heads[0].named_parameters()]
+        # the names of all: a damaged head that lacks a layer must fail here, not leave a stack without it to the others
+        names = dict.fromkeys(name for head in heads for name, _ in head.named_parameters())
         self._weights = {name: torch.stack([head.get_parameter(name).detach() for head in heads]) for name in names}
         self._slots = OrderedDict((head, slot) for slot, head in enumerate(heads))
         self._versions = {head: _version(head) for head in heads}

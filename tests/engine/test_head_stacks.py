@@ -79,6 +79,21 @@ def test_a_head_trained_further_is_not_remembered_as_it_was():
     assert after[0] == before[0] and after[1] != before[1]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_damaged_head_leaves_nothing_behind_in_a_stack(is_first):
+    damaged = random_head(32, "residual", seed=9)
+    del damaged.linear1
+    heads = [random_head(32, "residual", seed=i) for i in range(2)]
+    items = [shown(head, 2, i) for i, head in enumerate([damaged, *heads] if is_first else [*heads, damaged])]
+    stacks = HeadStacks()
+
+    with pytest.raises(AttributeError, match="linear1"):
+        stacks.score(items)
+
+    composed = shown(ComposedHead({head: 1.0 for head in heads}), 2)
+    assert_scores([composed], stacks.score([composed]))
+
+
 def test_a_batch_of_different_heads_gives_the_tokens_of_each_alone():
     model = tiny_model()
     requests = [

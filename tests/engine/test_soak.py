@@ -218,7 +218,8 @@ def poisoned(rng: random.Random, request: Request) -> tuple[type[MaraError], str
             last.bias.fill_(torch.nan)
             return HeadError, "scores of this request's head are not finite"
         case "raises" | "overflows":
-            request.prompt_ids = [*request.prompt_ids, RAISES if fault == "raises" else OVERFLOWS, 5]
+            # What is not finite stands where a reply is decided: it does not spread over the keys and values here.
+            request.prompt_ids = [*request.prompt_ids, *((RAISES, 5) if fault == "raises" else (5, OVERFLOWS))]
             return ModelError, "forward on this request failed" if fault == "raises" else "are not finite"
         case "certain":  # asked for where the base model or Q-heads decide
             request.head = None

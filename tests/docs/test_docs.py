@@ -43,6 +43,14 @@ def workplace(tmp_path, monkeypatch):
     loop.close()
 
 
+def test_the_first_commands_are_those_of_a_clone():
+    first = re.search(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    assert first is not None and [line.split("#")[0].strip() for line in first[1].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+
+
 def test_a_first_user_installs_packages_and_runs_the_demo():
     installing, *_, demo = (command.split("#")[0].split() for command in COMMANDS[:3])
     assert installing[:3] == ["pip", "install", "'mara-integrations[embedded]'"] and demo == ["mara-tools", "demo"]

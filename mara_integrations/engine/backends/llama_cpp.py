@@ -176,10 +176,6 @@ class LlamaCppBackend(Backend):
     def can_retract(self) -> bool:
         return False  # drafts would cost their full price on a CPU
 
-    @override
-    def retract(self, row: int, count: int, *, held: bool) -> None:
-        raise AssertionError("ask can_retract first")
-
     @property
     @override
     def max_siblings(self) -> int:

@@ -98,6 +98,7 @@ class Backend(Protocol):
 
     def retract(self, row: int, count: int, *, held: bool) -> None:
         """Take back the last `count` tokens of a row's chain; with `held`, the first of them stays as branch 0."""
+        raise AssertionError("ask can_retract first")
 
     @property
     def max_siblings(self) -> int:

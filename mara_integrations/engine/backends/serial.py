@@ -110,10 +110,6 @@ class SerialBackend(Backend):
     def can_retract(self) -> bool:
         return False  # not every kind of state can be cut
 
-    @override
-    def retract(self, row: int, count: int, *, held: bool) -> None:
-        raise AssertionError("ask can_retract first")
-
     @property
     @override
     def max_siblings(self) -> int:

@@ -304,7 +304,13 @@ def test_what_a_file_leaves_out_is_needed_as_a_flag(folder):
 def test_a_dry_run_checks_everything_and_writes_nothing(folder):
     data = ("--data", "prompts.jsonl", "--reward", VOWELS)
     said = run("train", "--dry-run", "--model", "model", "--output", "dry", *data, *QUICK).stdout
-    for line in ("Method rloo", "as the model sees them", "for 60 replies of up to 8 tokens", "free on the disk"):
+    for line in (
+        "Method rloo",
+        "as the model sees them",
+        "for 56 replies of up to 8 tokens",
+        "the evaluation",
+        "free on the disk",
+    ):
         assert line in said
     assert said.endswith("nothing was written.\n") and not (folder / "dry").exists()
     (folder / "worse.py").write_text("def judge(completions, **_):\n    return [None, 'x']\n")

@@ -70,7 +70,7 @@ def test_named_files_are_there():
 
 def test_every_extra_has_a_row():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    table = README[README.index("| extra | brings |") : README.index("From a clone")]
+    table = README[README.index("| extra | brings |") : README.index("From a clone, `make demo` and")]
     rows = set(re.findall(r"`([a-z-]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE))
     assert set(declared) - {"dev", "test"} <= rows
     assert "ray" not in declared["all"][0], "a laptop needs none"

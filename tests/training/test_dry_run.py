@@ -36,6 +36,7 @@ RUNS = {
     "kto, q": {"method": "kto", "form": "q"},
     "sac": {"reward": VOWELS, "method": "sac", "max_replies": 192},
     "rule": {"forbid": PUNCTUATION},
+    "principle": {"principle": ("Be warm.",)},
     "rule, residual": {"forbid": PUNCTUATION, "form": "residual"},
 }
 
@@ -43,7 +44,7 @@ RUNS = {
 @pytest.fixture
 def config(folder_model, prompts_file, tmp_path):
     def config(**how):
-        if "reward" not in how and "forbid" not in how:
+        if not {"reward", "forbid", "principle"} & set(how):
             pair = {"chosen": "so it was", "rejected": "then and"}
             rows = [{"prompt": f"{i}?", **pair} for i in range(100)]
             prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -68,6 +68,7 @@ class Workload:
         fitted: Number of replies in an epoch of each fit, summed over the fits.
         updates: Number of examples in updates that are no epochs of a fit.
         scored: Number of replies of which every beginning is scored, and candidates.
+        rereadings: Which of the generated replies are read again in another context; one entry each time.
     """
 
     generations: Sequence[Generation] = ()
@@ -75,3 +76,4 @@ class Workload:
     fitted: int = 0
     updates: int = 0
     scored: int = 0
+    rereadings: Sequence[Generation] = ()

@@ -104,22 +104,32 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 
 
 def work(run: Run) -> Workload:
-    """Return what `train` will do; replies are read again too, which takes much less than to generate them."""
+    """Return what `train` will do."""
     seed, each = run.config.seed, replies_per_prompt(run)
     prompts = limited_prompts(run, run.plan.train, each)
     held_out = limited_prompts(run, run.plan.held_out)
     trial, table = held_out[:_TRIAL_PROMPTS], held_out[: min(run.config.eval_prompts, MAX_PROMPTS)]
-    generations = [
+    base = [
         Generation(prompts, each, seed, is_gated=True, is_base=True),
         Generation(held_out, 1, seed + _HELD_OUT_SEED, is_gated=True, is_base=True),
-        *[Generation(trial, is_gated=True)] * len(CONTRASTS),
+    ]
+    of_trials = [Generation(trial, is_gated=True)] * len(CONTRASTS)
+    of_table = [Generation(table, is_gated=True)] * 8
+    generations = [
+        *base,
+        *of_trials,
         Generation(held_out, is_gated=True),
         *[Generation(held_out, is_gated=True, temperature=0.0)] * (2 if run.config.kl_budget is None else 0),
-        *[Generation(table, is_gated=True)] * 8,
+        *of_table,
     ]
     known = len(prompts) * each + len(held_out)
     part = len(CONTRASTS) * (_part_size(len(prompts) * each) + len(held_out))
-    return Workload([planned for planned in generations if len(planned)], fitted=known + part)
+    return Workload(
+        [planned for planned in generations if len(planned)],
+        # with and without the sentence, base replies also with its opposite
+        rereadings=[planned for planned in (*base * len(CONTRASTS), *of_trials, *of_table * 2) if len(planned)],
+        fitted=known + part,
+    )
 
 
 def _base_sides(run: Run) -> tuple[Side, Side]:

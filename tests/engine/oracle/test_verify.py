@@ -93,5 +93,5 @@ def test_the_engine_verifies_itself_whatever_stop_strings_say():
     engine = MARAEngine((tiny_model(), tiny_tokenizer()), random_head(32, "value"), max_new_tokens=8, temperature=0.7)
     verified = engine.verify("hi", stop=["a", "e", "i", "o", "u", " "])
     assert verified.holds and verified.token_ids == verified.reference_ids and len(verified.token_ids) == 8
-    with pytest.raises(ConfigError, match="no tools or schemas"):
+    with pytest.raises(ConfigError, match="no tools, schemas or forbidden words"):
         engine.verify("hi", form=ReplyForm.of_call({"response_format": {"type": "json_object"}}))

@@ -12,7 +12,7 @@ from mara_integrations.engine.backends.fused import FusedBackend
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.oracle.reference import generate_reference
-from mara_integrations.engine.request import Request
+from mara_integrations.engine.request import Constraint, Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.speculation.ngrams import NgramTable
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -112,7 +112,7 @@ def test_kept_states_are_those_of_a_plain_forward_with_drafts():
         torch.testing.assert_close(torch.stack(done.states), want, rtol=1e-3, atol=1e-3)
 
 
-class Counting:
+class Counting(Constraint):
     """A grammar of three tokens that may come after the last one, and of one in some places."""
 
     def __init__(self):

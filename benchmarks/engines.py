@@ -1,4 +1,4 @@
-"""What a Q-head costs on each engine, and what the engines gain: ratios of tokens/s, all in turns in one run.
+"""Compare the engines, with a Q-head and without, by ratios of tokens/s.
 
 One `.gguf` file on llama.cpp and on transformers, each with a head and without, and `generate()` of transformers. One,
 4 and 16 requests at once; decoding is greedy, and no reply ends early. Every contender runs in every round, in turn,
@@ -36,9 +36,9 @@ class Engine:
     """A loaded model with its decoder.
 
     Args:
-        name: Of the model.
-        engine: What runs it.
-        threads: Of a forward.
+        name: The `.gguf` file or alias.
+        engine: Name of the engine.
+        threads: Number of threads for a forward.
     """
 
     def __init__(self, name: str, engine: str, threads: int) -> None:

@@ -21,7 +21,7 @@ class Principle:
     Attributes:
         text: How replies should be, in the words of a system prompt.
         against: The opposite, in the same form.
-        is_derived: Whether the opposite was made of the sentence, and not given.
+        is_derived: Whether we made the opposite; otherwise it was given.
     """
 
     text: str

@@ -9,16 +9,16 @@ import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from typing_extensions import Self, Unpack
 
+from mara_integrations.engine.build_request import build_request, check_not_empty, prepared
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.drift import Drift, drift
-from mara_integrations.engine.oracle.reference import AnyModel
+from mara_integrations.engine.oracle.models import reference_model
 from mara_integrations.engine.oracle.verify import Verification, verify
-from mara_integrations.engine.reply_form import constraint_for, end_tokens, shown_tokens
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
     DecodingSettings,
@@ -28,18 +28,18 @@ from mara_integrations.engine.settings import (
     overlay,
     resolve_settings,
 )
-from mara_integrations.engine.worker import AsyncStream, LoopTicket, Stream, ThreadTicket, Ticket, Update
+from mara_integrations.engine.streams import AsyncStream, Stream
+from mara_integrations.engine.tickets import LoopTicket, ThreadTicket, Ticket, Update
 from mara_integrations.engine.workers import EngineStatus, ModelLease, backend_of, worker_for
-from mara_integrations.errors import ConfigError, ContextLengthError
+from mara_integrations.errors import ConfigError
 from mara_integrations.fingerprints import same_model
 from mara_integrations.heads.compose import Head
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.source import HeadSource, base_model_of, head_weights, heads, place_heads
-from mara_integrations.messages import Conversation, Message, Prompt, Tool
+from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.models.resolve import alias_of
-from mara_integrations.replies.text import TextStream
 
 __all__ = ["MARAEngine", "backend_of", "worker_for"]
 
@@ -294,7 +294,7 @@ class MARAEngine:
             )
         seed = 0 if request.sampling.seed is None else request.sampling.seed
         request = replace(request, text=None, sampling=request.sampling.updated(seed=seed))
-        return verify(self._plain, request, self.generate(request).token_ids)
+        return verify(reference_model(self.model), request, self.generate(request).token_ids)
 
     def compare(self, other: MARAEngine, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Drift:
         """Let another engine read this one's reply too: what quantisation or a number format changes.
@@ -310,19 +310,8 @@ class MARAEngine:
         request = self.request(prompt, **settings)
         if same_model(self.model.fingerprint, other.model.fingerprint) is False:
             raise ConfigError(f"{self.model.name!r} and {other.model.name!r} are different models")
-        return drift(self._plain, other._plain, request.prompt_ids, self.generate(request).token_ids)
-
-    @property
-    def _plain(self) -> AnyModel:
-        """The model as the reference runs it."""
-        if self.model.parts is not None:
-            raise ConfigError("the reference knows no model that is spread over processes", hint="verify in one")
-        if self.model.engine == "llama.cpp":
-            from mara_integrations.engine.oracle.llama_cpp import LlamaCppOracle  # needs the package gguf
-
-            return LlamaCppOracle(self.model.model)
-        model: AnyModel = self.model.model
-        return model
+        models = reference_model(self.model), reference_model(other.model)
+        return drift(*models, request.prompt_ids, self.generate(request).token_ids)
 
     # --- what a request is made of ---
 
@@ -337,38 +326,13 @@ class MARAEngine:
     def encode(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> list[int]:
         """Return the token ids of a prompt, as `generate` feeds them."""
         resolved = self.resolve(**settings)
-        return self._encode(_in_its_form(prompt, resolved), resolved.form.tools)
-
-    def _encode(self, prompt: Prompt, tools: Sequence[Tool]) -> list[int]:
-        return self.model.encoder.encode(prompt, tools)
+        return self.model.encoder.encode(prepared(prompt, resolved), resolved.form.tools)
 
     def request(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Request:
         """Return what `generate` submits to the decoder; it can be submitted once. See there for errors."""
-        _check_not_empty(prompt)
+        check_not_empty(prompt)
         resolved = self.resolve(**settings)
-        form, sampling = resolved.form, resolved.sampling
-        prompt = _in_its_form(prompt, resolved)
-        prompt_ids = self._encode(prompt, form.tools)
-        room = self.model.context_window - len(prompt_ids)
-        if not prompt_ids:
-            raise ConfigError("the prompt has no tokens", hint="give it some text")
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt_ids)} tokens; this model's maximum context length is "
-                f"{self.model.context_window} tokens, the reply included",
-                hint="shorten the prompt" + (", or raise n_ctx" if self.model.engine == "llama.cpp" else ""),
-            )
-        stop = (*sampling.stop, *self.model.encoder.stop_for(prompt))
-        sampling = sampling.updated(max_new_tokens=min(sampling.max_new_tokens, room))
-        return Request(
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            gate=resolved.gate,
-            head=resolved.head,
-            eos_token_ids=end_tokens(self.model),
-            text=TextStream(self.model.tokenizer, stop, shown_tokens(self.model, form.tools)),
-            constraint=constraint_for(self.model, form, sampling, stop),
-        )
+        return build_request(self.model, prompt, resolved)
 
     def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
         if isinstance(prompt, Request) and settings:
@@ -410,37 +374,6 @@ class MARAEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.model_source, {**self._loading, "limits": self.limits, **self.defaults})
-
-
-def _check_not_empty(prompt: Prompt) -> None:
-    """Refuse a prompt that says nothing, in whatever form.
-
-    Raises:
-        ConfigError: If there is no text and no call beside the system message.
-    """
-    if isinstance(prompt, Conversation):
-        prompt = prompt.messages
-    says_something = any(
-        bool(part.content or part.tool_calls) and part.role != "system" if isinstance(part, Message) else True
-        for part in prompt
-    )
-    if not says_something:
-        raise ConfigError("the prompt is empty", hint="give it some text")
-
-
-def _in_its_form(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
-    """A prompt as the encoder takes it: a string is raw text there, and a conversation has its system message."""
-    if isinstance(prompt, str):
-        if settings.raw:
-            return prompt
-        prompt = [Message("user", prompt)]
-    if not isinstance(prompt, Conversation) and len(prompt) > 0 and isinstance(prompt[0], Message):
-        prompt = Conversation(tuple(cast(Sequence[Message], prompt)))
-    if not isinstance(prompt, Conversation):
-        return prompt
-    if settings.raw:
-        raise ConfigError("raw=True takes a string or token ids, and the prompt is a list of messages")
-    return prompt.with_system(settings.system_prompt)
 
 
 def _rebuild(model: Any, arguments: dict[str, Any]) -> MARAEngine:

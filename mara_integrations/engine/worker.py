@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import copy
 import logging
 import queue
 import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
-
-from typing_extensions import override
+from typing import TypeVar
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.faults import described
-from mara_integrations.engine.generation import FinishReason, Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
+from mara_integrations.engine.tickets import Mailbox, News, Ticket, Update
 from mara_integrations.errors import EngineClosedError, MaraError, in_one_line
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
@@ -31,213 +25,7 @@ _EXIT_S = 60.0
 _log = logging.getLogger(__name__)
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """News of one reply.
-
-    Attributes:
-        text: What has become certain since the last update; may be empty.
-        token_ids: Taken since the last update.
-        generation: The whole reply, on the last update only.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    generation: Generation | None = None
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the reply ended; None while it goes on."""
-        return None if self.generation is None else self.generation.finish_reason
-
-
-_Ticket = TypeVar("_Ticket", bound="Ticket")
-News: TypeAlias = "Update | MaraError"
-
-
-class Mailbox(ABC):
-    """Where the worker leaves the updates of one reply, and looks whether anybody still waits for them."""
-
-    def __init__(self) -> None:
-        self.is_cancelled = False
-
-    @abstractmethod
-    def deliver(self, news: News) -> None:
-        """Leave an update, or the error that ended the request; called in the decoder's thread."""
-
-
-class Ticket(ABC):
-    """A submitted request, in the hands of the caller who waits for its reply.
-
-    Leaving the loop over it early, closing the iterator, cancelling the task or dropping the ticket stops the
-    generation at its next token.
-    """
-
-    mailbox: Mailbox
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Nobody waits for the reply any more."""
-        return self.mailbox.is_cancelled
-
-    def cancel(self) -> None:
-        """Stop the generation at its next token; no more updates come."""
-        self.mailbox.is_cancelled = True
-
-    def __del__(self) -> None:  # the worker holds the mailbox only, so this runs when the caller has gone
-        self.cancel()
-
-
-class _ThreadMailbox(Mailbox):
-    def __init__(self) -> None:
-        super().__init__()
-        self.news: queue.SimpleQueue[News] = queue.SimpleQueue()
-
-    @override
-    def deliver(self, news: News) -> None:
-        self.news.put(news)
-
-
-class ThreadTicket(Ticket):
-    """A ticket to wait for with `for`."""
-
-    def __init__(self) -> None:
-        self.mailbox: _ThreadMailbox = _ThreadMailbox()
-
-    def __iter__(self) -> Generator[Update, None, None]:
-        """Wait for updates, blocking.
-
-        Raises:
-            Exception: What went wrong while the request was decoded.
-        """
-        try:
-            while True:
-                update = _checked(self.mailbox.news.get())
-                yield update
-                if update.generation is not None:
-                    return
-        finally:
-            self.cancel()
-
-
-class _LoopMailbox(Mailbox):
-    def __init__(self) -> None:
-        super().__init__()
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.news: asyncio.Queue[News] = asyncio.Queue()
-
-    @override
-    def deliver(self, news: News) -> None:
-        assert self.loop is not None, "the ticket is bound to a loop first"
-        try:
-            self.loop.call_soon_threadsafe(self.news.put_nowait, news)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            self.is_cancelled = True
-
-
-class LoopTicket(Ticket):
-    """A ticket to wait for with `async for`, in the event loop that it was bound to."""
-
-    def __init__(self) -> None:
-        self.mailbox: _LoopMailbox = _LoopMailbox()
-
-    def bind(self) -> None:
-        """Have updates delivered to the running event loop."""
-        self.mailbox.loop = asyncio.get_running_loop()
-
-    async def __aiter__(self) -> AsyncGenerator[Update, None]:
-        """Wait for updates without blocking the event loop; raises as `ThreadTicket.__iter__` does."""
-        try:
-            while True:
-                update = _checked(await self.mailbox.news.get())
-                yield update
-                if update.generation is not None:
-                    return
-        finally:
-            self.cancel()
-
-
-Item = TypeVar("Item")
-
-
-class Stream(Generator[Item, None, None]):
-    """A generator that stops a generation when it is closed or dropped, also before its first item.
-
-    A plain one that was never started runs no `finally`.
-
-    Args:
-        items: What to iterate over.
-        cancel: Stops the generation; may be called more than once, and in any thread.
-    """
-
-    def __init__(self, items: Generator[Item, None, None], cancel: Callable[[], None]) -> None:
-        self._items = items
-        self.cancel = cancel
-
-    def __next__(self) -> Item:
-        """Return the next item."""
-        return next(self._items)
-
-    def send(self, value: None) -> Item:
-        """See `Generator`."""
-        return self._items.send(value)
-
-    def throw(self, *error: Any) -> Item:
-        """See `Generator`."""
-        return self._items.throw(*error)
-
-    def close(self) -> None:
-        """Stop the generation."""
-        self.cancel()
-        self._items.close()
-
-    def __del__(self) -> None:
-        self.cancel()
-
-
-class AsyncStream(AsyncGenerator[Item, None]):
-    """An async generator that stops a generation at once when it is dropped.
-
-    Of a plain one, the event loop only makes a note and closes it at its next turn; and a framework that keeps the
-    exception it is closed with keeps, by its frames, all generators inside it: those are then never closed.
-
-    Args:
-        items: What to iterate over.
-        cancel: Stops the generation; may be called more than once, and in any thread.
-    """
-
-    def __init__(self, items: AsyncGenerator[Item, None], cancel: Callable[[], None]) -> None:
-        self._items = items
-        self.cancel = cancel
-
-    async def __anext__(self) -> Item:
-        """The next item; a coroutine of its own, so that this object lives while somebody waits."""
-        return await self._items.__anext__()
-
-    async def asend(self, value: None) -> Item:
-        """See `AsyncGenerator`."""
-        return await self._items.asend(value)
-
-    async def athrow(self, *error: Any) -> Item:
-        """See `AsyncGenerator`."""
-        return await self._items.athrow(*error)
-
-    async def aclose(self) -> None:
-        """Stop the generation."""
-        self.cancel()
-        await self._items.aclose()
-
-    def __del__(self) -> None:
-        self.cancel()
-
-
-def _checked(news: News) -> Update:
-    """Return an update; raise an error, as an object of the caller's own: several may hear of the same failure."""
-    if isinstance(news, Update):
-        return news
-    raise copy.copy(news) from news.__cause__
+_Ticket = TypeVar("_Ticket", bound=Ticket)
 
 
 @dataclass(slots=True)

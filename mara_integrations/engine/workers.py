@@ -18,7 +18,8 @@ from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.worker import Ticket, Worker
+from mara_integrations.engine.tickets import Ticket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError, EngineClosedError
 from mara_integrations.heads.source import heads
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline

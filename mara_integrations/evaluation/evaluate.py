@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from mara_integrations.data import Dataset, PromptRow, Row, gather_columns, prompt_row, read_prompts
 from mara_integrations.engine.generation import GateStats, Generation
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.worker import ThreadTicket, Worker
+from mara_integrations.engine.tickets import ThreadTicket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.evaluation.comparison import compare, side_of, speed_ratio
 from mara_integrations.evaluation.marks import token_marks

@@ -23,7 +23,8 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema
 from typing_extensions import Self
 
-from mara_integrations.engine.worker import AsyncStream, Update
+from mara_integrations.engine.streams import AsyncStream
+from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.frameworks.langchain_messages import as_conversation
 from mara_integrations.frameworks.langchain_replies import LangChainReply, take_top_logprobs

@@ -17,7 +17,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.utils.json import parse_partial_json
 
 from mara_integrations.engine.generation import Generation
-from mara_integrations.engine.worker import Update
+from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import ConfigError
 from mara_integrations.frameworks.answers import answer_report, log_prob_report, reply_reader
 from mara_integrations.replies.calls import Call, Piece

@@ -30,7 +30,8 @@ from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel
 
 from mara_integrations.engine.generation import Generation
-from mara_integrations.engine.worker import AsyncStream, Update
+from mara_integrations.engine.streams import AsyncStream
+from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import CutReplyError
 from mara_integrations.frameworks.answers import answer_report, reply_reader
 from mara_integrations.frameworks.llama_index_messages import as_conversation, count_with, read_arguments

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from mara_integrations.engine.generation import Generation
-from mara_integrations.engine.worker import Update
+from mara_integrations.engine.tickets import Update
 from mara_integrations.frameworks.answers import log_prob_report, reply_reader
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.calls import Call

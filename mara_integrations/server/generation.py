@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.worker import AsyncStream, Update
+from mara_integrations.engine.streams import AsyncStream
+from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import ConfigError, ContextLengthError, ModelError
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.server.answers import ChatAnswer, CompletionAnswer

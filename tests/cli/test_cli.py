@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mara_integrations import __version__
 from mara_integrations.cli import app
-from mara_integrations.engine.worker import Update
+from mara_integrations.engine.tickets import Update
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.progress import Reporter

@@ -17,7 +17,8 @@ from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
-from mara_integrations.engine.worker import ThreadTicket, Worker
+from mara_integrations.engine.tickets import ThreadTicket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model

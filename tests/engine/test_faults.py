@@ -16,7 +16,8 @@ from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Constraint, Request
-from mara_integrations.engine.worker import ThreadTicket, Worker
+from mara_integrations.engine.tickets import ThreadTicket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError, EngineClosedError, HeadError, ModelError
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model

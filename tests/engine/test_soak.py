@@ -30,7 +30,9 @@ from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Constraint, Request
 from mara_integrations.engine.sequence import Position, Sequence
-from mara_integrations.engine.worker import LoopTicket, Stream, ThreadTicket, Worker
+from mara_integrations.engine.streams import Stream
+from mara_integrations.engine.tickets import LoopTicket, ThreadTicket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError, HeadError, MaraError, ModelError
 from mara_integrations.heads.compose import ComposedHead, Head
 from mara_integrations.heads.head import MARAHead

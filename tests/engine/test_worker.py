@@ -9,7 +9,8 @@ import pytest
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
-from mara_integrations.engine.worker import ThreadTicket, Worker
+from mara_integrations.engine.tickets import ThreadTicket
+from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import EngineClosedError
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import ScriptedBackend

@@ -1,0 +1,81 @@
+"""Make a request for the decoder from a prompt, the settings that hold for it, and the model that replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from mara_integrations.engine.reply_form import constraint_for, end_tokens, shown_tokens
+from mara_integrations.engine.request import Request
+from mara_integrations.engine.settings import ResolvedSettings
+from mara_integrations.errors import ConfigError, ContextLengthError
+from mara_integrations.messages import Conversation, Message, Prompt
+from mara_integrations.models.load import LoadedModel
+from mara_integrations.replies.text import TextStream
+
+
+def build_request(model: LoadedModel, prompt: Prompt, settings: ResolvedSettings) -> Request:
+    """Return the request that asks a model to reply to a prompt.
+
+    Raises:
+        ConfigError: If the prompt has no tokens, or is a list of messages under `raw`; or see `constraint_for`.
+        ContextLengthError: If the prompt leaves no room for a reply.
+        MissingExtraError: See `constraint_for`.
+    """
+    prompt, form = prepared(prompt, settings), settings.form
+    prompt_ids = model.encoder.encode(prompt, form.tools)
+    if not prompt_ids:
+        raise ConfigError("the prompt has no tokens", hint="give it some text")
+    room = model.context_window - len(prompt_ids)
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt_ids)} tokens; this model's maximum context length is "
+            f"{model.context_window} tokens, the reply included",
+            hint="shorten the prompt" + (", or raise n_ctx" if model.engine == "llama.cpp" else ""),
+        )
+    stop = (*settings.sampling.stop, *model.encoder.stop_for(prompt))
+    sampling = settings.sampling.updated(max_new_tokens=min(settings.sampling.max_new_tokens, room))
+    return Request(
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        gate=settings.gate,
+        head=settings.head,
+        eos_token_ids=end_tokens(model),
+        text=TextStream(model.tokenizer, stop, shown_tokens(model, form.tools)),
+        constraint=constraint_for(model, form, sampling, stop),
+    )
+
+
+def prepared(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
+    """Return a prompt as the encoder takes it: a conversation with its system message, raw text, or token ids.
+
+    Raises:
+        ConfigError: If the prompt is a list of messages under `raw`.
+    """
+    if isinstance(prompt, str):
+        if settings.raw:
+            return prompt
+        prompt = [Message("user", prompt)]
+    if not isinstance(prompt, Conversation) and len(prompt) > 0 and isinstance(prompt[0], Message):
+        prompt = Conversation(tuple(cast(Sequence[Message], prompt)))
+    if not isinstance(prompt, Conversation):
+        return prompt
+    if settings.raw:
+        raise ConfigError("raw=True takes a string or token ids, and the prompt is a list of messages")
+    return prompt.with_system(settings.system_prompt)
+
+
+def check_not_empty(prompt: Prompt) -> None:
+    """Refuse a prompt with nothing to reply to.
+
+    Raises:
+        ConfigError: If there is no text and no call beside the system message.
+    """
+    if isinstance(prompt, Conversation):
+        prompt = prompt.messages
+    has_content = any(
+        bool(part.content or part.tool_calls) and part.role != "system" if isinstance(part, Message) else True
+        for part in prompt
+    )
+    if not has_content:
+        raise ConfigError("the prompt is empty", hint="give it some text")

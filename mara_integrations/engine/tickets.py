@@ -1,0 +1,148 @@
+"""What a caller holds while the decoder works on a request: a ticket, which receives the updates of the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Generator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from typing_extensions import override
+
+from mara_integrations.engine.generation import FinishReason, Generation
+from mara_integrations.errors import MaraError
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of one reply.
+
+    Attributes:
+        text: What has become certain since the last update; may be empty.
+        token_ids: Taken since the last update.
+        generation: The whole reply, on the last update only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    generation: Generation | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the reply ended; None while it goes on."""
+        return None if self.generation is None else self.generation.finish_reason
+
+
+News: TypeAlias = "Update | MaraError"
+
+
+class Mailbox(ABC):
+    """Where the worker leaves the updates of one reply, and looks whether anybody still waits for them."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    @abstractmethod
+    def deliver(self, news: News) -> None:
+        """Leave an update, or the error that ended the request; called in the decoder's thread."""
+
+
+class Ticket(ABC):
+    """A submitted request, in the hands of the caller who waits for its reply.
+
+    Leaving the loop over it early, closing the iterator, cancelling the task or dropping the ticket stops the
+    generation at its next token.
+    """
+
+    mailbox: Mailbox
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Nobody waits for the reply any more."""
+        return self.mailbox.is_cancelled
+
+    def cancel(self) -> None:
+        """Stop the generation at its next token; no more updates come."""
+        self.mailbox.is_cancelled = True
+
+    def __del__(self) -> None:  # the worker holds the mailbox only, so this runs when the caller has gone
+        self.cancel()
+
+
+class _ThreadMailbox(Mailbox):
+    def __init__(self) -> None:
+        super().__init__()
+        self.news: queue.SimpleQueue[News] = queue.SimpleQueue()
+
+    @override
+    def deliver(self, news: News) -> None:
+        self.news.put(news)
+
+
+class ThreadTicket(Ticket):
+    """A ticket to wait for with `for`."""
+
+    def __init__(self) -> None:
+        self.mailbox: _ThreadMailbox = _ThreadMailbox()
+
+    def __iter__(self) -> Generator[Update, None, None]:
+        """Wait for updates, blocking.
+
+        Raises:
+            Exception: What went wrong while the request was decoded.
+        """
+        try:
+            while True:
+                update = _checked(self.mailbox.news.get())
+                yield update
+                if update.generation is not None:
+                    return
+        finally:
+            self.cancel()
+
+
+class _LoopMailbox(Mailbox):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.news: asyncio.Queue[News] = asyncio.Queue()
+
+    @override
+    def deliver(self, news: News) -> None:
+        assert self.loop is not None, "the ticket is bound to a loop first"
+        try:
+            self.loop.call_soon_threadsafe(self.news.put_nowait, news)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self.is_cancelled = True
+
+
+class LoopTicket(Ticket):
+    """A ticket to wait for with `async for`, in the event loop that it was bound to."""
+
+    def __init__(self) -> None:
+        self.mailbox: _LoopMailbox = _LoopMailbox()
+
+    def bind(self) -> None:
+        """Have updates delivered to the running event loop."""
+        self.mailbox.loop = asyncio.get_running_loop()
+
+    async def __aiter__(self) -> AsyncGenerator[Update, None]:
+        """Wait for updates without blocking the event loop; raises as `ThreadTicket.__iter__` does."""
+        try:
+            while True:
+                update = _checked(await self.mailbox.news.get())
+                yield update
+                if update.generation is not None:
+                    return
+        finally:
+            self.cancel()
+
+
+def _checked(news: News) -> Update:
+    """Return an update; raise an error, as an object of the caller's own: several may hear of the same failure."""
+    if isinstance(news, Update):
+        return news
+    raise copy.copy(news) from news.__cause__

@@ -80,7 +80,7 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
 
 
 def _show_next_steps(config: TrainConfig) -> None:
-    given = {name: getattr(config, name) for name in ("system_prompt", "device", "dtype", "quantization")}
+    given = {name: getattr(config, name) for name in ("system_prompt", "device", "dtype", "quantization", "engine")}
     used = {"model": config.model, "head": str(config.output)}
     used |= {name: value for name, value in given.items() if value not in (None, "auto")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())

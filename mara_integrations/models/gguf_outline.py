@@ -1,4 +1,4 @@
-"""What a `.gguf` file says beside its weights: tokenizer, configuration, fingerprint, place of the output embeddings.
+"""What a `.gguf` file says beside its weights: tokenizer, configuration, fingerprint, places of the embeddings.
 
 It is read once, which takes up to a minute, and kept in the cache.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mara_integrations.models import gguf as converted_copies
 
 _log = logging.getLogger(__name__)
 
-_FILE = "outline.json"
+_FILE, _FORMAT = "outline.json", 2
 _OUTPUT, _INPUT = "output.weight", "token_embd.weight"
 
 
@@ -54,12 +54,14 @@ class GgufOutline:
     Attributes:
         folder: Holds `config.json`, `generation_config.json` and the tokenizer, as transformers reads them.
         output: Its output embeddings.
+        input: Its input embeddings; in many files the same.
         file_format: Quantisation of most matrices, such as `Q4_K`.
         fingerprint: Fingerprint of the model; None where transformers does not know how its weights are named.
     """
 
     folder: Path
     output: TensorPlace
+    input: TensorPlace
     file_format: str
     fingerprint: str | None
 
@@ -82,13 +84,14 @@ def outline_of(gguf: Path) -> GgufOutline:
                 hint="MARA_CACHE_DIR names another folder",
             ) from error
     found = json.loads((folder / _FILE).read_text())
-    return GgufOutline(folder, TensorPlace(**found["output"]), found["file_format"], found["fingerprint"])
+    output, inputs = (TensorPlace(**found[side]) for side in ("output", "input"))
+    return GgufOutline(folder, output, inputs, found["file_format"], found["fingerprint"])
 
 
 def outline_folder(gguf: Path) -> Path:
     """Return the folder of a file's outline, whether it exists or not."""
     copy = converted_copies.copy_of(gguf)
-    return copy.with_name(f"{copy.name}-outline")
+    return copy.with_name(f"{copy.name}-outline-{_FORMAT}")
 
 
 def _write(gguf: Path, folder: Path) -> None:
@@ -103,7 +106,8 @@ def _write(gguf: Path, folder: Path) -> None:
     transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     found = {
-        "output": asdict(_place(tensors, gguf)),
+        "output": asdict(_place(tensors, (_OUTPUT, _INPUT), gguf)),
+        "input": asdict(_place(tensors, (_INPUT,), gguf)),
         "file_format": _file_format(reader.tensors),
         "fingerprint": _fingerprint(tensors, config),
     }
@@ -120,10 +124,11 @@ def _reader(gguf: Path) -> Any:
         raise ModelError(f"{gguf.name!r} is no whole .gguf file: {reason}", hint="fetch it again") from error
 
 
-def _place(tensors: dict[str, Any], gguf: Path) -> TensorPlace:
-    found = tensors.get(_OUTPUT, tensors.get(_INPUT))
+def _place(tensors: dict[str, Any], names: Sequence[str], gguf: Path) -> TensorPlace:
+    """Return the place of the first of these tensors that the file has."""
+    found = next((tensors[name] for name in names if name in tensors), None)
     if found is None:
-        raise ModelError(f"{gguf.name!r} has no output embeddings", hint="files in parts have to be joined first")
+        raise ModelError(f"{gguf.name!r} has no {names[0]}", hint="files in parts have to be joined first")
     width, num_rows = (int(size) for size in found.shape)
     return TensorPlace(int(found.data_offset), int(found.tensor_type), num_rows, width, int(found.n_bytes) // num_rows)
 

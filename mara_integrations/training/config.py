@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
-from mara_integrations.models.options import Quantization, keyword_arguments
+from mara_integrations.models.options import EngineName, Quantization, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
 
 MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
@@ -272,9 +272,17 @@ class TrainConfig(Params):
         Field(
             default_factory=dict,
             description="Argument of from_pretrained, as device_map=auto, tp_plan=auto (under torchrun) or "
-            "quantization_config={quant_method: bitsandbytes, load_in_4bit: true}. May be repeated.",
+            "quantization_config={quant_method: bitsandbytes, load_in_4bit: true}; of llama.cpp n_ctx, n_gpu_layers or "
+            "n_threads. May be repeated.",
         ),
     ]
+    engine: Annotated[
+        EngineName,
+        Field(
+            description="What runs the model while the head is trained: llama.cpp takes .gguf files in their own "
+            "quantisation, and trains heads of the form q. auto is transformers."
+        ),
+    ] = "auto"
     ray: Annotated[
         int,
         Field(
@@ -321,6 +329,8 @@ class TrainConfig(Params):
             raise ValueError("give either a principle or forbidden words, not both")
         if self.ray and self.model_kwargs.get("tp_plan") is not None:
             raise ValueError("a process on Ray holds a whole model: give either ray or tp_plan, not both")
+        if self.ray and self.engine == "llama.cpp":
+            raise ValueError("engine='llama.cpp' runs in this process alone: leave ray out, or use transformers")
         return self
 
     def described(self) -> dict[str, Any]:
@@ -360,7 +370,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "kl_budget", "form", "inner_size", "epochs", "patience", "learning_rate", "weight_decay", "batch_size",
     ),
     "One method": ("rounds", "correction_rounds", "beta", "competitors", "credit", "staleness"),
-    "Where it runs": ("track", "push_to_hub", "public", "device", "dtype", "quantization", "model_kwargs", "ray"),
+    "Where it runs": (
+        "track", "push_to_hub", "public", "device", "dtype", "quantization", "model_kwargs", "engine", "ray",
+    ),
 }  # fmt: skip
 
 

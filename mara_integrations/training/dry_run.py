@@ -83,7 +83,7 @@ def _estimate(run: Run) -> Estimate:
     peak = _peak_bytes(run.model.device)
     return Estimate(
         expected,
-        model_bytes=weight_bytes(run.model.model) + _copied_bytes(run),
+        model_bytes=_model_bytes(run),
         peak_bytes=None if peak is None else peak + states_bytes,
         states_bytes=states_bytes,
         free_bytes=_free_bytes(run.config.output),
@@ -105,12 +105,15 @@ def _report(run: Run, estimate: Estimate) -> None:
     )
 
 
-def _copied_bytes(run: Run) -> int:
-    """Return the memory of the second copy of the weights that fast decoding on the CPU keeps."""
-    if not isinstance(run.backend, FusedBackend):
-        return 0
+def _model_bytes(run: Run) -> int:
+    """Return the memory of the weights, with the second copy that fast decoding on the CPU keeps."""
     model = run.model.model
-    return weight_bytes(model.get_decoder().layers) + weight_bytes(model.get_output_embeddings())
+    if run.model.engine == "llama.cpp":
+        return int(model.num_bytes)
+    if not isinstance(run.backend, FusedBackend):
+        return weight_bytes(model)
+    copied = weight_bytes(model.get_decoder().layers) + weight_bytes(model.get_output_embeddings())
+    return weight_bytes(model) + copied
 
 
 def _peak_bytes(device: torch.device) -> int | None:

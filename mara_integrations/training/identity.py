@@ -135,6 +135,9 @@ def printable(text: str, allowed: str = "") -> str:
 def model_fingerprint(model: LoadedModel) -> str:
     """Hash a model's name, type and weights, by a sample of every tensor: a fine-tuned copy differs."""
     digest = hashlib.sha256(f"{model.name} {model.revision} {model.dtype}".encode())
+    if model.engine == "llama.cpp":
+        digest.update(model.model.sample())
+        return digest.hexdigest()[:32]
     for name, tensor in model.model.state_dict().items():
         flat = ranks.own_part(tensor).detach().flatten()
         sample = flat[:: max(1, len(flat) // 256)]

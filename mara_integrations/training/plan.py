@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mara_integrations.rewards import (
     reward_fingerprint,
     reward_name,
 )
+from mara_integrations.sampling import HeadForm
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.records.trackers import check_installed
 from mara_integrations.training.registry import Method, Source, choose
@@ -163,6 +164,8 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
             f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
             hint="leave it out, or train a residual head",
         )
+    if config.engine == "llama.cpp":
+        method = _in_q_form(method, config.form)
     train, held_out = split(data, config.held_out, config.seed)
     if source == "labels":
         _check_labels(data, train, held_out)
@@ -179,6 +182,18 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
         other_prompts=(other_prompts := _read_other_prompts(config, inputs, method)),
         warnings=_warnings(data, *(other_prompts or (train, held_out))),
+    )
+
+
+def _in_q_form(method: Method, form: HeadForm | None) -> Method:
+    """Return the method for heads of the `q` form, the only ones that are trained on llama.cpp."""
+    if form in (None, "q") and method.q_loop is not None:
+        return replace(method, form="q")
+    raise ConfigError(
+        f"method {method.name!r} trains a head of the form {method.form!r}, and engine='llama.cpp' trains those of the "
+        "form 'q' alone: it would have to feed every candidate",
+        hint=("leave --form out" if method.q_loop else "take another method") + ", or train on engine='transformers'; "
+        "the head runs on both",
     )
 
 

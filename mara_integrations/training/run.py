@@ -138,6 +138,7 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         config.dtype,
         model_kwargs=config.model_kwargs,
         quantization=config.quantization,
+        engine=config.engine,
     )
     plan, left_out = without_long_prompts(config, plan, read_outline(spec))
     if left_out is not None:

@@ -197,10 +197,7 @@ class LlamaCppBackend(Backend):
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:
-        raise ModelError(
-            "llama.cpp gives the logits of the tokens that it was just fed, not of states from elsewhere",
-            hint="engine='transformers' computes them",
-        )
+        return self._model.logits(hidden)
 
     @override
     def next_logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:

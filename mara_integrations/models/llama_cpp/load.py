@@ -41,7 +41,7 @@ def load_gguf(name: str, path: Path, spec: ModelSpec) -> LoadedModel:
     if options.n_ctx is not None and options.n_ctx > window:
         raise ConfigError(f"n_ctx={options.n_ctx} is not allowed: {name!r} has a context window of {window} tokens")
     room = options.n_ctx or min(window, _MOST_TOKENS)
-    model = LlamaCppModel(path, options.updated(n_ctx=room), outline.output, uses_gpu=uses_gpu)
+    model = LlamaCppModel(path, options.updated(n_ctx=room), outline.output, outline.input, uses_gpu=uses_gpu)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -7,7 +7,6 @@ import os
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -22,6 +21,8 @@ from mara_integrations.models.llama_cpp.options import LlamaCppOptions
 # Bytes of a key or value, which llama.cpp keeps in half precision.
 _VALUE_BYTES = 2
 _NUM_LAST_LINES = 2
+_NUM_PIECES, _PIECE_BYTES = 256, 1024  # of a file that are sampled
+_BLOCK_ROWS = 8192  # of the output embeddings, dequantised or multiplied at once
 
 
 class LlamaCppModel:
@@ -36,13 +37,22 @@ class LlamaCppModel:
         cell_bytes: Memory of one token's keys and values, in bytes; an estimate for unusual attention.
     """
 
-    def __init__(self, path: Path, options: LlamaCppOptions, output: TensorPlace, *, uses_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: LlamaCppOptions,
+        output: TensorPlace,
+        inputs: TensorPlace,
+        *,
+        uses_gpu: bool = False,
+    ) -> None:
         """Load a file.
 
         Args:
             path: The file.
             options: How it is run.
             output: Where the output embeddings lie in the file.
+            inputs: Where the input embeddings lie.
             uses_gpu: Whether layers go to a GPU where the options do not say.
 
         Raises:
@@ -51,8 +61,9 @@ class LlamaCppModel:
         """
         self.library: Library = library()
         self.options = options
-        self._path, self._output = path, output
-        self._table: Any = None
+        self._path = path
+        self._output, self._input = _Table(path, output), _Table(path, inputs)
+        self._half: Tensor | None = None
         self._lock = threading.Lock()
         params = self.library.llama_model_default_params()
         num_layers = options.n_gpu_layers
@@ -87,17 +98,49 @@ class LlamaCppModel:
 
     def output_embeddings(self, token_ids: Tensor) -> Tensor:
         """Return the dequantised rows of the output embeddings of tokens, (N,) to float32 (N, d)."""
+        return self._output.rows(token_ids)
+
+    def input_embeddings(self, token_ids: Tensor) -> Tensor:
+        """Return the dequantised rows of the input embeddings of tokens, (N,) to float32 (N, d)."""
+        return self._input.rows(token_ids)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits of states that were kept, (N, d) to float32 (N, V).
+
+        llama.cpp can't compute them; these are products with the output embeddings, which stay in memory in half
+        precision from the first call on. They differ from its own by its rounding of the states.
+
+        Raises:
+            ModelError: If the model scales its logits.
+        """
+        scale = self._number("logit_scale")
+        if scale not in (None, 0.0, 1.0):
+            raise ModelError(
+                f"{self._path.name!r} scales its logits, and llama.cpp gives them only for what it was just fed",
+                hint=f"learn from replies that are written in training; {_OTHER_ENGINE}",
+            )
         with self._lock:
-            if self._table is None:
-                shape = (self._output.num_rows, self._output.row_bytes)
-                self._table = np.memmap(self._path, np.uint8, "r", self._output.offset, shape)
-        rows = np.asarray(self._table[token_ids.cpu().numpy()])
-        kind = gguf.GGMLQuantizationType(self._output.kind)
-        if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-            values = rows.view(np.float32 if kind is gguf.GGMLQuantizationType.F32 else np.float16).astype(np.float32)
-        else:
-            values = gguf.dequantize(rows, kind)
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+            if self._half is None:
+                blocks = torch.arange(self.vocab_size).split(_BLOCK_ROWS)
+                self._half = torch.cat([self.output_embeddings(block).half() for block in blocks])
+        logits = torch.cat([states.float() @ block.float().T for block in self._half.split(_BLOCK_ROWS)], -1)
+        cap = self._number("final_logit_softcapping")
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def sample(self) -> bytes:
+        """Return a sample of the file that tells it from others: its size, and pieces from all over it."""
+        with self._path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            pieces = [size.to_bytes(8, "little")]
+            for place in range(_NUM_PIECES):
+                file.seek(size * place // _NUM_PIECES)
+                pieces.append(file.read(_PIECE_BYTES))
+        return b"".join(pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, which is mapped into memory."""
+        return self._path.stat().st_size
 
     def _cell_bytes(self) -> int:
         """Estimate the memory of a token's keys and values from the sizes of the attention."""
@@ -108,6 +151,10 @@ class LlamaCppModel:
         per_head = sum(int(known) if known and known.isdigit() else width for known in widths)
         num_heads = int(asked.llama_model_n_layer(handle)) * int(asked.llama_model_n_head_kv(handle))
         return num_heads * per_head * _VALUE_BYTES
+
+    def _number(self, name: str) -> float | None:
+        found = self._metadata(f"{self._metadata('general.architecture')}.{name}")
+        return None if found is None else float(found)
 
     def _metadata(self, key: str) -> str | None:
         buffer = ctypes.create_string_buffer(256)
@@ -120,3 +167,19 @@ class LlamaCppModel:
 
 
 _OTHER_ENGINE = "engine='transformers' may run it"
+
+
+class _Table:
+    """Embeddings in a file, of which only the rows that are asked for are read."""
+
+    def __init__(self, path: Path, place: TensorPlace) -> None:
+        self._kind = gguf.GGMLQuantizationType(place.kind)
+        self._bytes = np.memmap(path, np.uint8, "r", place.offset, (place.num_rows, place.row_bytes))
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        rows = np.asarray(self._bytes[token_ids.cpu().numpy()])
+        if self._kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            values = rows.view(np.float32 if self._kind is gguf.GGMLQuantizationType.F32 else np.float16)
+        else:
+            values = gguf.dequantize(rows, self._kind)
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

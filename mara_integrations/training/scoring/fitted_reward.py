@@ -250,9 +250,17 @@ class _SparseMatrix:
 def mean_embeddings(model: LoadedModel, texts: Sequence[str]) -> Tensor:
     """Return the mean embedding of each text's tokens, (N, d)."""
     token_ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    rows = (embeddings(model.parts or model.model, ids).float() for ids in token_ids)
+    rows = (_embeddings(model, ids) for ids in token_ids)
     means = [own.mean(0) if len(own) else own.new_zeros(own.shape[1]) for own in rows]
     return torch.stack(means).cpu().clone()
+
+
+def _embeddings(model: LoadedModel, token_ids: Sequence[int]) -> Tensor:
+    """Return the input embeddings of tokens, (N,) to float32 (N, d)."""
+    if model.engine == "llama.cpp":
+        rows: Tensor = model.model.input_embeddings(torch.tensor(token_ids, dtype=torch.long))
+        return rows
+    return embeddings(model.parts or model.model, token_ids).float()
 
 
 def _are_labels(preferences: Preferences) -> TypeGuard[Sequence[LabelledText]]:

@@ -58,6 +58,10 @@ class RewardError(MaraError, ValueError):
     """A reward function can't be imported, raised, or returned the wrong thing."""
 
 
+class CallBudgetError(MaraError, RuntimeError):
+    """Judges have made as many paid calls as they may; what they said so far is kept."""
+
+
 class OutputError(MaraError, OSError):
     """A result can't be written where it was asked for."""
 

@@ -94,9 +94,10 @@ async def _until(condition):
 
 @pytest.fixture(autouse=True)
 def own_reply_cache(tmp_path_factory, monkeypatch):
-    """No test finds the replies of another."""
+    """No test finds the replies of another, nor what was said of them."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("mara_integrations.training.records.store.cache_dir", lambda: folder)
+    for module in ("training.records.store", "rewards.judges.reward"):
+        monkeypatch.setattr(f"mara_integrations.{module}.cache_dir", lambda: folder)
 
 
 @pytest.fixture

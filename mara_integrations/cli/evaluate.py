@@ -60,8 +60,8 @@ def evaluate_head(
         list[str] | None,
         typer.Option(
             metavar="REWARD",
-            help="Score to compare by: module:function with TRL's signature, hf:MODEL, or a built-in reward such as "
-            "sentiment. May be repeated.",
+            help="Score to compare by: module:function with TRL's signature, hf:MODEL, llm:PROVIDER:MODEL, or a "
+            "built-in reward such as sentiment. May be repeated.",
             show_default="the head's own",
             rich_help_panel=_SCORES,
         ),
@@ -75,6 +75,14 @@ def evaluate_head(
             rich_help_panel=_SCORES,
         ),
     ] = None,
+    max_judge_calls: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Calls that LLM judges may make. What they said is kept, so that a further start goes on from there.",
+            rich_help_panel=_SCORES,
+        ),
+    ] = 5000,
     trust_head_code: Annotated[
         bool,
         typer.Option(
@@ -120,9 +128,11 @@ def evaluate_head(
       mara-tools eval --head heads/brand --data prefs.jsonl --reward sentiment
     """
     from mara_integrations.data import column_mapping, read_prompts
-    from mara_integrations.rewards import ForbiddenWords, parse_reward
+    from mara_integrations.rewards import ForbiddenWords, judges_of, parse_reward
+    from mara_integrations.rewards.judges import CallBudget, JudgeSession
 
     prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
+    budget = CallBudget(max_judge_calls)
     rewards: list[Reward] = [parse_reward(text)[0] for text in reward or ()]
     if forbid:
         rewards.append(ForbiddenWords(forbid))
@@ -163,6 +173,8 @@ def evaluate_head(
         for reason in left_out:
             warnings.warn(reason, stacklevel=2)
     named = _named(rewards)
+    for judge in judges_of(*rewards):
+        judge.session = JudgeSession(budget=budget)
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
     with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:

@@ -1,4 +1,4 @@
-"""Scores replies by a function, a reward model, a rule that finds offending text, or a sum of several.
+"""Scores replies by a function, a reward model, an LLM that judges, a rule that finds offending text, or their sum.
 
 A reward is called once a batch, and its result is checked, so that a mistake in it becomes one clear message. Nothing
 here knows of training.
@@ -8,6 +8,7 @@ from mara_integrations.rewards.classifier import ModelReward
 from mara_integrations.rewards.combined import CombinedReward
 from mara_integrations.rewards.fingerprint import reward_fingerprint
 from mara_integrations.rewards.functions import FunctionReward, load_reward
+from mara_integrations.rewards.judges import JudgeReward, judges_of, llm_judge, trial_of
 from mara_integrations.rewards.protocol import Reward, Rule, reward_name, takes_partial_text
 from mara_integrations.rewards.scoring import Scores, score
 from mara_integrations.rewards.specs import (
@@ -25,12 +26,15 @@ __all__ = [
     "CombinedReward",
     "ForbiddenWords",
     "FunctionReward",
+    "JudgeReward",
     "ModelReward",
     "Reward",
     "RewardLike",
     "Rule",
     "Scores",
     "combine_rewards",
+    "judges_of",
+    "llm_judge",
     "load_reward",
     "load_rewards",
     "parse_reward",
@@ -40,5 +44,6 @@ __all__ = [
     "reward_spec",
     "score",
     "takes_partial_text",
+    "trial_of",
     "weighted_rewards",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from mara_integrations.errors import RewardError
+from mara_integrations.errors import CallBudgetError, OutputError, RewardError
 from mara_integrations.files import write_atomically
 from mara_integrations.messages import Message
 from mara_integrations.rewards.protocol import Reward, reward_name, short
@@ -57,7 +57,7 @@ def score(
         columns: Other fields of the prompts, one value a reply, for functions that take them.
         conversational: Pass prompts and completions as lists of messages; else as strings, and then each prompt must be
             one user message.
-        timeout_s: Time limit of one call, in seconds; None is no limit.
+        timeout_s: Time limit of one call, in seconds; None is no limit. Judges have limits of their own.
         failure_file: File that the arguments are written to if the reward fails.
         on_parts: Called with the scores of each part of a composed reward, else with the reward's own, by name.
 
@@ -67,6 +67,7 @@ def score(
     Raises:
         RewardError: If the reward wants what the data lacks, raises, takes too long, or returns anything but one finite
             number or None a reply.
+        CallBudgetError: If judges have made as many calls as they may.
     """
     if not completions:
         return []
@@ -107,6 +108,7 @@ def _ask(
     timeout_s: float | None,
 ) -> Scores:
     arguments = _accepted(reward, name, offered)
+    timeout_s = None if getattr(reward, "limits_its_time", False) else timeout_s
     try:
         result = _called(lambda: reward(**arguments), timeout_s)
     except _TookTooLongError:
@@ -114,7 +116,7 @@ def _ask(
             f"reward {name!r} did not answer within {timeout_s:g} s (batch of {len(completions)})",
             hint="make it faster, or give it more time",
         ) from None
-    except RewardError:  # ours, and clear already
+    except (CallBudgetError, OutputError, RewardError):  # ours, and clear already
         raise
     except Exception as error:
         first = f"prompt {short(prompts[0][-1].content)}, reply {short(completions[0])}"

@@ -10,19 +10,22 @@ from mara_integrations.errors import RewardError
 from mara_integrations.rewards.classifier import ModelReward
 from mara_integrations.rewards.combined import CombinedReward
 from mara_integrations.rewards.functions import load_reward
+from mara_integrations.rewards.judges import JudgeReward
 from mara_integrations.rewards.protocol import Reward
 from mara_integrations.rewards.ready import READY, ready_reward
 from mara_integrations.rewards.words import ForbiddenWords
 
 MODEL_PREFIX = "hf:"
+JUDGE_PREFIX = "llm:"
 
 
 def parse_reward(text: str) -> tuple[Reward, float]:
     """Return a reward and its weight from the notation of a command line.
 
     Args:
-        text: `module:function` or `file.py:function`; a name of `READY`; or `hf:` with a Hub id or folder. Arguments
-            follow as in an address, `length?words=60`, and a weight as `=0.5` or, behind arguments, as `&weight=0.5`.
+        text: `module:function` or `file.py:function`; a name of `READY`; `hf:` with a Hub id or folder; or `llm:` with
+            a chat model that judges, `llm:openai:gpt-5-mini?rubric=rubric.md`. Arguments follow as in an
+            address, `length?words=60`, and a weight as `=0.5` or, behind arguments, as `&weight=0.5`.
 
     Raises:
         RewardError: If there is no such reward, or an argument is wrong.
@@ -45,6 +48,8 @@ def parse_reward(text: str) -> tuple[Reward, float]:
         ) from None
     if place.startswith(MODEL_PREFIX):
         return ModelReward.of(place.removeprefix(MODEL_PREFIX), arguments), factor
+    if place.startswith(JUDGE_PREFIX):
+        return JudgeReward.of(place.removeprefix(JUDGE_PREFIX), arguments), factor
     if place in READY or ":" not in place:
         return ready_reward(place, arguments), factor
     if arguments:
@@ -117,6 +122,8 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
                 return ready_reward(spec["name"], spec["arguments"])
             case "model":
                 return ModelReward.of(spec["source"], spec["arguments"])
+            case "llm":
+                return JudgeReward.from_spec(spec)
             case "combined":
                 weighted = [(reward_from_spec(part["reward"]), part["weight"]) for part in spec["parts"]]
                 return CombinedReward(weighted, normalise=spec["normalise"])
@@ -124,5 +131,5 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
         raise RewardError(f"reward description {dict(spec)!r} lacks {error}") from None
     raise RewardError(
         f"reward kind {spec['kind']!r} is unknown",
-        hint="kinds are forbidden_words, function, ready, model, combined",
+        hint="kinds are forbidden_words, function, ready, model, llm, combined",
     )

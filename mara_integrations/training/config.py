@@ -45,7 +45,8 @@ class TrainConfig(Params):
         tuple[str, ...],
         Field(
             description="Function that scores replies which the model generates to the prompts: module:function with "
-            "TRL's signature, hf:MODEL for a reward model, or a built-in: length, regex, forbidden-words, json, "
+            "TRL's signature, hf:MODEL for a reward model, llm:PROVIDER:MODEL for a chat model that judges by a rubric "
+            "(llm:openai:gpt-5-mini?rubric=rubric.md), or a built-in: length, regex, forbidden-words, json, "
             "sentiment, toxicity. Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be "
             "repeated; the weighted sum counts."
         ),
@@ -116,6 +117,14 @@ class TrainConfig(Params):
     reward_timeout_s: Annotated[float, Field(gt=0.0, description="Seconds that a reward may take for one batch.")] = (
         600.0
     )
+    max_judge_calls: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Calls that LLM judges may make before training stops. What they said is kept: the same "
+            "command goes on from there, with as many calls again.",
+        ),
+    ] = 5000  # more than a run of default settings makes, and few enough that a mistake does not ruin anybody
     partial_text: Annotated[
         bool | None,
         Field(
@@ -351,6 +360,7 @@ _NOT_DECISIVE = {
     "overwrite",
     "device",
     "reward_timeout_s",
+    "max_judge_calls",
     "track",
     "push_to_hub",
     "public",
@@ -364,7 +374,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "system_prompt", "seed",
     ),
     "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
-    "Rewards": ("normalise_rewards", "reward_timeout_s", "partial_text", "judge"),
+    "Rewards": ("normalise_rewards", "reward_timeout_s", "max_judge_calls", "partial_text", "judge"),
     "Replies": ("max_reply_tokens", "max_replies", "replies_each", "top_k", "top_p", "min_candidates"),
     "Head and fit": (
         "kl_budget", "form", "inner_size", "epochs", "patience", "learning_rate", "weight_decay", "batch_size",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from mara_integrations.engine.backends.fused import FusedBackend
 from mara_integrations.errors import OutputError
@@ -21,6 +22,7 @@ from mara_integrations.training.estimate import Expected, expect
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start
+from mara_integrations.training.scoring.llm_judges import check_judges, expected_calls, open_judges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,15 @@ def dry_run(config: TrainConfig, reporter: Reporter | None = None) -> Estimate:
     plan = make_plan(config)
     run = start(config, plan, Identity.of(config, plan), reporter or Reporter())
     try:
+        open_judges(run, is_trial=True)
+        check_judges(run)
         if plan.source == "reward":
             check_reward(run)
         estimate = _estimate(run)
     finally:
         run.workers.close()
     _report(run, estimate)
+    _report_judges(run)
     if estimate.states_bytes > estimate.free_bytes:
         raise OutputError(
             f"{str(config.output)!r} has {_mib(estimate.free_bytes)} of free space; the run stores about "
@@ -102,6 +107,18 @@ def _report(run: Run, estimate: Estimate) -> None:
     run.say(
         f"[bold]Memory[/] {peak}{_mib(estimate.model_bytes)} for the model, about {_mib(estimate.states_bytes)} for "
         f"hidden states; {_mib(estimate.free_bytes)} are free on the disk"
+    )
+
+
+def _report_judges(run: Run) -> None:
+    """Say how often LLM judges will be asked."""
+    calls = expected_calls(run)
+    if not calls:
+        return
+    of_each = ", ".join(f"up to {count} of {escape(name)}" for name, count in calls.items())
+    run.say(
+        f"[bold]Judges[/] {of_each}, less what was judged before; --max-judge-calls stops a run at "
+        f"{run.config.max_judge_calls}"
     )
 
 

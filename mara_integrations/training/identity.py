@@ -30,7 +30,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.plan import Plan
 
 IDENTITY_FILE = "identity.json"
-_FOLDERS = re.compile(r"^.*[/\\](?=[^/\\]+\.py:)")  # before the file of a reward
+_FOLDERS = re.compile(r"^.*[/\\](?=[^/\\]+\.py:)|(?<=[?&]rubric=)[^&]*[/\\]")  # before the file of a reward
 _NOT_IN_COMMAND = {"overwrite", "push_to_hub", "public", "track"}
 MODEL = "weights of the model"
 VERSION = "version of mara_integrations"

@@ -27,6 +27,7 @@ from mara_integrations.rewards import (
     ForbiddenWords,
     Reward,
     combine_rewards,
+    judges_of,
     parse_reward,
     reward_fingerprint,
     reward_name,
@@ -143,6 +144,11 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     judged = [each for each, _ in weighted] if principle is not None else []  # the sentence alone is learned from
     weighted = [] if principle is not None else weighted
     reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
+    for llm in judges_of(reward) if config.partial_text or config.credit == "prefix" else ():
+        raise ConfigError(
+            f"reward {reward_name(llm)!r} judges whole replies, and would be called some hundred times a reply",
+            hint="leave --partial-text and --credit prefix out",
+        )
     judges = [*judged, *(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
     given: dict[Source, bool] = {
         "principle": principle is not None,

@@ -37,6 +37,7 @@ from mara_integrations.training.records.output_lock import locked
 from mara_integrations.training.resume import finished_head, interrupted_differences
 from mara_integrations.training.rollouts.ray_workers import RayWorkers
 from mara_integrations.training.rollouts.workers import LocalWorker, RolloutWorkers
+from mara_integrations.training.scoring.llm_judges import check_judges, open_judges, report_agreement
 from mara_integrations.training.scoring.q_scale import calibrate_q
 from mara_integrations.training.scoring.ray_rewards import on_ray
 from mara_integrations.training.scoring.reward_files import keep_rewards
@@ -160,12 +161,16 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
 
 def _train(run: Run) -> TrainResult:
     config, plan = run.config, run.plan
+    open_judges(run)
+    check_judges(run)
     if plan.source == "reward":
         check_reward(run)  # 1. score two short replies: a mistake in the reward shows before the work
     with run.logging():
         torch.manual_seed(config.seed)
         head = run.new_head()
+        agreement = report_agreement(run)
         result = plan.method.train(run, head)  # 2. the method collects replies and fits the head to them
+        result = replace(result, metrics={**result.metrics, **agreement})
         if result.kl_per_token is None:
             kl = calibrate_q(run, head) if isinstance(head, QHead) else calibrate(run, head)
             result = replace(result, kl_per_token=kl)  # 3. scale the head to the KL budget

@@ -11,7 +11,7 @@ from mara_integrations.data import Dataset, PromptRow, Row, gather_columns
 from mara_integrations.errors import DataError
 from mara_integrations.files import write_atomically
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import CombinedReward, Reward, Scores, score
+from mara_integrations.rewards import CombinedReward, Reward, Scores, score, trial_of
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import (
     conversation,
@@ -105,7 +105,8 @@ def check_reward(run: Run) -> None:
     """Score two short replies, so that a mistake in the reward shows before the work; store nothing."""
     prompts = distinct_prompts(run, run.plan.train)[:2]
     replies = RolloutBatch(prompts, run.sampling(max_new_tokens=8), run.config.seed).generate(run.model, run.backend)
-    score_replies(run, run.plan.train, prompts, replies)
+    assert run.plan.reward is not None
+    score_replies(run, run.plan.train, prompts, replies, reward=trial_of(run.plan.reward))
 
 
 @contextmanager

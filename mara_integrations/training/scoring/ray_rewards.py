@@ -15,6 +15,7 @@ from typing import Any
 from mara_integrations.errors import EngineClosedError
 from mara_integrations.rewards import (
     CombinedReward,
+    JudgeReward,
     Reward,
     reward_from_spec,
     reward_name,
@@ -80,5 +81,10 @@ class RayReward:
 
 
 def on_ray(reward: Reward) -> Reward:
-    """Return a reward that runs in an actor; of a combined reward, each part runs in its own."""
-    return reward.replaced(RayReward) if isinstance(reward, CombinedReward) else RayReward(reward)
+    """Return a reward that runs in an actor; of a combined reward, each part runs in its own.
+
+    A judge stays here, where its answers and its budget are: it waits for others most of the time.
+    """
+    if isinstance(reward, JudgeReward):
+        return reward
+    return reward.replaced(on_ray) if isinstance(reward, CombinedReward) else RayReward(reward)

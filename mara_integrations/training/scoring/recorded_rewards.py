@@ -74,6 +74,8 @@ def _needs_trust(spec: Any) -> str | None:
             return next(filter(None, map(_needs_trust, parts)), None)
         case "function":
             return f"imports code ({spec.get('path')!r})"
+        case "llm":
+            return f"asks a chat model, which may cost money ({spec.get('name')!r})"
         case "model":
             return f"loads a model ({spec.get('source')!r})"
     return f"is of the kind {kind!r}"

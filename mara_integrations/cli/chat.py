@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mara_integrations.cli.app import dim, show_error
-from mara_integrations.cli.generate import show_verdicts, stream_reply
+from mara_integrations.cli.generate import ReplyPrinter, Thoughts, show_verdicts, stream_reply
 from mara_integrations.cli.options import asks_a_model, engine_for
 from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.messages import Message
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @asks_a_model
-def chat(*, asking: dict[str, Any]) -> None:
+def chat(thoughts: Thoughts = None, *, asking: dict[str, Any]) -> None:
     """Talk with the model. In the chat, /help lists the commands.
 
     Examples:
@@ -31,7 +31,7 @@ def chat(*, asking: dict[str, Any]) -> None:
 
     strength = asking.pop("strength")
     engine = engine_for(asking, trace=True).load()
-    conversation = _Chat(engine)
+    conversation = _Chat(engine, shows_thoughts=thoughts)
     if strength is not None:
         conversation.set_strength(str(strength))
     if sys.stdin.isatty():
@@ -52,6 +52,7 @@ class _Chat:
         asked: The turns up to the last question.
         answer: To it; None where it was stopped.
         strength: Dial on the head.
+        shows_thoughts: See `ReplyPrinter`.
     """
 
     engine: MARAEngine
@@ -59,6 +60,7 @@ class _Chat:
     asked: list[Message] = field(default_factory=list)
     answer: Generation | None = None
     strength: float = 1.0
+    shows_thoughts: bool | None = None
 
     def run(self) -> None:
         """Answer until the input ends."""
@@ -126,13 +128,13 @@ class _Chat:
         self.history = [*turns, Message("assistant", text)]
 
     def write(self, turns: list[Message], **overrides: Any) -> tuple[Generation | None, str]:
-        """Stream an answer; None and what there is of it when it was stopped."""
-        heard: list[str] = []
+        """Print an answer while it is written, and return it with its text; None and a part if Ctrl-C stopped it."""
+        printer = ReplyPrinter(self.shows_thoughts)
         try:
-            generation = stream_reply(self.engine, turns, heard, **overrides)
+            generation = stream_reply(self.engine, turns, printer, **overrides)
         except KeyboardInterrupt:
             dim(" (stopped)")
-            return None, "".join(heard)
+            return None, printer.text
         return generation, generation.text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mara_integrations.cli.app import print_err
 from mara_integrations.cli.options import REPLIES, asks_a_model, engine_for
 from mara_integrations.messages import Prompt
 
 if TYPE_CHECKING:
     from mara_integrations.engine.generation import Generation
+    from mara_integrations.engine.tickets import Update
     from mara_integrations.runtime import MARAEngine
 
 _OUTPUT = "Output"
@@ -25,6 +26,15 @@ Question = Annotated[str, typer.Argument(help="Message to the model; - reads it 
 Raw = Annotated[
     bool,
     typer.Option("--raw", help="Continue the prompt as it is, without the chat template.", rich_help_panel=REPLIES),
+]
+Thoughts = Annotated[
+    bool | None,
+    typer.Option(
+        "--thoughts/--no-thoughts",
+        help="Show what a reasoning model thinks before it answers, dimmed and on standard error.",
+        show_default="in a terminal",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 
 
@@ -49,6 +59,7 @@ def generate(
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
+    thoughts: Thoughts = None,
     *,
     asking: dict[str, Any],
 ) -> None:
@@ -58,21 +69,22 @@ def generate(
       mara-tools generate "How do I keep bread fresh?" --head runs/house-style
       mara-tools generate - --json --temperature 0.7 --seed 1 < question.txt
     """
+    from mara_integrations.engine.tickets import Update
+
     engine, said = engine_for(asking, trace=trace), _read(prompt, raw)
     if as_json or trace:
         from mara_integrations.frameworks.answers import answer_report
 
         generation = engine.generate(said, raw=raw)
         answer = answer_report(generation, engine.model)
-        print(
-            json.dumps(
-                {"text": generation.text, "prompt_tokens": generation.prompt_tokens, **answer}, ensure_ascii=False
-            )
-        )
-    elif stream:
-        stream_reply(engine, said, raw=raw)
+        reply = {"text": generation.text, "thoughts": generation.thoughts, "prompt_tokens": generation.prompt_tokens}
+        print(json.dumps({**reply, **answer}, ensure_ascii=False))
+        return
+    printer = ReplyPrinter(thoughts)
+    if stream:
+        stream_reply(engine, said, printer, raw=raw)
     else:
-        print(engine.generate(said, raw=raw).text)
+        printer.show(Update.whole(engine.generate(said, raw=raw)))
 
 
 @asks_a_model
@@ -95,18 +107,47 @@ def _read(text: str, raw: bool) -> str:
     return text
 
 
-def stream_reply(engine: MARAEngine, prompt: Prompt, heard: list[str] | None = None, **overrides: Any) -> Generation:
-    """Print a reply while it is written; `heard` gets its pieces."""
-    from mara_integrations.evaluation.report import visible
+class ReplyPrinter:
+    """Prints one reply: the answer on standard output, thoughts dimmed on standard error.
 
-    shown: Callable[[str], str] = visible if sys.stdout.isatty() else str  # a terminal obeys control characters
+    Args:
+        shows_thoughts: Whether to print thoughts; None prints them where the answer goes to a terminal.
+
+    Attributes:
+        text: The part of the answer that was printed.
+    """
+
+    def __init__(self, shows_thoughts: bool | None = None) -> None:
+        from mara_integrations.evaluation.report import visible
+
+        self.text = ""
+        self._shows_thoughts = sys.stdout.isatty() if shows_thoughts is None else shows_thoughts
+        self._escape = visible  # control characters that a terminal would obey
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._is_thinking = False
+
+    def show(self, update: Update) -> None:
+        """Print what an update adds."""
+        if update.thoughts and self._shows_thoughts:
+            self._is_thinking = True
+            self._console.print(Text(self._escape(update.thoughts), style="dim"), end="")
+        if self._is_thinking and (update.text or update.generation is not None):
+            self._is_thinking = False
+            self._console.print("\n")
+        self.text += update.text
+        print(self._escape(update.text) if sys.stdout.isatty() else update.text, end="", flush=True)
+        if update.generation is not None:
+            print("" if self.text.endswith("\n") else "\n", end="", flush=True)
+            if update.generation.finish_reason == "length" and update.generation.thoughts and not self.text:
+                print_err("max_new_tokens ended the reply before its answer began: raise --max-new-tokens", "dim")
+
+
+def stream_reply(engine: MARAEngine, prompt: Prompt, printer: ReplyPrinter, **overrides: Any) -> Generation:
+    """Print a reply while it is written."""
     with closing(engine.stream(prompt, **overrides)) as updates:
         for update in updates:
-            if heard is not None:
-                heard.append(update.text)
-            print(shown(update.text), end="", flush=True)
+            printer.show(update)
             if update.generation is not None:
-                print("" if update.generation.text.endswith("\n") else "\n", end="", flush=True)
                 return update.generation
     raise AssertionError("a stream ends with its generation")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from mara_integrations.engine.reply_form import constraint_for, end_tokens, shown_tokens
+from mara_integrations.engine.reply_form import constraint_for, end_tokens, reader_for, shown_tokens
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import ResolvedSettings
 from mara_integrations.errors import ConfigError, ContextLengthError
@@ -42,6 +42,7 @@ def build_request(model: LoadedModel, prompt: Prompt, settings: ResolvedSettings
         head=settings.head,
         eos_token_ids=end_tokens(model),
         text=TextStream(model.tokenizer, stop, shown_tokens(model, form.tools)),
+        reader=reader_for(model, form, prompt_ids),
         constraint=constraint_for(model, form, sampling, stop),
     )
 

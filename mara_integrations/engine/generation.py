@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from mara_integrations.replies.calls import Call
+
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
 
@@ -57,7 +59,8 @@ class Generation:
     """A finished reply.
 
     Attributes:
-        text: Without special tokens and stop strings; empty where the request followed no text.
+        text: The answer, without thoughts, tool calls, special tokens and stop strings; empty where the request asked
+            for tokens alone.
         token_ids: Of the reply, its end-of-sequence token included.
         log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
             `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
@@ -65,6 +68,9 @@ class Generation:
         finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens` cut the reply.
         stats: What the gate did.
         trace: Position by position, on request.
+        thoughts: What a reasoning model thought before its answer, without the marks around it.
+        calls: The tool calls of the reply.
+        raw_text: The reply as the model wrote it: thoughts, answer and calls with the marks between them.
     """
 
     text: str
@@ -74,13 +80,18 @@ class Generation:
     finish_reason: FinishReason
     stats: GateStats
     trace: tuple[TracePosition, ...] | None = None
+    thoughts: str = ""
+    calls: tuple[Call, ...] = ()
+    raw_text: str = ""
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the text, and a line of counts."""
+        """Return what a notebook shows: thoughts to unfold, the text, and a line of counts."""
         stats = self.stats
         counts = f"{len(self.token_ids)} tokens · finish_reason {self.finish_reason} · {stats.accepted} accepted"
         counts += f" · {stats.rejected} candidates rejected" if stats.rejected else ""
+        thoughts = f"<details><summary>thoughts</summary>{escape(self.thoughts)}</details>" if self.thoughts else ""
         return (
+            f'<div style="white-space:pre-wrap;max-width:50em;opacity:.75">{thoughts}</div>'
             f'<div style="white-space:pre-wrap;max-width:50em">{escape(self.text)}</div>'
             f'<div style="font-size:85%;opacity:.75">{counts}</div>'
         )

@@ -20,6 +20,8 @@ from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts, ThoughtSp
 from mara_integrations.rewards.words import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 
+_MAX_OPEN_TOKENS = 16  # room for `<think>` and the white space after it, in the smallest tokens
+
 
 def family_for(model: LoadedModel) -> CallFamily:
     """Return how a model writes calls, by its chat template."""
@@ -39,12 +41,16 @@ def end_tokens(model: LoadedModel) -> frozenset[int]:
     return model.eos_token_ids if token_id is None else model.eos_token_ids | {token_id}
 
 
-def reader_for(model: LoadedModel, form: ReplyForm, *, raw_prompt: str | None = None) -> ReplyReader:
-    """Return what reads a reply of this form; to a raw prompt, the reply begins with thoughts if that ends within."""
+def reader_for(model: LoadedModel, form: ReplyForm, prompt_ids: Sequence[int]) -> ReplyReader:
+    """Return what reads a reply of this form.
+
+    The reply begins with thoughts if its prompt ends inside of them, whether a template or the user wrote that prompt.
+    """
     family, must_call = family_for(model), bool(form.tools) and not form.is_free
     if family.name == "harmony":
         return HarmonyReader(must_call)
-    is_open = thoughts_of(model) == "begun" if raw_prompt is None else raw_prompt.rstrip().endswith(OPEN)
+    prompt_end: str = model.tokenizer.decode(list(prompt_ids[-_MAX_OPEN_TOKENS:]), skip_special_tokens=False)
+    is_open = prompt_end.rstrip().endswith(OPEN)
     return TagReader(ThoughtSplitter(is_open), family.reader(form.tools) if form.tools else None, must_call)
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mara_integrations.heads.compose import Head, afterstate_parts
+from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.sampling import GateParams, SamplingParams
 
 
@@ -56,6 +57,7 @@ class Request:
         head: None for the base model.
         eos_token_ids: Tokens that end the reply; the one that did is part of it.
         text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.
+        reader: Separates thoughts, answer and calls in that text; None leaves it whole.
         constraint: Masks the logits before candidates are chosen; the head judges what is left.
         keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
         keep_positions: Keep what the head was shown at each position it judged, for training.
@@ -67,6 +69,7 @@ class Request:
     head: Head | None = None
     eos_token_ids: frozenset[int] = frozenset()
     text: TextFollower | None = None
+    reader: ReplyReader | None = None
     constraint: Constraint | None = None
     keep_states: bool = False
     keep_positions: bool = False

@@ -247,10 +247,12 @@ class Sequence:
         self.error = self.error or error
 
     def result(self) -> Generation:
-        """Return the finished reply."""
+        """Return the finished reply; its text is the raw text, which is read where the reply is delivered."""
         assert self.finish_reason is not None, "the reply goes on"
+        raw_text = self.request.text.text if self.request.text else ""
         return Generation(
-            text=self.request.text.text if self.request.text else "",
+            text=raw_text,
+            raw_text=raw_text,
             token_ids=tuple(self.token_ids),
             log_probs=tuple(self.log_probs),
             prompt_tokens=len(self.request.prompt_ids),

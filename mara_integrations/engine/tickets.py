@@ -14,21 +14,44 @@ from typing_extensions import override
 
 from mara_integrations.engine.generation import FinishReason, Generation
 from mara_integrations.errors import MaraError
+from mara_integrations.replies.calls import Call, Piece
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """News of one reply.
+    """What a reply gained since its last update.
 
     Attributes:
-        text: What has become certain since the last update; may be empty.
-        token_ids: Taken since the last update.
+        raw_text: Text as the model wrote it, as far as it is certain; may be empty.
+        token_ids: Tokens taken.
+        pieces: That text, read: thoughts, parts of the answer, and parts of tool calls.
+        calls: The tool calls read so far, each with the arguments written so far.
         generation: The whole reply, on the last update only.
     """
 
-    text: str
+    raw_text: str
     token_ids: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    calls: tuple[Call, ...] = ()
     generation: Generation | None = None
+
+    @classmethod
+    def whole(cls, generation: Generation) -> Update:
+        """Return a finished reply as a single update."""
+        pieces = [Piece(thoughts=generation.thoughts)] if generation.thoughts else []
+        pieces += [Piece(generation.text)] if generation.text else []
+        pieces += [Piece(call=call) for call in generation.calls]
+        return cls(generation.raw_text, generation.token_ids, tuple(pieces), generation.calls, generation)
+
+    @property
+    def text(self) -> str:
+        """The part of the answer in this update; may be empty."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def thoughts(self) -> str:
+        """The part of the thoughts in this update; may be empty."""
+        return "".join(piece.thoughts for piece in self.pieces)
 
     @property
     def finish_reason(self) -> FinishReason | None:

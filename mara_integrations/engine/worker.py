@@ -7,16 +7,19 @@ import logging
 import queue
 import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.faults import described
+from mara_integrations.engine.generation import FinishReason
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.engine.tickets import Mailbox, News, Ticket, Update
 from mara_integrations.errors import EngineClosedError, MaraError, in_one_line
+from mara_integrations.replies.calls import Call, Piece
+from mara_integrations.replies.reader import ReplyReader
 
 # An idle thread ends after this long and a new one starts with the next request: an unused engine holds no thread.
 _IDLE_S = 5.0
@@ -30,11 +33,19 @@ _Ticket = TypeVar("_Ticket", bound=Ticket)
 
 @dataclass(slots=True)
 class _Delivery:
-    """The part of a reply that its mailbox has received."""
+    """The part of a reply that its mailbox has received.
+
+    Attributes:
+        mailbox: Where the updates go.
+        num_chars: Length of the raw text that was delivered.
+        num_tokens: Number of tokens that were delivered.
+        pieces: The same text, read.
+    """
 
     mailbox: Mailbox
-    sent_chars: int = 0
-    sent_tokens: int = 0
+    num_chars: int = 0
+    num_tokens: int = 0
+    pieces: list[Piece] = field(default_factory=list)
 
     def update(self, sequence: Sequence) -> None:
         """Deliver what has come since the last update, or the error that ended the request."""
@@ -42,11 +53,27 @@ class _Delivery:
             self.mailbox.deliver(sequence.error)
             return
         text = sequence.request.text.text if sequence.request.text else ""
-        new_text, new_tokens = text[self.sent_chars :], sequence.token_ids[self.sent_tokens :]
-        generation = sequence.result() if sequence.finish_reason is not None else None
-        if new_tokens or generation is not None:
-            self.mailbox.deliver(Update(new_text, tuple(new_tokens), generation))
-            self.sent_chars, self.sent_tokens = len(text), len(sequence.token_ids)
+        new_text, new_tokens = text[self.num_chars :], tuple(sequence.token_ids[self.num_tokens :])
+        if not new_tokens and sequence.finish_reason is None:
+            return
+        pieces, calls = _read(sequence.request.reader, new_text, sequence.finish_reason)
+        self.pieces += pieces
+        self.num_chars, self.num_tokens = len(text), len(sequence.token_ids)
+        generation = None
+        if sequence.finish_reason is not None:
+            answer, thoughts = ("".join(getattr(piece, kind) for piece in self.pieces) for kind in ("text", "thoughts"))
+            generation = replace(sequence.result(), text=answer, thoughts=thoughts, calls=calls)
+        self.mailbox.deliver(Update(new_text, new_tokens, pieces, calls, generation))
+
+
+def _read(
+    reader: ReplyReader | None, text: str, finish_reason: FinishReason | None
+) -> tuple[tuple[Piece, ...], tuple[Call, ...]]:
+    """Read more of a reply; return what is new, and copies of all calls so far, which the reader goes on changing."""
+    if reader is None:
+        return (Piece(text),) if text else (), ()
+    pieces = tuple(reader.push(text, finish_reason))
+    return pieces, tuple(replace(call) for call in reader.calls)
 
 
 class Worker:

@@ -32,7 +32,7 @@ class Explanation:
 
     Attributes:
         generation: The reply.
-        marks: What the gate did at each token; joined, their texts are the reply's.
+        marks: What the gate did at each token; joined, their texts are the reply's raw text.
     """
 
     generation: Generation

@@ -62,7 +62,8 @@ def token_marks(tokenizer: Any, request: Request, generation: Generation) -> tup
     assert request.head is not None
     form, temperature = request.head.config.form, request.sampling.temperature
     is_drawn = selection_rule(request.gate.selection, form, temperature) == "sample"
-    texts = _pieces(tokenizer, generation)
+    shown = request.text.shown if isinstance(request.text, TextStream) else ()
+    texts = _pieces(TextStream(tokenizer, shown=shown), generation)
     marks = []
     for index, (text, position) in enumerate(zip(texts, generation.trace, strict=True)):
         logits = position.accept_logits
@@ -94,14 +95,14 @@ def hazard_logits(log_probs: Sequence[float], temperature: float) -> list[float]
     return logits[::-1]
 
 
-def _pieces(tokenizer: Any, generation: Generation) -> list[str]:
-    """Return the text that each token added; joined, the pieces are the whole text."""
-    stream, pieces, length = TextStream(tokenizer), [], 0
+def _pieces(stream: TextStream, generation: Generation) -> list[str]:
+    """Return the text that each token added; joined, the pieces are the raw text."""
+    pieces, length = [], 0
     for token_id in generation.token_ids:
-        piece = stream.push(token_id)[: len(generation.text) - length]  # of a stop string nothing is left
+        piece = stream.push(token_id)[: len(generation.raw_text) - length]  # of a stop string nothing is left
         pieces.append(piece)
         length += len(piece)
-    pieces[-1] += generation.text[length:]  # held back: it ends in half a character
+    pieces[-1] += generation.raw_text[length:]  # held back: it ends in half a character
     return pieces
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from mara_integrations.engine.generation import Generation, TracePosition
-from mara_integrations.engine.reply_form import reader_for
-from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel
-from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.replies.reader import ReplyReader
 
 
 def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
@@ -32,18 +27,6 @@ def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
     if generation.trace is not None:
         report["trace"] = [_plain(position, model.tokenizer) for position in generation.trace]
     return report
-
-
-def reply_reader(settings: Mapping[str, Any], model: LoadedModel, prompt: Prompt = ()) -> ReplyReader:
-    """Return what reads the reply to a request.
-
-    Args:
-        settings: Of the request.
-        model: The model that replies.
-        prompt: The prompt, where it may be raw text: that may end within thoughts, as a chat template does.
-    """
-    form = settings.get("form") or ReplyForm()
-    return reader_for(model, form, raw_prompt=prompt if isinstance(prompt, str) else None)
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:

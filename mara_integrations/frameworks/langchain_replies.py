@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from langchain_core.messages import (
@@ -19,9 +18,8 @@ from langchain_core.utils.json import parse_partial_json
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import ConfigError
-from mara_integrations.frameworks.answers import answer_report, log_prob_report, reply_reader
+from mara_integrations.frameworks.answers import answer_report, log_prob_report
 from mara_integrations.replies.calls import Call, Piece
-from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.runtime import MARAEngine
 
 
@@ -36,21 +34,16 @@ class LangChainReply:
         if top_logprobs is not None:
             settings["trace"] = True  # the log-probabilities are read from it
 
-    @cached_property
-    def _reader(self) -> ReplyReader:
-        return reply_reader(self.settings, self._engine.model)
-
     def result(self, generation: Generation) -> ChatResult:
         """Return the whole reply."""
-        pieces = self._reader.push(generation.text, generation.finish_reason)
-        thoughts = "".join(piece.thoughts for piece in pieces)
+        thoughts = generation.thoughts
         message = AIMessage(
-            content="".join(piece.text for piece in pieces),
+            content=generation.text,
             additional_kwargs={"reasoning_content": thoughts} if thoughts else {},
             response_metadata=self._report(generation),
             usage_metadata=_usage(generation),
         )
-        for call in self._reader.calls:
+        for call in generation.calls:
             arguments = call.parsed
             if arguments is not None:
                 message.tool_calls.append(tool_call(name=call.name, args=arguments, id=call.id))
@@ -66,12 +59,12 @@ class LangChainReply:
 
     def chunks(self, update: Update) -> Iterator[ChatGenerationChunk]:
         """Chunks of one update; usage and report come once, with the last."""
-        for piece in self._reader.push(update.text, update.finish_reason):
+        for piece in update.pieces:
             if piece.call is None or piece.call.name:
                 yield ChatGenerationChunk(message=_chunk(piece))
         if update.generation is None:
             return
-        for call in self._reader.calls:
+        for call in update.calls:
             if call.error is not None:
                 yield ChatGenerationChunk(message=_invalid(call))
         message = AIMessageChunk(

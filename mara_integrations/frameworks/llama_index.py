@@ -33,17 +33,16 @@ from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.streams import AsyncStream
 from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import CutReplyError
-from mara_integrations.frameworks.answers import answer_report, reply_reader
+from mara_integrations.frameworks.answers import answer_report
 from mara_integrations.frameworks.llama_index_messages import as_conversation, count_with, read_arguments
 from mara_integrations.frameworks.settings import EngineSettings
 from mara_integrations.messages import Message, Prompt
-from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.sampling import SamplingParams
 
 Answer = TypeVar("Answer", ChatResponse, CompletionResponse)
 Model = TypeVar("Model", bound=BaseModel)
-# From the settings of a request to what makes a response of each update
-Answers = Callable[[dict[str, Any], Prompt], Callable[..., Answer]]
+# Makes the responses of one request, one of each update
+Answers = Callable[[], Callable[..., Answer]]
 
 
 class GatedLLM(EngineSettings, FunctionCallingLLM):
@@ -241,19 +240,19 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
     def _generate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
         settings = self._settings_for(prompt, call)
         generation = self.engine.generate(prompt, **settings)
-        return answers(settings, prompt)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+        return answers()(Update.whole(generation), is_stream=False)
 
     async def _agenerate(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Answer:
         settings = self._settings_for(prompt, call)
         generation = await self.engine.agenerate(prompt, **settings)
-        return answers(settings, prompt)(Update(generation.text, generation.token_ids, generation), is_stream=False)
+        return answers()(Update.whole(generation), is_stream=False)
 
     def _stream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> Generator[Answer, None, None]:
         settings = self._settings_for(prompt, call)
-        answer = answers(settings, prompt)
+        answer = answers()
         with closing(self.engine.stream(prompt, **settings)) as updates:
             for update in updates:
-                if update.text or update.generation is not None:
+                if update.raw_text or update.generation is not None:
                     yield answer(update)
 
     def _astream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> AsyncStream[Answer]:
@@ -261,29 +260,25 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         updates = self.engine.astream(prompt, **settings)
 
         async def written() -> AsyncGenerator[Answer, None]:
-            answer = answers(settings, prompt)
+            answer = answers()
             async with aclosing(updates):
                 async for update in updates:
-                    if update.text or update.generation is not None:
+                    if update.raw_text or update.generation is not None:
                         yield answer(update)
 
         return AsyncStream(written(), updates.cancel)
 
-    def _chat_answers(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., ChatResponse]:
+    def _chat_answers(self) -> Callable[..., ChatResponse]:
         """Return what makes the responses of one request, each with all that was written so far."""
-        reader: ReplyReader | None = None  # the model is loaded by the time of the first update
         thoughts = text = ""
 
         def answer(update: Update, is_stream: bool = True) -> ChatResponse:
-            nonlocal reader, thoughts, text
-            reader = reader or reply_reader(settings, self.engine.model, prompt)
-            pieces = reader.push(update.text, update.finish_reason)
-            thought, delta = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("thoughts", "text"))
+            nonlocal thoughts, text
+            thought, delta = update.thoughts, update.text
             thoughts, text = thoughts + thought, text + delta
-            calls = reader.calls
             blocks: list[Any] = [ThinkingBlock(content=thoughts)] if thoughts else []
-            blocks += [TextBlock(text=text)] if text or not calls else []
-            for call in calls:
+            blocks += [TextBlock(text=text)] if text or not update.calls else []
+            for call in update.calls:
                 arguments = call.arguments if call.parsed is None else call.parsed
                 blocks.append(ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments))
             message = ChatMessage(blocks, role=MessageRole.ASSISTANT)
@@ -295,12 +290,12 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
 
         return answer
 
-    def _completions(self, settings: dict[str, Any], prompt: Prompt) -> Callable[..., CompletionResponse]:
+    def _completions(self) -> Callable[..., CompletionResponse]:
         """Return what makes the responses of one completion: as `_chat_answers`, with the text alone.
 
         Thoughts are no part of the text; they are `additional_kwargs["thinking"]`.
         """
-        as_chat = self._chat_answers(settings, prompt)
+        as_chat = self._chat_answers()
 
         def answer(update: Update, is_stream: bool = True) -> CompletionResponse:
             chat = as_chat(update)

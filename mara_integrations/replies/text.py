@@ -15,9 +15,15 @@ class TextStream:
         tokenizer: Anything with transformers' `decode`.
         stop: Strings that end the reply; text that may be the beginning of one is held back until it is clear.
         shown: Special tokens that are part of the text, as what begins a tool call; all others are left out.
+
+    Attributes:
+        shown: As given.
+        text: The text that is certain.
+        stopped: Whether a stop string has ended the reply.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[str] = ()) -> None:
+        self.shown = tuple(shown)
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         added = getattr(tokenizer, "added_tokens_decoder", {}) if shown else {}

@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.tickets import Update
-from mara_integrations.frameworks.answers import log_prob_report, reply_reader
+from mara_integrations.frameworks.answers import log_prob_report
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.calls import Call
-from mara_integrations.replies.reader import ReplyReader
 from mara_integrations.server.objects import (
     CallOfReply,
     ChatCompletion,
@@ -41,18 +39,13 @@ class ChatAnswer:
         self._call, self._model = call, model
         self._id, self._created = f"chatcmpl-{uuid4().hex}", int(time.time())
 
-    @cached_property
-    def _reader(self) -> ReplyReader:
-        return reply_reader(self._call.settings, self._model)
-
     def whole(self, generations: Sequence[Generation]) -> ChatCompletion:
         """Return the answer in one piece."""
         (generation,) = generations
-        pieces = self._reader.push(generation.text, generation.finish_reason)
-        message: ReplyMessage = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
-        if thoughts := "".join(piece.thoughts for piece in pieces):
-            message["reasoning_content"] = thoughts
-        if calls := [call for call in self._reader.calls if call.name]:
+        message: ReplyMessage = {"role": "assistant", "content": generation.text}
+        if generation.thoughts:
+            message["reasoning_content"] = generation.thoughts
+        if calls := [call for call in generation.calls if call.name]:
             message["content"] = message["content"] or None
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -75,7 +68,7 @@ class ChatAnswer:
         """Return the chunks of one update; finish reason, log-probabilities and usage come with the last."""
         if is_first:
             yield self._chunk({"role": "assistant", "content": ""})
-        for piece in self._reader.push(update.text, update.finish_reason):
+        for piece in update.pieces:
             if piece.thoughts:
                 yield self._chunk({"reasoning_content": piece.thoughts})
             elif piece.text:
@@ -100,8 +93,8 @@ class ChatAnswer:
         }
 
     def _finish_reason(self, generation: Generation) -> FinishReason:
-        calls = self._reader.calls
-        if generation.finish_reason == "stop" and calls and all(call.error is None for call in calls):
+        is_call = bool(generation.calls) and all(call.error is None for call in generation.calls)
+        if generation.finish_reason == "stop" and is_call:
             return "tool_calls"
         return generation.finish_reason
 
@@ -112,7 +105,7 @@ class ChatAnswer:
 
 
 class CompletionAnswer:
-    """The answer to a completion; see `ChatAnswer`."""
+    """The answer to a completion; see `ChatAnswer`. It is the raw text, since the API has no place for thoughts."""
 
     def __init__(self, call: EngineCall, model: LoadedModel) -> None:
         self._call, self._model = call, model
@@ -120,7 +113,7 @@ class CompletionAnswer:
 
     def whole(self, generations: Sequence[Generation]) -> Completion:
         """Return the answer in one piece, with a choice for each prompt."""
-        choices = [self._last(index, generation.text, generation) for index, generation in enumerate(generations)]
+        choices = [self._last(index, generation.raw_text, generation) for index, generation in enumerate(generations)]
         gate = [asdict(generation.stats) for generation in generations]
         counts = {"usage": usage(generations), "gate": gate[0] if len(gate) == 1 else gate}
         return {**self._object(choices), **counts}  # type: ignore[typeddict-item]  # mypy can't join the two
@@ -128,11 +121,11 @@ class CompletionAnswer:
     def chunks(self, update: Update, is_first: bool) -> Iterator[Completion]:
         """Return the chunks of one update; finish reason, log-probabilities and usage come with the last."""
         if update.generation is not None:
-            yield self._object([self._last(0, update.text, update.generation)])
+            yield self._object([self._last(0, update.raw_text, update.generation)])
             if self._call.has_usage:
                 yield {**self._object([]), "usage": usage([update.generation])}
-        elif update.text:
-            yield self._object([{"index": 0, "text": update.text, "finish_reason": None, "logprobs": None}])
+        elif update.raw_text:
+            yield self._object([{"index": 0, "text": update.raw_text, "finish_reason": None, "logprobs": None}])
 
     def _object(self, choices: list[CompletionChoice]) -> Completion:
         return {

@@ -43,14 +43,14 @@ def test_what_a_model_writes_is_text_and_no_html(view: str) -> None:
     from mara_integrations.evaluation.marks import Mark, Rejected
 
     text = "<script>alert(1)</script> \"' onload=x & \x1b[31m"
-    generation = Generation(text, (1,), (-0.5,), 3, "stop", GateStats(accepted=1, rejected=1))
+    generation = Generation(text, (1,), (-0.5,), 3, "stop", GateStats(accepted=1, rejected=1), thoughts=text)
     struck = Rejected("<img src=x>", -1.0, -2.0, None, is_by_head=True)
     mark = Mark(text, -0.5, 0.5, "accepted", (struck,))
 
     html = generation._repr_html_() if view == "generation" else Explanation(generation, (mark,))._repr_html_()
 
     assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
-    assert {*re.findall(r"<(\w+)", html)} <= {"div", "span", "br"}
+    assert {*re.findall(r"<(\w+)", html)} <= {"div", "span", "br", "details", "summary"}
 
 
 def test_without_a_head_there_is_nothing_to_explain(engine: MARAEngine) -> None:

@@ -1,0 +1,85 @@
+"""`mara-tools eval` on a tiny model: rewards, reports, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import VOWELS, refused, run
+
+from mara_integrations.testing import random_head
+
+pytestmark = pytest.mark.usefixtures("in_the_folder")
+
+
+def test_eval_takes_the_heads_own_reward_and_of_its_training_file_only_what_was_held_out(rewarded, folder):
+    result = run(
+        *("eval", "--model", "model", "--head", "rewarded", "--data", "prompts.jsonl"),
+        *("--max-new-tokens", 5, "--report", "report.html", "--examples", 1, "--trust-head-code"),
+    )
+    assert "Prompts 2 of prompts.jsonl; the head was trained on this file" in result.stdout
+    assert f"Rewards {VOWELS} (recorded with the head)" in result.stdout
+    assert result.stdout.rstrip().endswith("Report  report.html")
+    assert "hello" in Path("report.html").read_text()
+    assert result.stderr == ""
+
+
+def test_eval_with_rewards_of_its_own(folder):
+    said = run(
+        *("eval", "--model", "model", "--head", "head", "--data", "pairs.jsonl", "--limit", 3, "--examples", 0),
+        *("--reward", VOWELS, "--reward", VOWELS, "--forbid", "However", "--max-new-tokens", 4, "--strength", 0),
+        *("--report", "report.json"),
+    ).stdout
+    assert f"{VOWELS}; {VOWELS}; forbidden 'however'" in said
+    report = json.loads(Path("report.json").read_text())
+    assert len(report["rewards"]) == 3  # also the second of one name
+    assert (len(report["examples"]), report["strength"]) == (3, 0.0)
+    assert all(example["base"]["text"] == example["gated"]["text"] for example in report["examples"])
+
+
+@pytest.mark.filterwarnings("default")  # pytest makes them errors
+def test_eval_goes_on_without_a_recorded_reward_that_is_gone(folder):
+    spec = {"kind": "function", "path": "gone.py:judge"}
+    random_head(32, "residual", rewards=(spec,)).save_pretrained("orphan")
+    asking = ("eval", "--model", "model", "--head", "orphan", "--data", "prompts.jsonl", "--max-new-tokens", 2)
+    result = run(*asking, "--trust-head-code")
+    assert result.stderr.startswith("warning: a reward that the head records is left out: reward 'gone.py:judge'")
+    assert result.stderr.count("\n") == 1 and "Rewards none\n" in result.stdout
+
+
+@pytest.mark.filterwarnings("default")  # pytest makes them errors
+def test_eval_runs_no_code_that_a_head_names(folder):
+    (folder / "evil.py").write_text("import os; os.mkdir('pwned')\ndef f(completions, **_): return [0.0]\n")
+    spec = {"kind": "function", "path": "evil.py:f"}
+    random_head(32, "residual", rewards=(spec,)).save_pretrained("hostile")
+    asking = ("eval", "--model", "model", "--head", "hostile", "--data", "prompts.jsonl", "--max-new-tokens", 2)
+
+    said = run(*asking).stderr
+
+    assert not Path("pwned").exists()
+    assert said == (
+        "warning: the head records a reward that imports code ('evil.py:f'); it is left out: name it by --reward, or "
+        "trust this head with --trust-head-code\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"head": "absent"}, "'absent'"),
+        ({"head": "{bad}/wide"}, "expects hidden size 48; model 'model' has 32"),
+        ({"head": "{bad}/corrupt"}, "head.safetensors' is damaged"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"reward": "{bad}/raises.py:judge"}, "raised ValueError: first second"),
+        ({"reward": "{bad}/short.py:judge"}, "returned 1 numbers for "),
+        ({"report": "report.pdf"}, "report.pdf"),
+        ({"report": "prompts.jsonl/report.html"}, "prompts.jsonl"),
+        ({"temperature": -1}, "temperature=-1.0 is not allowed"),
+    ],
+)
+def test_eval_refuses_in_one_line_and_writes_no_report(folder, bad, options, said):
+    given = {"model": "model", "head": "head", "data": "prompts.jsonl", "report": "{bad}/report.html", **options}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value).format(bad=bad))]
+    assert said in refused("eval", *flags, "--max-new-tokens", 2)
+    assert not list(bad.glob("*report*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -26,6 +27,14 @@ def folder(tmp_path_factory):
     write_rows(folder / "prompts.jsonl", PROMPTS)
     write_rows(folder / "pairs.jsonl", PAIRS)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_log_left_open(monkeypatch):
+    """`--verbose` and `--debug` log for the rest of the process, to a stream that is a test's own."""
+    logger = logging.getLogger("mara_integrations")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # A row whose sum lands this close to the top-p boundary is decided again by transformers' own sum.
 _BOUNDARY_GUARD = 1e-5
+# Scores looked at beyond those that top-k keeps, to see ties across the boundary.
+SPARE_COLUMNS = 8
 # A hazard of 1 - 1e-13: further out the accept logit would drown any head, and the last candidate's is infinite.
 MAX_HAZARD_LOGIT = 30.0
 
@@ -92,13 +94,38 @@ def rank_candidates(
     floor = torch.tensor(min_candidates)[:, None]
     num_kept = [max(k, least) for k, least in zip(top_k, min_candidates, strict=True)]
     values, token_ids, log_probs = _filter_top_k(scores, raw, num_kept)
-    live = _filter_top_p(values, scores, top_p)
-    live |= (torch.arange(values.shape[1]) < floor) & values.isfinite()
+    live = _filter_top_p(values, scores, top_p, floor)
     live &= ~log_probs[:, :1].isnan()  # what is not finite in a row is in the sum over its vocabulary
     counts = live.sum(-1)
     widest = int(counts.max())
     hazards = _hazard_logits(values[:, :widest], live[:, :widest])
     return Candidates(token_ids[:, :widest], log_probs[:, :widest], hazards, counts, hazards)
+
+
+def keep_top_k(values: Tensor, num_kept: Tensor) -> Tensor:
+    """Return the scores that top-k keeps, -inf for the others; waits for no device.
+
+    Args:
+        values: Highest scores, highest first, shape (B, K).
+        num_kept: How many are kept by value, from 1 to K, shape (B, 1); those tied with the last one stay.
+    """
+    return values.masked_fill(values < values.gather(1, num_kept - 1), -torch.inf)
+
+
+def keep_top_p(values: Tensor, removed_mass: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the scores top-p keeps; waits for no device.
+
+    Args:
+        values: Scores after top-k, highest first, -inf where not kept, shape (B, K).
+        removed_mass: 1 - top_p, shape (B, 1).
+        floor: How many are kept whatever top-p says, shape (B, 1).
+
+    Returns:
+        Which are kept, bool; the probability of each and all after it; shape (B, K) each.
+    """
+    tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    is_kept = (tail > removed_mass) | (torch.arange(values.shape[1], device=values.device) < floor)
+    return is_kept & values.isfinite(), tail
 
 
 def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,32 +136,34 @@ def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple
     """
     vocab_size = scores.shape[-1]
     num_kept = [min(count, vocab_size) for count in num_kept]
-    width = min(max(num_kept) + 8, vocab_size)  # a few more than asked, to see ties across the boundary
+    width = min(max(num_kept) + SPARE_COLUMNS, vocab_size)
     while True:
         values, token_ids, log_probs = _highest(scores, raw, width)
-        last_kept = values.gather(1, torch.tensor(num_kept)[:, None] - 1)
+        counts = torch.tensor(num_kept)[:, None]
+        last_kept = values.gather(1, counts - 1)
         sees_all_ties = (values[:, -1:] < last_kept) | ~last_kept.isfinite()  # -inf: fewer tokens are allowed
         if width == vocab_size or bool(sees_all_ties.all()):
-            return values.masked_fill(values < last_kept, -torch.inf), token_ids, log_probs
+            return keep_top_k(values, counts), token_ids, log_probs
         width = min(2 * width, vocab_size)
 
 
-def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float]) -> Tensor:
+def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float], floor: Tensor) -> Tensor:
     """Which of the kept candidates top-p keeps too, (B, K) bool.
 
     Args:
         values: Scores after top-k, highest first, -inf where not kept, (B, K).
         scores: Scores of the whole vocabulary, (B, V), for rows that are too close to call.
         top_p: Length B.
+        floor: How many are kept whatever top-p says, (B, 1).
     """
-    tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # (B, K): probability of this candidate and all after it
     shares = torch.tensor(top_p, dtype=torch.float64)[:, None]  # in float32 a share just below 1 would be 1
     removed_mass = (1.0 - shares).float()
-    live = (tail > removed_mass) & values.isfinite()
+    live, tail = keep_top_p(values, removed_mass, floor)
     too_close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)  # never where logits are NaN
     for row in too_close.any(-1).nonzero()[:, 0].tolist():
-        last_kept = float(values[row][values[row].isfinite()][-1])
-        live[row] = torch.arange(values.shape[1]) < _top_p_count(scores[row], last_kept, top_p[row])
+        is_kept = values[row].isfinite()
+        count = _top_p_count(scores[row], float(values[row][is_kept][-1]), top_p[row])
+        live[row] = (torch.arange(values.shape[1]) < max(count, int(floor[row]))) & is_kept
     return live
 
 

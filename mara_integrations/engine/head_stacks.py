@@ -138,7 +138,7 @@ def _by_shape(parts: Sequence[Mapping[HeadT, float]]) -> Iterator[tuple[tuple[An
     asked: dict[tuple[Any, ...], dict[HeadT, list[int]]] = {}
     for index, own in enumerate(parts):
         for part in own:
-            asked.setdefault(_shape(part), {}).setdefault(part, []).append(index)
+            asked.setdefault(stack_shape(part), {}).setdefault(part, []).append(index)
     yield from asked.items()
 
 
@@ -189,17 +189,18 @@ class _Stack:
         """
         slots = [self._slots[head] for head in heads]
         x, places = self._spread(slots, states)
-        x = self._linear("linear2", self._linear("linear1", self._norm(x)).relu())
+        x = stacked_state_features(self._weights, x)
         of_states = x.flatten(0, 1)[places].repeat_interleave(torch.cat(list(counts)), 0)  # (N, r)
         x, places = self._spread(slots, embeddings)
-        x = self._linear("candidate_linear", layer_norm(x, x.shape[-1:])).relu()
+        x = _linear(self._weights, "candidate_linear", layer_norm(x, x.shape[-1:])).relu()
         return (of_states * x.flatten(0, 1)[places]).sum(-1).float()
 
     def _afterstate(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
         """`AfterstateHead.forward` of the heads in these slots for their rows, (N_i, d) each: (sum N_i, out)."""
         x, places = self._spread(slots, states)
-        x = self._linear("linear2", self._linear("linear1", self._norm(x)).relu()).relu()
-        return self._linear("output_linear", x).flatten(0, 1)[places]
+        x = _linear(self._weights, "linear1", _norm(self._weights, x)).relu()
+        x = _linear(self._weights, "linear2", x).relu()
+        return _linear(self._weights, "output_linear", x).flatten(0, 1)[places]
 
     def _spread(self, slots: Sequence[int], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Rows of each slot, padded to the longest: (S, W, d), and the place of each row among S * W, (N,)."""
@@ -210,16 +211,6 @@ class _Stack:
         x = weight.new_zeros(num_slots * widest, width)
         x[places] = torch.cat(list(rows)).to(x.dtype)
         return x.view(num_slots, widest, width), places
-
-    def _norm(self, x: Tensor) -> Tensor:
-        """`MARAHead.ln` of every slot, (S, W, d)."""
-        weight, bias = self._weights["ln.weight"], self._weights["ln.bias"]
-        return layer_norm(x, x.shape[-1:]) * weight[:, None] + bias[:, None]
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        """A linear layer of every slot, (S, W, in) to (S, W, out)."""
-        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     def place(self, heads: Sequence[MARAHead]) -> None:
         """Give each head a slot, with its weights as they are now."""
@@ -248,7 +239,27 @@ class _Stack:
         self._versions = {head: _version(head) for head in heads}
 
 
-def _shape(head: MARAHead) -> tuple[Any, ...]:
+def stacked_state_features(weights: Mapping[str, Tensor], states: Tensor) -> Tensor:
+    """`QHead.state_features` of stacked heads: states (S, W, d) to (S, W, r).
+
+    Args:
+        weights: Weights of S heads by name, (S, ...) each.
+        states: Hidden states of each head's positions, padded to the most of any head.
+    """
+    return _linear(weights, "linear2", _linear(weights, "linear1", _norm(weights, states)).relu())
+
+
+def _norm(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """`MARAHead.ln` of every slot, (S, W, d)."""
+    return layer_norm(x, x.shape[-1:]) * weights["ln.weight"][:, None] + weights["ln.bias"][:, None]
+
+
+def _linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """A linear layer of every slot, (S, W, in) to (S, W, out)."""
+    return torch.baddbmm(weights[f"{name}.bias"][:, None], x, weights[f"{name}.weight"].transpose(1, 2))
+
+
+def stack_shape(head: MARAHead) -> tuple[Any, ...]:
     """Heads that agree in it can be stacked."""
     weight = head.get_parameter("ln.weight")
     return head.config.form, head.config.hidden_size, head.config.inner_sizes, weight.dtype, weight.device

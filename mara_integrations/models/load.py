@@ -73,9 +73,10 @@ class ModelSpec:
         if not isinstance(self.model, str | os.PathLike | tuple | list | LoadedModel):
             raise ConfigError(f"model={self.model!r} is not a base model", hint="a name, a path, or (model, tokenizer)")
         if self.engine not in get_args(EngineName):
-            raise ConfigError(
-                f"engine={self.engine!r} is not allowed", hint=f"allowed: {', '.join(map(repr, get_args(EngineName)))}"
-            )
+            known = f"allowed: {', '.join(map(repr, get_args(EngineName)))}"
+            vllm = "vLLM is a server: run `MARA_HEADS=FOLDER vllm serve MODEL`, and talk to it by an OpenAI client"
+            is_vllm = str(self.engine).lower() == "vllm"
+            raise ConfigError(f"engine={self.engine!r} is not allowed", hint=vllm if is_vllm else known)
         if self.engine == "llama.cpp":
             check_for_llama_cpp(self.model, self.dtype, self.quantization, self.revision, self.model_kwargs)
 

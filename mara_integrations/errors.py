@@ -70,6 +70,10 @@ class EngineClosedError(MaraError, RuntimeError):
     """A request came after the engine was closed, or its worker has died."""
 
 
+class ServerError(MaraError, ConnectionError):
+    """A server can't be reached, refuses to answer, or fails while it answers."""
+
+
 class CutReplyError(MaraError, ValueError):
     """A reply that had to be whole, as an object of a schema has, was cut by `max_tokens`."""
 

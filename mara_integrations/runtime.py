@@ -6,13 +6,14 @@ Knows no framework.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
 from typing_extensions import Self, Unpack
 
+from mara_integrations.engine.answers import answer_report, log_prob_report
 from mara_integrations.engine.build_request import build_request, check_not_empty, prepared
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
@@ -243,11 +244,12 @@ class MARAEngine:
 
         Nothing is decoded when a prompt is refused, and nothing is left running when a reply fails; see `generate`.
         """
-        requests = [self.request(prompt, **settings) for prompt in prompts]
+        prepared = [self._prepared(prompt, settings) for prompt in prompts]
         tickets: list[ThreadTicket] = []
         try:
-            for request in requests:
-                tickets.append(self._leased().submit(request, ThreadTicket()))
+            for submit in prepared:
+                submit(ticket := ThreadTicket())
+                tickets.append(ticket)
             return [_last(ticket) for ticket in tickets]
         finally:
             for ticket in tickets:
@@ -276,6 +278,27 @@ class MARAEngine:
                 yield update
         finally:
             ticket.cancel()
+
+    def report(
+        self, generation: Generation, *, has_trace: bool = True, top_logprobs: int | None = None
+    ) -> dict[str, Any]:
+        """Return what a finished reply says about itself, as plain JSON; see `answer_report`.
+
+        Args:
+            generation: The reply.
+            has_trace: Whether the report has the trace, where the reply has one.
+            top_logprobs: Alternatives that it tells at each token; None reports no log-probabilities. The request needs
+                `log_prob_settings`.
+        """
+        shown = generation if has_trace else replace(generation, trace=None)
+        report = answer_report(shown, self.model)
+        if top_logprobs is not None:
+            report["logprobs"] = log_prob_report(generation, self.model, top_logprobs)
+        return report
+
+    def log_prob_settings(self, top_logprobs: int) -> dict[str, Any]:
+        """Return the settings of a request whose report tells log-probabilities; see `report`."""
+        return {"trace": True}  # they are read from it
 
     def verify(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Verification:
         """Decode a prompt with both the engine and the slow reference; stop strings are ignored.
@@ -335,10 +358,15 @@ class MARAEngine:
         return build_request(self.model, prompt, resolved)
 
     def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
+        self._prepared(prompt, settings)(ticket)
+        return ticket
+
+    def _prepared(self, prompt: Prompt | Request, settings: RequestSettings) -> Callable[[Ticket], object]:
+        """Check all of a request, and return what submits it."""
         if isinstance(prompt, Request) and settings:
             raise ConfigError("a request that is made already takes no settings", hint="give them to `request`")
         request = prompt if isinstance(prompt, Request) else self.request(prompt, **settings)
-        return self._leased().submit(request, ticket)
+        return lambda ticket: self._leased().submit(request, ticket)
 
     def _place(self, source: HeadSource | None) -> Head | None:
         weights = head_weights(source)

@@ -73,7 +73,7 @@ def generate(
 
     engine, said = engine_for(asking, trace=trace), _read(prompt, raw)
     if as_json or trace:
-        from mara_integrations.frameworks.answers import answer_report
+        from mara_integrations.engine.answers import answer_report
 
         generation = engine.generate(said, raw=raw)
         answer = answer_report(generation, engine.model)

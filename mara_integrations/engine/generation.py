@@ -84,10 +84,15 @@ class Generation:
     calls: tuple[Call, ...] = ()
     raw_text: str = ""
 
+    @property
+    def completion_tokens(self) -> int:
+        """Length of the reply, its end-of-sequence token included."""
+        return len(self.token_ids)
+
     def _repr_html_(self) -> str:
         """Return what a notebook shows: thoughts to unfold, the text, and a line of counts."""
         stats = self.stats
-        counts = f"{len(self.token_ids)} tokens · finish_reason {self.finish_reason} · {stats.accepted} accepted"
+        counts = f"{self.completion_tokens} tokens · finish_reason {self.finish_reason} · {stats.accepted} accepted"
         counts += f" · {stats.rejected} candidates rejected" if stats.rejected else ""
         thoughts = f"<details><summary>thoughts</summary>{escape(self.thoughts)}</details>" if self.thoughts else ""
         return (

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -54,6 +54,11 @@ class Update:
         return "".join(piece.thoughts for piece in self.pieces)
 
     @property
+    def has_news(self) -> bool:
+        """Whether there is anything to read; a token may be held back while it may become a stop string."""
+        return bool(self.raw_text or self.pieces) or self.generation is not None
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the reply ended; None while it goes on."""
         return None if self.generation is None else self.generation.finish_reason
@@ -67,6 +72,13 @@ class Mailbox(ABC):
 
     def __init__(self) -> None:
         self.is_cancelled = False
+        self.on_cancel: Callable[[], object] | None = None  # for who can't look at the mailbox while it works
+
+    def cancel(self) -> None:
+        """Say that nobody waits any more; may be called in any thread, and more than once."""
+        self.is_cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     @abstractmethod
     def deliver(self, news: News) -> None:
@@ -89,7 +101,7 @@ class Ticket(ABC):
 
     def cancel(self) -> None:
         """Stop the generation at its next token; no more updates come."""
-        self.mailbox.is_cancelled = True
+        self.mailbox.cancel()
 
     def __del__(self) -> None:  # the worker holds the mailbox only, so this runs when the caller has gone
         self.cancel()

@@ -309,7 +309,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
             video_inputs=False,
         )
         if self._engine is not None and self._engine.is_loaded:
-            profile["max_input_tokens"] = self._engine.model.context_window
+            profile["max_input_tokens"] = self._engine.outline.context_window
         return profile
 
     def load(self) -> Self:

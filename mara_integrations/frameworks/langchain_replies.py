@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from langchain_core.messages import (
@@ -18,7 +17,6 @@ from langchain_core.utils.json import parse_partial_json
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import ConfigError
-from mara_integrations.frameworks.answers import answer_report, log_prob_report
 from mara_integrations.replies.calls import Call, Piece
 from mara_integrations.runtime import MARAEngine
 
@@ -32,7 +30,7 @@ class LangChainReply:
         self._top_logprobs = top_logprobs
         self._has_trace = engine.given(**settings).get("trace", False)
         if top_logprobs is not None:
-            settings["trace"] = True  # the log-probabilities are read from it
+            settings.update(engine.log_prob_settings(top_logprobs))
 
     def result(self, generation: Generation) -> ChatResult:
         """Return the whole reply."""
@@ -76,11 +74,7 @@ class LangChainReply:
         yield ChatGenerationChunk(message=message, generation_info={"finish_reason": update.generation.finish_reason})
 
     def _report(self, generation: Generation) -> dict[str, Any]:
-        shown = generation if self._has_trace else replace(generation, trace=None)
-        report = answer_report(shown, self._engine.model)
-        if self._top_logprobs is not None:
-            report["logprobs"] = log_prob_report(generation, self._engine.model, self._top_logprobs)
-        return report
+        return self._engine.report(generation, has_trace=self._has_trace, top_logprobs=self._top_logprobs)
 
 
 def _chunk(piece: Piece) -> AIMessageChunk:
@@ -138,5 +132,5 @@ def _spoiled(arguments: str) -> str:
 
 
 def _usage(generation: Generation) -> UsageMetadata:
-    sizes = generation.prompt_tokens, len(generation.token_ids)
+    sizes = generation.prompt_tokens, generation.completion_tokens
     return UsageMetadata(input_tokens=sizes[0], output_tokens=sizes[1], total_tokens=sum(sizes))

@@ -33,7 +33,6 @@ from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.streams import AsyncStream
 from mara_integrations.engine.tickets import Update
 from mara_integrations.errors import CutReplyError
-from mara_integrations.frameworks.answers import answer_report
 from mara_integrations.frameworks.llama_index_messages import as_conversation, count_with, read_arguments
 from mara_integrations.frameworks.settings import EngineSettings
 from mara_integrations.messages import Message, Prompt
@@ -252,7 +251,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
         answer = answers()
         with closing(self.engine.stream(prompt, **settings)) as updates:
             for update in updates:
-                if update.raw_text or update.generation is not None:
+                if update.has_news:
                     yield answer(update)
 
     def _astream(self, prompt: Prompt, call: dict[str, Any], answers: Answers[Answer]) -> AsyncStream[Answer]:
@@ -263,7 +262,7 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
             answer = answers()
             async with aclosing(updates):
                 async for update in updates:
-                    if update.raw_text or update.generation is not None:
+                    if update.has_news:
                         yield answer(update)
 
         return AsyncStream(written(), updates.cancel)
@@ -314,10 +313,10 @@ class GatedLLM(EngineSettings, FunctionCallingLLM):
             return {}
         usage = {
             "prompt_tokens": generation.prompt_tokens,
-            "completion_tokens": len(generation.token_ids),
-            "total_tokens": generation.prompt_tokens + len(generation.token_ids),
+            "completion_tokens": generation.completion_tokens,
+            "total_tokens": generation.prompt_tokens + generation.completion_tokens,
         }
-        return {"raw": {**answer_report(generation, self.engine.model), "usage": usage}}
+        return {"raw": {**self.engine.report(generation), "usage": usage}}
 
 
 def _closing(

@@ -34,7 +34,9 @@ class TokenCount:
 
 
 def count_with(tokenizer: Any) -> None:
-    """Make this the tokenizer of LlamaIndex, unless the user has chosen one."""
+    """Make this the tokenizer of LlamaIndex, unless the user has chosen one; None is a server's, out of reach."""
+    if tokenizer is None:
+        return
     current = llama_index.core.global_tokenizer
     is_default = isinstance(current, partial) and current.keywords == {"allowed_special": "all"}  # `get_tokenizer` sets
     if isinstance(current, TokenCount):

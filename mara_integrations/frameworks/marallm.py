@@ -20,7 +20,7 @@ from pydantic import Field, PrivateAttr
 
 from mara_integrations.frameworks.langchain import ChatMARA
 from mara_integrations.frameworks.llama_index import GatedLLM
-from mara_integrations.frameworks.settings import EngineSettings
+from mara_integrations.frameworks.settings import OF_SERVERS, EngineSettings
 
 # Fields of the LangChain half beside those of `EngineSettings`.
 _OF_LANGCHAIN = ("name", "cache", "callbacks", "streaming")
@@ -75,8 +75,8 @@ class MARALLM(GatedLLM, Runnable[LanguageModelInput, AIMessage]):
         given = [name for name in _OF_LANGCHAIN if name in self.model_fields_set]  # LangChain looks at what was set
         values = {name: getattr(self, name) for name in (*EngineSettings.model_fields, *given)}
         if self._chat is None or any(getattr(self._chat, name) is not value for name, value in values.items()):
-            chat = ChatMARA(**values)
-            for name, value in values.items():  # the objects themselves, where validation made copies
+            chat = ChatMARA(**{name: value for name, value in values.items() if name not in OF_SERVERS})
+            for name, value in values.items():  # the objects themselves, and what warns where there is no server
                 chat.__dict__[name] = value
             self._chat = chat
         if self._chat._engine is not self.engine:

@@ -6,9 +6,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from typing_extensions import Self
 
 from mara_integrations.engine.limits import EngineLimits
@@ -17,6 +17,8 @@ from mara_integrations.errors import ConfigError, MaraError
 from mara_integrations.heads.source import head_fingerprint, head_name, head_weights
 from mara_integrations.models.load import LoadedModel, ModelSpec
 from mara_integrations.models.options import EngineName, Quantization
+from mara_integrations.remote.connection import Address
+from mara_integrations.remote.engine import ServerEngine
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import Fallback, Selection, describe
@@ -25,9 +27,11 @@ _SPEC = ("device", "dtype", "revision", "model_kwargs", "quantization")
 _GATE = ("strength", "selection", "fallback", "trace")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_candidates", "max_tokens", "stop", "never", "seed")
 _REQUEST = ("head", "system_prompt", *_GATE, *_SAMPLING)
+_TOLD = ("device", "dtype", "revision", "quantization", "engine_name", "base_url", *_REQUEST)
 
-# Code written for hosted models passes these to every model; a local one has nothing to do with them.
-_OF_HOSTED_MODELS = ("api_key", "base_url", "max_retries", "streaming", "timeout")
+# Code written for hosted models passes these to every model; one in this process has nothing to do with them.
+OF_SERVERS = ("api_key", "max_retries", "timeout")
+_OF_HOSTED_MODELS = (*OF_SERVERS, "streaming")
 
 # Fields that say what `SamplingParams` and `GateParams` say take their help from there.
 _AS_TRAINED = "None is what the head was trained with, "
@@ -37,12 +41,13 @@ _MAX_TOKENS = (
 
 
 class EngineSettings(BaseModel):
-    """Keyword arguments of a gated local model, and what follows from them.
+    """Keyword arguments of a gated model, and what follows from them.
 
     ```python
     llm = MARALLM("smollm2", head="heads/brand-voice", temperature=0.7, max_tokens=100)
     llm = MARALLM(head="org/brand-voice")  # the model that the head was trained on
     llm = MARALLM((model, tokenizer), head={"heads/voice": 1.0, "heads/safety": 0.5})
+    llm = MARALLM("smollm2", head="brand", base_url="http://127.0.0.1:8000")  # the model and the head of a server
     ```
 
     What a call says goes before these settings, and these before what the head was trained with; see
@@ -84,11 +89,21 @@ class EngineSettings(BaseModel):
     `n_threads`."""
     quantization: Quantization | None = None
     """Format of the weights of linear layers; `int8` is for the CPU: a quarter of the memory, and faster."""
-    engine_name: EngineName = "auto"
-    """What runs the model, given as `engine=`: `transformers`, or `llama.cpp` for `.gguf` files in their own
-    quantisation. `auto` is transformers."""
+    engine_name: EngineName | Literal["server"] = "auto"
+    """What runs the model, given as `engine=`: `transformers`, `llama.cpp` for `.gguf` files in their own quantisation,
+    or `server`. `auto` is transformers, with a `base_url` the server."""
     limits: EngineLimits | None = None
     """How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields."""
+
+    base_url: str | None = None
+    """Address of a server that runs the model, as `http://127.0.0.1:8000`: `mara-tools serve`, or `vllm serve` with our
+    plug-in. The model and the head are then names that it knows. `engine="server"` alone takes `OPENAI_BASE_URL`."""
+    api_key: SecretStr | None = Field(None, exclude=True)
+    """The server's key. None is `MARA_API_KEY`, else `OPENAI_API_KEY`."""
+    timeout: float | None = Field(None, gt=0)
+    """Seconds to wait for the server, and between two parts of its answer. Default: 600."""
+    max_retries: int | None = Field(None, ge=0)
+    """How often a server that is overloaded or can't be reached is asked again. Default: 2."""
 
     _engine: MARAEngine | None = PrivateAttr(default=None)
 
@@ -101,7 +116,13 @@ class EngineSettings(BaseModel):
         """
         settings = _in_our_words(settings)
         known = type(self).model_fields
-        ignored = [name for name in _OF_HOSTED_MODELS if name in settings and name not in known]
+        is_local = settings.get("base_url") is None and settings.get("engine_name") != "server"
+        ignored = [
+            name
+            for name in sorted(_OF_HOSTED_MODELS)
+            if (is_local and name in OF_SERVERS and settings.get(name) is not None)
+            or (name in settings and name not in known)
+        ]
         for name in sorted(settings.keys() - known.keys() - {*ignored}):
             raise unknown_setting(name, settings[name], [*known], f" of {type(self).__name__}")
         if ignored:
@@ -154,6 +175,10 @@ class EngineSettings(BaseModel):
         return self._engine
 
     def _names_another_model(self, engine: MARAEngine) -> bool:
+        address = self._address()
+        if address is not None or isinstance(engine, ServerEngine):
+            is_same = isinstance(engine, ServerEngine) and engine.address == address
+            return not is_same or engine.model_source != self.model
         if self.model is None:
             return engine.model_source is not None or engine.head_source != self.head
         spec = self._spec()
@@ -164,7 +189,34 @@ class EngineSettings(BaseModel):
         )
 
     def _new_engine(self) -> MARAEngine:
+        if (address := self._address()) is not None:
+            return ServerEngine(address, self.model, **self._defaults())
         return MARAEngine(self.model, **self._spec(), limits=self.limits, **self._defaults())
+
+    def _address(self) -> Address | None:
+        """Return the address of the server that runs the model; None where it runs in this process.
+
+        Raises:
+            ConfigError: If the address is missing or none, or a field says how the model is loaded.
+        """
+        if self.base_url is None and self.engine_name != "server":
+            return None
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL")
+        if url is None:
+            raise ConfigError("engine='server', but no address is given", hint="base_url='http://127.0.0.1:8000'")
+        if self.engine_name not in ("auto", "server"):
+            raise ConfigError(
+                f"engine={self.engine_name!r} runs the model in this process, and base_url={url!r} names a server",
+                hint="leave one of them out",
+            )
+        for name in (*_SPEC, "limits"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name}={value!r} says how a model is loaded, and {url} has loaded it",
+                    hint=f"leave {name} out, or give it to `mara-tools serve`",
+                )
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        return Address.of(url, key, self.timeout, self.max_retries)
 
     def _spec(self) -> dict[str, Any]:
         """Return the settings that say how the model is loaded, under the engine's names."""
@@ -228,8 +280,8 @@ class EngineSettings(BaseModel):
         return self.model is None or isinstance(self.model, str | os.PathLike)
 
     def _described(self) -> dict[str, Any]:
-        """Return the settings as plain values, for traces and logs, but `model_kwargs`: it may hold a token."""
-        values = {name: getattr(self, name) for name in (*_SPEC, "engine_name", *_REQUEST) if name != "model_kwargs"}
+        """Return the settings as plain values, for traces and logs, but for those that may hold a secret."""
+        values = {name: getattr(self, name) for name in _TOLD}
         values.update(head=head_name(self.head), device=str(self.device), dtype=str(self.dtype))
         return {"model": None if self.model is None else self.model_name, **values}
 
@@ -241,7 +293,8 @@ class EngineSettings(BaseModel):
         ):  # objects of one name may have different weights
             values["model"] = f"{self.model_name}@{id(self.model):x}"
         values["model_kwargs"] = sha256(repr(self.model_kwargs).encode()).hexdigest()
-        return str(sorted({**values, "head": head_fingerprint(values["head"])}.items()))
+        identify = head_fingerprint if self._address() is None else head_name  # of a server, the names are all we know
+        return str(sorted({**values, "head": identify(values["head"])}.items()))
 
     def __repr_args__(self) -> list[tuple[str, Any]]:
         return [(name, value) for name, value in self._described().items() if value is not None]

@@ -9,9 +9,9 @@ from itertools import accumulate
 from typing import Any
 from uuid import uuid4
 
+from mara_integrations.engine.answers import log_prob_report
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.tickets import Update
-from mara_integrations.frameworks.answers import log_prob_report
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.calls import Call
 from mara_integrations.server.objects import (
@@ -81,7 +81,8 @@ class ChatAnswer:
             yield last
             if self._call.has_usage:
                 counts = self._chunk({})
-                yield {**counts, "choices": [], "usage": usage([update.generation])}
+                counted = usage([update.generation])
+                yield {**counts, "choices": [], "usage": counted, "gate": asdict(update.generation.stats)}
 
     def _chunk(self, delta: ReplyMessage, reason: FinishReason | None = None) -> ChatCompletionChunk:
         return {
@@ -123,7 +124,8 @@ class CompletionAnswer:
         if update.generation is not None:
             yield self._object([self._last(0, update.raw_text, update.generation)])
             if self._call.has_usage:
-                yield {**self._object([]), "usage": usage([update.generation])}
+                counts = {"usage": usage([update.generation]), "gate": asdict(update.generation.stats)}
+                yield {**self._object([]), **counts}  # type: ignore[typeddict-item]  # as above
         elif update.raw_text:
             yield self._object([{"index": 0, "text": update.raw_text, "finish_reason": None, "logprobs": None}])
 

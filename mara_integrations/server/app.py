@@ -136,14 +136,20 @@ class _Routes:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base model, and it with each head."""
-        return JSONResponse({"object": "list", "data": [_model_object(name) for name in self._names.all]})
+        return JSONResponse({"object": "list", "data": [self._model_object(name) for name in self._names.all]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
         name = request.path_params["model"]
         if name not in self._names.all:
             raise unknown_model(name, self._names)
-        return JSONResponse(_model_object(name))
+        return JSONResponse(self._model_object(name))
+
+    def _model_object(self, name: str) -> ModelObject:
+        said: ModelObject = {"id": name, "object": "model", "created": 0, "owned_by": "mara_integrations"}
+        if self._engine.is_loaded:
+            said["max_model_len"] = self._engine.model.context_window
+        return said
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: whether requests can expect an answer; also before the model is loaded."""
@@ -158,10 +164,6 @@ class _Routes:
     async def openapi(self, request: Request) -> Response:
         """`GET /openapi.json`."""
         return JSONResponse(self._openapi)
-
-
-def _model_object(name: str) -> ModelObject:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "mara_integrations"}
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

@@ -82,7 +82,7 @@ class ChatCompletion(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """A part of a streamed answer to a chat."""
+    """A part of a streamed answer to a chat. `gate` comes with the counts of tokens."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -90,6 +90,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage]
+    gate: NotRequired[dict[str, int]]
 
 
 class Completion(TypedDict):
@@ -105,12 +106,16 @@ class Completion(TypedDict):
 
 
 class ModelObject(TypedDict):
-    """A model that requests may name: the base model, or it with a head."""
+    """A model that requests may name: the base model, or it with a head.
+
+    `max_model_len` is its context window in tokens, once it is loaded; vLLM's name for it.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: NotRequired[int]
 
 
 class ModelList(TypedDict):

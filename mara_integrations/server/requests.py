@@ -198,6 +198,11 @@ class _ChatBody(_GenerationBody):
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported; use `tools`.")
+    system_prompt: str | None = Field(
+        None,
+        description="Text put before a conversation without a system message, in place of the server's or the head's; "
+        "an empty text puts none there.",
+    )
     reasoning_effort: Any = Field(None, description="Without effect.")
     verbosity: Any = Field(None, description="Without effect.")
 
@@ -275,6 +280,8 @@ def read_chat(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
     settings = _settings(checked, names)
     if checked.max_completion_tokens is not None:
         settings["max_new_tokens"] = checked.max_completion_tokens
+    if checked.system_prompt is not None:
+        settings["system_prompt"] = checked.system_prompt
     if checked.response_format is not None and checked.response_format.type == "json_schema":
         _require("response_format.json_schema", checked.response_format.json_schema)
     settings["form"] = ReplyForm.of_call({name: body[name] for name in _Form if body.get(name) is not None})

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,18 @@ if sys.version_info < (3, 11):
     tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no tomllib")
 else:
     import tomllib
+from serving import serving
 from typer.testing import CliRunner
 
+from mara_integrations.runtime import MARAEngine
+from mara_integrations.server import create_app
 from mara_integrations.testing import random_head
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(python|console)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
+SERVED = "http://127.0.0.1:8000"
 COMMANDS = [
     line[2:] for language, code in BLOCKS if language == "console" for line in code.splitlines() if line[:2] == "$ "
 ]
@@ -78,6 +83,15 @@ def test_every_extra_has_a_row():
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
 def test_python_blocks_run(code, workplace, capsys):
+    with ExitStack() as opened:
+        if SERVED in code:
+            heads = {"brand": "runs/house-style"}
+            port = opened.enter_context(serving(create_app(MARAEngine("smollm2"), heads, name="smollm2")))
+            code = code.replace(SERVED, f"http://127.0.0.1:{port}")
+        run(code, capsys)
+
+
+def run(code, capsys):
     exec(compile(code, "README.md", "exec"), {})
     assert "def " in code or capsys.readouterr().out.strip(), "an example shows something"
 

@@ -24,20 +24,19 @@ from mara_integrations.fingerprints import fingerprint
 from mara_integrations.messages import PromptEncoder
 from mara_integrations.models import experimental, ranks
 from mara_integrations.models.devices import choose_device, choose_dtype
+from mara_integrations.models.facts import context_window_of, device_of, eos_token_ids_of, vocab_size_of
 from mara_integrations.models.gguf import converted, copy_of, is_gguf_copy
 from mara_integrations.models.int8 import check_int8, quantize
 from mara_integrations.models.llama_cpp.options import check_for_llama_cpp
 from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.models.quiet import quiet
 from mara_integrations.models.resolve import check_reachable, first_line, is_cached, resolve
+from mara_integrations.models.spreading import join_processes, spreads_model
 
 _log = logging.getLogger(__name__)
 
 # settings of from_pretrained that say where and how files are read: configuration and tokenizer need them too
 _SOURCE_KWARGS = ("trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
-# those that spread a model over processes
-_SPREADING = ("tp_plan", "tp_size", "distributed_config")
-_UNBOUNDED_CONTEXT = 32_768  # promised for models without a maximal length (ALiBi, state spaces)
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,10 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     if spec.quantization is not None:
         chosen = choose_device(spec.device)
         check_int8(spec.quantization, chosen, choose_dtype(spec.dtype, chosen), spec.model_kwargs)
-    is_spread = _is_spread(spec.model_kwargs)
-    if is_spread:
-        _join(spec)
-    device = choose_device("auto" if is_spread else spec.device)
+    in_parts = spreads_model(spec.model_kwargs)
+    if in_parts:
+        join_processes(spec.model_kwargs, spec.device)
+    device = choose_device("auto" if in_parts else spec.device)
     dtype = choose_dtype(spec.dtype, device)
     name, source = resolve(os.fspath(spec.model))
     settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
@@ -177,10 +176,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         with _loading:
             found = _loaded.get(key)
             if found is None:
-                if is_spread:
-                    found = _load_parts(name, source, spec, dtype)
-                else:
-                    found = _load(name, source, spec, device, dtype)
+                found = _load_parts(name, source, spec, dtype) if in_parts else _load(name, source, spec, device, dtype)
                 _loaded[key] = found
     return found
 
@@ -240,7 +236,7 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
             hint="a loaded model is given as (model, tokenizer), in this order",
         )
     model, tokenizer = spec.model
-    device = _device_of(model)
+    device = device_of(model)
     if spec.device != "auto" and torch.device(choose_device(spec.device)) != device:
         raise ConfigError(f"device={str(spec.device)!r}, but the loaded model is on {device}", hint="move it yourself")
     if spec.dtype != "auto" and choose_dtype(spec.dtype, device) != model.dtype:
@@ -254,30 +250,6 @@ def _adopt(spec: ModelSpec) -> LoadedModel:
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
             found = _loaded[key] = _described(model.eval(), tokenizer, name, fingerprint(model))
     return found
-
-
-def _join(spec: ModelSpec) -> None:
-    """Meet the processes that will hold the model together; of them, only the first comes back."""
-    named = next(name for name in _SPREADING if spec.model_kwargs.get(name) is not None)
-    if not ranks.has_others():
-        raise ConfigError(
-            f"{named}={spec.model_kwargs[named]!r} spreads a model over processes, and there is one",
-            hint="`torchrun --nproc-per-node 2 -m mara_integrations ...` starts two; one process spreads it over its "
-            "devices by device_map=auto",
-        )
-    accelerator = ranks.accelerator()
-    if accelerator is not None and not experimental.is_enabled("gpu-tensor-parallel"):
-        raise ConfigError(
-            f"{named}={spec.model_kwargs[named]!r} spreads a model over {accelerator} devices; that is experimental, "
-            "since no GPU has run it yet",
-            hint=f"{experimental.VARIABLE}=gpu-tensor-parallel turns it on; device_map=auto makes do with one process",
-        )
-    ranks.join()
-    if spec.device != "auto" and torch.device(spec.device).type != choose_device("auto").type:
-        raise ConfigError(
-            f"device={str(spec.device)!r} is not allowed: each process takes a {choose_device('auto').type} of its own",
-            hint="device='auto'",
-        )
 
 
 def _load_parts(name: str, source: str, spec: ModelSpec, dtype: torch.dtype) -> LoadedModel:
@@ -337,8 +309,8 @@ def _read(
     is_quantised = getattr(config, "quantization_config", None) is not None or "quantization_config" in settings
     if is_quantised and spec.quantization is not None:
         raise ConfigError(f"quantization={spec.quantization!r}, but model {name!r} is quantised already")
-    is_spread = _is_spread(settings)
-    if is_quantised and device.type != "cpu" and not is_spread:
+    in_parts = spreads_model(settings)
+    if is_quantised and device.type != "cpu" and not in_parts:
         settings.setdefault("device_map", {"": device})  # packed weights can't be moved afterwards
     if hasattr(DistributedConfig, "tp_plan"):  # the older way's successor
         parallel = {key: settings.pop(key) for key in ("tp_plan", "tp_size") if key in settings}
@@ -347,14 +319,9 @@ def _read(
     identity = fingerprint(model, is_quantised=is_gguf_copy(source))  # before int8 rounds the weights
     if spec.quantization is not None:
         quantize(model)
-    if "device_map" not in settings and not is_quantised and not is_spread:
+    if "device_map" not in settings and not is_quantised and not in_parts:
         model.to(device)
     return _described(model.eval().requires_grad_(False), tokenizer, name, identity, spec.quantization)
-
-
-def _is_spread(settings: Mapping[str, Any]) -> bool:
-    """Whether these settings of from_pretrained spread a model over processes."""
-    return any(settings.get(name) is not None for name in _SPREADING)
 
 
 def _described(
@@ -368,45 +335,16 @@ def _described(
         tokenizer=tokenizer,
         name=name,
         revision=getattr(model.config, "_commit_hash", None),
-        device=_device_of(model),
+        device=device_of(model),
         dtype=model.dtype,
         quantization=quantization,
         hidden_size=config.hidden_size,
-        vocab_size=_vocab_size(model),
+        vocab_size=vocab_size_of(model),
         context_window=window,
         eos_token_ids=eos_token_ids_of(getattr(model, "generation_config", None), config, tokenizer),
         encoder=PromptEncoder(tokenizer, name=name, vocab_size=embedding.weight.shape[0], max_tokens=window),
         fingerprint=identity,
     )
-
-
-def _vocab_size(model: Any) -> int:
-    """Return the width of the logits."""
-    output = model.get_output_embeddings()  # its weight may be packed, and of another shape
-    return int(output.out_features if hasattr(output, "out_features") else model.get_input_embeddings().weight.shape[0])
-
-
-def _device_of(model: Any) -> torch.device:
-    """Return the device of the first layer; a device map may put other layers elsewhere."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
-
-
-def context_window_of(config: Any, tokenizer: Any) -> int:
-    """Return the most tokens of prompt and reply together."""
-    window = getattr(config, "max_position_embeddings", None)  # n_positions and the like are mapped to it
-    if window is None:
-        window = getattr(tokenizer, "model_max_length", None)
-    return int(window) if window is not None and window < 10**9 else _UNBOUNDED_CONTEXT  # 10**30 stands for "no limit"
-
-
-def eos_token_ids_of(generation: Any, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the end tokens of the first source that names any: where sources differ, `generate` follows the first."""
-    for holder in (generation, config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids) if isinstance(ids, list | tuple) else frozenset([int(ids)])
-    return frozenset()
 
 
 def _load_hint(error: Exception) -> str | None:

@@ -19,9 +19,9 @@ from mara_integrations.training.collect.generated import num_cached, prompts_per
 from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import Run
-from mara_integrations.training.learning.fit import Table, fit, outputs
+from mara_integrations.training.learning.fit import Table, Targets, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
-from mara_integrations.training.methods.q_rewards import QLearner, Targets, fit_targets
+from mara_integrations.training.methods.q_rewards import QLearner, fit_targets
 from mara_integrations.training.methods.reward_model import fit_judge
 from mara_integrations.training.methods.rloo import ResidualLearner
 from mara_integrations.training.methods.rounds import PromptSide

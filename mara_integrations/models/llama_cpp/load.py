@@ -10,11 +10,12 @@ import transformers
 
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.messages import PromptEncoder
+from mara_integrations.models.facts import context_window_of, eos_token_ids_of
 from mara_integrations.models.gguf_outline import GgufOutline, outline_of
 from mara_integrations.models.llama_cpp.library import library
 from mara_integrations.models.llama_cpp.model import LlamaCppModel
 from mara_integrations.models.llama_cpp.options import LlamaCppOptions
-from mara_integrations.models.load import LoadedModel, ModelSpec, context_window_of, eos_token_ids_of
+from mara_integrations.models.load import LoadedModel, ModelSpec
 from mara_integrations.models.resolve import first_line
 
 _log = logging.getLogger(__name__)

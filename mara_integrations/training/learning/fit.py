@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.training.rollouts.positions import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,19 @@ class Table(Rows):
     states: Tensor
     targets: Tensor
     weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Targets(Rows):
+    """Positions, and a target for q of each of their candidates.
+
+    Attributes:
+        positions: P positions.
+        values: Targets, (P, K).
+    """
+
+    positions: Positions
+    values: Tensor
 
 
 def outputs(head: MARAHead, states: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Rows, fit
+from mara_integrations.training.learning.fit import Targets, fit
 from mara_integrations.training.learning.q_objectives import centred, score_loss
 from mara_integrations.training.records.store import as_dict, load_or_compute
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
@@ -70,19 +70,6 @@ class Side:
     def first(self, count: int) -> Side:
         """Return the side with its first replies alone."""
         return Side.of(self.name, self.prompts, self.replies[:count])
-
-
-@dataclass(frozen=True, slots=True)
-class ContrastTargets(Rows):
-    """Positions with what q of each candidate is to be.
-
-    Attributes:
-        positions: P positions.
-        values: Targets, (P, K).
-    """
-
-    positions: Positions
-    values: Tensor
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:
@@ -194,12 +181,12 @@ def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_sid
     values = [contrast_values(run, side, contrast) for side in (train_side, held_out)]
     spread = float(values[0][train_side.positions.live].std()) or 1.0
     train_targets, held_out_targets = (
-        ContrastTargets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
+        Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
         for side, value in zip((train_side, held_out), values, strict=True)
     )
     embeddings = run.backend.output_embeddings
 
-    def loss(head: MARAHead, part: ContrastTargets) -> Tensor:
+    def loss(head: MARAHead, part: Targets) -> Tensor:
         assert isinstance(head, QHead)
         where = part.positions
         return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)

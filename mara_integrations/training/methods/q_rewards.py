@@ -21,7 +21,7 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Epoch, Rows, fit
+from mara_integrations.training.learning.fit import Epoch, Rows, Targets, fit
 from mara_integrations.training.learning.objectives import (
     BETA,
     CLIP,
@@ -64,19 +64,6 @@ class PositionExperience(Experience):
     scored: Positions
     gains: Tensor
     returns: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Targets(Rows):
-    """Positions with what q of each candidate is to be.
-
-    Attributes:
-        positions: P positions.
-        values: Targets, (P, K).
-    """
-
-    positions: Positions
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def two_processes(folder, *arguments):
 
 
 def test_a_model_is_not_spread_over_one_process():
-    with pytest.raises(ConfigError, match=r"tp_plan='auto' spreads a model over processes.*torchrun"):
+    with pytest.raises(ConfigError, match=r"tp_plan='auto' spreads a model over several processes.*torchrun"):
         load_model(ModelSpec("smollm2", model_kwargs={"tp_plan": "auto"}))
 
 

@@ -7,13 +7,12 @@ import warnings
 
 import pytest
 import torch
-from decoding import FAMILIES, mixed_requests, prompt, references
+from decoding import FAMILIES, mixed_requests, prompt, reference, references
 
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ModelError
@@ -154,7 +153,7 @@ def test_a_model_that_was_served_and_verified_has_the_hooks_it_had_and_pickles()
     model, head = tiny_model(), random_head(32)
     model.model.layers[0].register_forward_hook(_users_hook)
     Decoder(make_backend(model)).run([Request(prompt(8), SamplingParams(max_new_tokens=2), head=head)])
-    generate_reference(model, prompt(8), head, SamplingParams(max_new_tokens=2))
+    reference(model, prompt(8), head, SamplingParams(max_new_tokens=2))
     assert [hook for module in model.modules() for hook in module._forward_hooks.values()] == [_users_hook]
     loaded = pickle.loads(pickle.dumps(model))
     assert len(loaded(torch.tensor([prompt(8)]), output_hidden_states=True).hidden_states) == 3

@@ -7,14 +7,13 @@ import threading
 
 import pytest
 import torch
-from decoding import prompt
+from decoding import prompt, reference
 
 from mara_integrations.engine.backends.fused import FusedBackend
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Constraint, Request
 from mara_integrations.engine.tickets import ThreadTicket
 from mara_integrations.engine.worker import Worker
@@ -134,7 +133,7 @@ def run_all(worker, requests):
 def served():
     """A worker, and what the reference says to those who do no harm."""
     model = tiny_model()
-    want = [generate_reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in innocents()]
+    want = [reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in innocents()]
     worker = Worker(Decoder(FusedBackend(model)))
     yield worker, want
     worker.close()
@@ -155,7 +154,7 @@ def test_a_poisoned_request_ends_alone(name, served):
 @pytest.mark.parametrize("kind", [FusedBackend, PackedBackend, SerialBackend])
 def test_a_forward_that_fails_for_one_row_ends_that_row(kind):
     model, good = tiny_model(), innocents()
-    want = [generate_reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in good]
+    want = [reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in good]
 
     class Short(kind):
         def feed(self, segments):
@@ -230,7 +229,7 @@ def test_the_smallest_temperature_allowed_is_decoded():
     model = tiny_model()
     sampling = SamplingParams(max_new_tokens=6, temperature=1e-4, seed=1, top_k=256, top_p=1.0)
     tokens = Decoder(FusedBackend(model)).run([Request(prompt(5), sampling)])[0].token_ids
-    assert tokens == generate_reference(model, prompt(5), None, sampling)
+    assert tokens == reference(model, prompt(5), None, sampling)
 
 
 def test_filters_that_are_switched_off_are_decoded_under_a_head():
@@ -371,7 +370,7 @@ def test_a_prefix_that_can_not_be_copied_is_no_fault():
 
     model = tiny_model()
     sampling = SamplingParams(max_new_tokens=3)
-    assert Decoder(Full(model)).run([Request(prompt(40), sampling)])[0].token_ids == generate_reference(
+    assert Decoder(Full(model)).run([Request(prompt(40), sampling)])[0].token_ids == reference(
         model, prompt(40), None, sampling
     )
 

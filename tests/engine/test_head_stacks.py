@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
+from decoding import reference
 
 from mara_integrations import MARALLM, ChatMARA, MARAEngine
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head_stacks import HeadInput, HeadStacks
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.errors import ConfigError, HeadError
@@ -109,7 +109,7 @@ def test_a_batch_of_different_heads_gives_the_tokens_of_each_alone():
     together = [sequence.token_ids for sequence in decoder.run(requests)]
 
     assert together == [decoder.run([request])[0].token_ids for request in requests]
-    assert together == [generate_reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in requests]
+    assert together == [reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in requests]
 
 
 def test_composed_heads_give_the_reference_tokens_beside_single_ones():
@@ -124,7 +124,7 @@ def test_composed_heads_give_the_reference_tokens_beside_single_ones():
 
     replies = [sequence.token_ids for sequence in Decoder(make_backend(model)).run(requests)]
 
-    assert replies == [generate_reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in requests]
+    assert replies == [reference(model, r.prompt_ids, r.head, r.sampling, r.gate) for r in requests]
     alone = [Request(r.prompt_ids, r.sampling, r.gate, one) for r in requests]
     assert replies != [sequence.token_ids for sequence in Decoder(make_backend(model)).run(alone)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding import prompt
+from decoding import prompt, references
 
 from mara_integrations import MARAEngine
 from mara_integrations.engine.backends.packed import PackedBackend
@@ -12,7 +12,6 @@ from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Constraint, Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.heads.compose import ComposedHead
@@ -32,10 +31,6 @@ def scripted_head(scores):
         head.candidate_linear.weight[:, : len(scores)] = torch.eye(len(scores)) / own
         head.linear2.bias.copy_(torch.tensor(scores))
     return head
-
-
-def reference(model, request):
-    return generate_reference(model, request.prompt_ids, request.head, request.sampling, request.gate)
 
 
 def test_nothing_is_fed_but_what_is_taken():
@@ -100,7 +95,7 @@ def test_drafts_change_no_token_of_a_model(temperature):
 
     done = Decoder(make_backend(model), Scheduler(knee=200)).run([request])[0]
 
-    assert done.token_ids == reference(model, request)
+    assert done.token_ids == references(model, [request])[0]
 
 
 class _Odd(Constraint):
@@ -130,7 +125,7 @@ def test_prefixes_are_shared_and_log_probs_are_those_of_the_base_model():
 
     first, second = (decoder.run([request])[0] for request in requests)
 
-    assert [first.token_ids, second.token_ids] == [reference(model, request) for request in requests]
+    assert [first.token_ids, second.token_ids] == [references(model, [request])[0] for request in requests]
     with torch.no_grad():
         whole = model(torch.tensor([[*requests[0].prompt_ids, *first.token_ids]])).logits[0].log_softmax(-1)
     want = [float(whole[40 + i, token]) for i, token in enumerate(first.token_ids)]
@@ -181,7 +176,7 @@ def test_a_batch_of_different_heads_gives_the_tokens_of_each_alone():
 
     together = [sequence.token_ids for sequence in decoder.run(requests)]
 
-    assert together == [reference(model, request) for request in requests]
+    assert together == [references(model, [request])[0] for request in requests]
 
 
 # --- backends

@@ -214,7 +214,7 @@ def test_a_real_model_fills_nothing_in(head: str | None) -> None:
     needed = whole["raw"].usage_metadata["output_tokens"]
     assert whole["raw"].response_metadata["finish_reason"] == "stop" and whole["parsed"]
 
-    for budget in (needed + 4, needed + 1, needed, needed - 1, needed - 2, needed - 10, needed - 16, needed - 25, 5):
+    for budget in (needed, needed - 1, 5):
         given = {"max_tokens": budget, **with_head}
         model = llm.with_structured_output(schema, method="function_calling", include_raw=True, **given)
         found = model.invoke(ASK)

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from decoding import reference
 from packaging.version import Version
 
 from mara_integrations.engine.backends import select as backends
@@ -15,7 +16,6 @@ from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.backends.windows import has_windows, narrowed
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.errors import ModelError
 from mara_integrations.sampling import SamplingParams
@@ -83,8 +83,8 @@ def assert_decodes(model, backend):
     prompt = torch.randint(1, 256, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     head = random_head(32, "residual", seed=1)
     request = Request(prompt, SamplingParams(max_new_tokens=4, top_k=5), head=head)
-    reference = generate_reference(model, prompt, head, request.sampling)
-    assert Decoder(backend).run([request])[0].token_ids == reference
+    want = reference(model, prompt, head, request.sampling)
+    assert Decoder(backend).run([request])[0].token_ids == want
 
 
 @pytest.mark.parametrize("family", settled(PACKED))

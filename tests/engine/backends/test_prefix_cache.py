@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.engine.request import Request
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model
@@ -50,7 +50,7 @@ def test_a_shared_system_prompt_is_read_once_by_requests_that_come_together():
     backend = Counting(model)
     decoder = Decoder(backend)
     done = decoder.run(requests)
-    assert [s.token_ids for s in done] == [generate_reference(model, r.prompt_ids, head, sampling) for r in requests]
+    assert [s.token_ids for s in done] == [reference(model, r.prompt_ids, head, sampling) for r in requests]
     replies = sum(s.stats.fed for s in done)
     assert backend.fed - replies <= len(SYSTEM) + 5 * len(requests)
 
@@ -63,7 +63,7 @@ def test_the_next_turn_of_a_conversation_continues_the_last():
     first = decoder.run([Request(SYSTEM, sampling, head=random_head(32, "value"))])[0]
     before, second = backend.fed, [*SYSTEM, *first.token_ids, 7, 8, 9]
     reply = decoder.run([Request(second, sampling)])[0]
-    assert reply.token_ids == generate_reference(model, second, None, sampling)
+    assert reply.token_ids == reference(model, second, None, sampling)
     assert backend.fed - before - reply.stats.fed <= 4, "the last token of the first reply, and the new ones"
 
 

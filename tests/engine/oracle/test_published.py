@@ -12,7 +12,7 @@ from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
-PROMPT = "The quick brown fox"
+PROMPT, NUM_TOKENS = "The quick brown fox", 4  # the reference feeds everything anew for each candidate
 
 
 def actor(path, hidden_size, accept_rate, states):
@@ -25,11 +25,11 @@ def actor(path, hidden_size, accept_rate, states):
 def both(model, path, **settings):
     """Tokens of `complete` and of the reference."""
     loaded = load_model(ModelSpec(model))
-    llm = MARALLM(model=model, head=path, max_tokens=6, **settings)
+    llm = MARALLM(model=model, head=path, max_tokens=NUM_TOKENS, **settings)
     got = llm.complete(PROMPT, formatted=True).raw["token_ids"]
     ids = loaded.tokenizer(PROMPT).input_ids
     gate = GateParams(**{name: value for name, value in settings.items() if name in GateParams.model_fields})
-    head, sampling = MARAHead.from_pretrained(path), SamplingParams(max_new_tokens=6)
+    head, sampling = MARAHead.from_pretrained(path), SamplingParams(max_new_tokens=NUM_TOKENS)
     return got, generate_reference(loaded.model, ids, head, sampling, gate, loaded.eos_token_ids)
 
 
@@ -44,7 +44,7 @@ def typical_states(model, tokenizer):
 def test_a_tiny_model_under_a_published_actor(family, accept_rate, tmp_path):
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     path = actor(tmp_path / "actor.pth", 32, accept_rate, typical_states(model, tokenizer))
-    for fallback in ("first", "last", "best"):
+    for fallback in ("first", "last", "best") if accept_rate == 0 else ("best",):  # then alone it is always taken
         got, want = both((model, tokenizer), path, fallback=fallback)
         assert got == want
 

@@ -16,6 +16,8 @@ from mara_integrations.engine.candidates import SPARE_COLUMNS, keep_top_k, keep_
 from mara_integrations.engine.gate import weighted_log_probs
 from mara_integrations.engine.head_stacks import stacked_state_features
 
+_BLOCK = 64  # logits
+
 
 class RowSettings(NamedTuple):
     """Settings of R gated rows, shape (R, 1) each.
@@ -115,7 +117,7 @@ def gate_logits(
 def _gate(logits: Tensor, hidden: Tensor, layout: Layout, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
     """`gate_logits` where every row is gated: (R, V) and (R, d) to (R, V)."""
     settings = layout.settings
-    values, token_ids = logits.topk(min(layout.max_kept + SPARE_COLUMNS, logits.shape[1]))  # (R, K), highest first
+    values, token_ids = _highest(logits, min(layout.max_kept + SPARE_COLUMNS, logits.shape[1]))  # (R, K)
     values = keep_top_k(values / settings.temperature, settings.num_kept)
     live, _ = keep_top_p(values, settings.removed_mass, settings.floor)
     values = values.masked_fill(~live, -torch.inf)
@@ -128,6 +130,22 @@ def _gate(logits: Tensor, hidden: Tensor, layout: Layout, reduce: Callable[[Tens
     gated = (gated + values.logsumexp(-1, keepdim=True)) * settings.temperature
     gated = gated.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a row without a candidate
     return logits.fill_(-torch.inf).scatter_(1, token_ids, gated)
+
+
+def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the highest logits of each row, highest first, and their tokens: (R, V) to (R, count) each.
+
+    They lie in the blocks of the highest maxima; to look there alone takes two thirds of the time of `topk` on a CPU.
+    """
+    num_rows, vocab_size = logits.shape
+    num_blocks = vocab_size // _BLOCK
+    if vocab_size % _BLOCK or num_blocks <= count:
+        values, token_ids = logits.topk(count)
+        return values, token_ids
+    blocks = logits.view(num_rows, num_blocks, _BLOCK).amax(-1).topk(count, sorted=False).indices
+    token_ids = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    values, places = logits.gather(1, token_ids).topk(count)
+    return values, token_ids.gather(1, places)
 
 
 def _add_scores(scores: Tensor, share: Share, hidden: Tensor, token_ids: Tensor) -> None:

@@ -24,11 +24,11 @@ def request(head, strength=1.0, top_k=12, top_p=0.9, min_candidates=1, temperatu
     return GatedRequest(head, strength, top_k, top_p, min_candidates, temperature)
 
 
-def batch(rows, seed=0, spread=3.0):
+def batch(rows, seed=0, spread=3.0, vocab_size=VOCAB):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, VOCAB, generator=generator) * spread
+    logits = torch.randn(rows, vocab_size, generator=generator) * spread
     states = torch.randn(rows, WIDTH, generator=generator)
-    return logits, states, torch.randn(VOCAB, WIDTH, generator=generator)
+    return logits, states, torch.randn(vocab_size, WIDTH, generator=generator)
 
 
 def gate(logits, states, embeddings, requests, tables=None):
@@ -90,6 +90,15 @@ def test_every_row_is_the_distribution_of_its_own_request(seed, picks, top_k, to
             if (filtered(logits[i], own) > 0).sum() != (probs > 0).sum():
                 continue  # the sum of top-p is within rounding of its bound, where either is right
             torch.testing.assert_close(probs, want, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 64 * 12, 64 * 40, 64 * 40 + 1])
+def test_candidates_are_found_in_vocabularies_of_any_size(vocab_size):
+    logits, states, embeddings = batch(5, vocab_size=vocab_size)
+    own = request(heads(1)[0], top_p=0.999)
+    for gated, row, state in zip(gate(logits, states, embeddings, [own] * 5), logits, states, strict=True):
+        want = expected(row, state, embeddings, own)
+        torch.testing.assert_close(gated.softmax(-1), want, rtol=2e-3, atol=1e-5)
 
 
 def test_the_probability_of_all_candidates_together_stays():

@@ -149,6 +149,14 @@ def test_a_grammar_holds_and_the_head_chooses_within_it(llm):
     assert len(set(texts)) > 1
 
 
+def test_what_else_changes_logits_comes_before_the_head(llm):
+    [forced, allowed] = replies(
+        llm, PROMPTS[:2], [params("q0", logit_bias={77: 100.0}), params("q0", allowed_token_ids=[3, 4, 5])]
+    )
+    assert set(forced) == {77}
+    assert set(allowed) <= {3, 4, 5}
+
+
 BAD = [
     ({"mara": {"head": "absent"}}, "no head 'absent' is served .*q0, q1"),
     ({"mara": {"head": "../heads/q0"}}, "no head '../heads/q0' is served"),

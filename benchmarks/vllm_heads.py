@@ -76,7 +76,6 @@ def measure(args: argparse.Namespace, ratios: Ratios) -> None:
             ratios.add(row, "one Q-head / ungated", taken["ungated"] / taken["one Q-head"])
             if count > 1:
                 ratios.add(row, f"{count} Q-heads / one", taken["one Q-head"] / taken[f"{count} Q-heads"])
-            ratios.add(row, "ungated, tokens/s", count * args.tokens / taken["ungated"])
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class ModelSpec:
             raise ConfigError(f"model={self.model!r} is not a base model", hint="a name, a path, or (model, tokenizer)")
         if self.engine not in get_args(EngineName):
             known = f"allowed: {', '.join(map(repr, get_args(EngineName)))}"
-            vllm = "vLLM is a server: run `MARA_HEADS=FOLDER vllm serve MODEL`, and talk to it by an OpenAI client"
+            vllm = "run `MARA_HEADS=FOLDER vllm serve MODEL`, and name its address as base_url= of MARALLM or ChatMARA"
             is_vllm = str(self.engine).lower() == "vllm"
             raise ConfigError(f"engine={self.engine!r} is not allowed", hint=vllm if is_vllm else known)
         if self.engine == "llama.cpp":

@@ -12,6 +12,9 @@ import time
 import pytest
 
 from mara_integrations.engine.oracle.reference import generate_reference
+from mara_integrations.errors import MaraError
+from mara_integrations.remote.connection import Address
+from mara_integrations.remote.engine import ServerEngine
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_tokenizer
 
@@ -113,3 +116,15 @@ def test_chats_and_streams_have_heads_too(client):
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
     assert chat(mara={"head": "q0"}) == chat(vllm_xargs={"mara_head": "q0"}) != chat()
+
+
+def test_our_engine_runs_its_heads_there(client):
+    asked = {"model": "tiny", "prompt": TEXT, "max_tokens": TOKENS, "temperature": 0.0}
+    want = client.completions.create(**asked, extra_body={"mara": {"head": "q0", "strength": 0.7}}).choices[0].text
+    settings = {"max_new_tokens": TOKENS, "strength": 0.7}
+    with ServerEngine(Address.of(str(client.base_url)), "tiny", "q0", **settings) as engine:
+        assert engine.generate(TEXT, raw=True).text == want
+        assert "".join(update.text for update in engine.stream(TEXT, raw=True)) == want
+        assert engine.generate(TEXT, raw=True, head=None).text != want
+        with pytest.raises(MaraError, match="no head 'absent' is served"):
+            engine.generate(TEXT, raw=True, head="absent")

@@ -106,7 +106,10 @@ class VLLMLike:
         unknown = [head for head in ([asked] if isinstance(asked, str) else asked) if head not in HEADS]
         if self.has_plug_in and unknown:
             problem = f"no head {unknown[0]!r} is served (hint: heads are brand, calm)"
-            return JSONResponse({"error": {"message": problem, "type": "BadRequestError", "code": 400}}, 400)
+            error = {"error": {"message": problem, "type": "BadRequestError", "code": 400}}
+            if body.get("stream"):  # vLLM has begun to answer by then
+                return PlainTextResponse(_event(error) + "data: [DONE]\n\n", media_type="text/event-stream")
+            return JSONResponse(error, 400)
         if len(json.dumps(body)) > 20_000:
             problem = "This model's maximum context length is 2048 tokens. However, you requested more."
             return JSONResponse({"error": {"message": problem, "type": "BadRequestError", "code": 400}}, 400)

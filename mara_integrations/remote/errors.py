@@ -55,7 +55,8 @@ def as_our_error(error: Exception, url: str) -> MaraError:
 def _as_told(error: openai.APIError, url: str) -> MaraError:
     """Return what the server itself said, by a status, or within a stream whose status was sent already."""
     body: dict[str, Any] = error.body if isinstance(error.body, dict) else {}
-    status = error.status_code if isinstance(error, openai.APIStatusError) else None
+    told = body.get("code")  # where vLLM says the status of what it refuses within a stream
+    status = error.status_code if isinstance(error, openai.APIStatusError) else told if isinstance(told, int) else None
     message, hint = _parted(str(body.get("message") or error.message))
     if error.code == "context_length_exceeded" or "maximum context length" in message:
         return ContextLengthError(message, hint=hint or "shorten the prompt, or lower max_tokens")

@@ -147,7 +147,7 @@ def test_log_probabilities_are_those_that_came(engine, vllm):
     ("fault", "message"),
     [
         ("dies", r"the connection to .* failed|can't be read"),
-        ("error", "failed while it answered: engine dead"),
+        ("error", "status 500: engine dead"),
         ("ends", "before the reply was finished"),
         ("not json", "can't be read"),
     ],

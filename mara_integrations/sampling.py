@@ -80,7 +80,8 @@ class SamplingParams(Params):
     never: tuple[str, ...] = Field(
         (),
         max_length=MAX_NEVER,
-        description="Word or phrase that the reply never has: exactly, as a whole word, in any case.",
+        description="Word or phrase that the reply never has: exactly, as a whole word, in any case; "
+        "refund* also forbids refunds and all its other endings.",
     )
     seed: int | None = Field(
         None,

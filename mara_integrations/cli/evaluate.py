@@ -69,9 +69,17 @@ def evaluate_head(
     forbid: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WORD",
-            help="Word or phrase that must not appear in replies. May be repeated.",
+            metavar="WHAT",
+            help="What must not appear in replies: a word or phrase, re:PATTERN or rule:NAME. May be repeated.",
             show_default="the head's own",
+            rich_help_panel=_SCORES,
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT",
+            help="What must appear in each reply, in the same notation. May be repeated.",
             rich_help_panel=_SCORES,
         ),
     ] = None,
@@ -128,14 +136,15 @@ def evaluate_head(
       mara-tools eval --head heads/brand --data prefs.jsonl --reward sentiment
     """
     from mara_integrations.data import column_mapping, read_prompts
-    from mara_integrations.rewards import ForbiddenWords, judges_of, parse_reward
+    from mara_integrations.rewards import Required, judges_of, parse_reward, parse_rule
     from mara_integrations.rewards.judges import CallBudget, JudgeSession
 
     prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
     budget = CallBudget(max_judge_calls)
     rewards: list[Reward] = [parse_reward(text)[0] for text in reward or ()]
     if forbid:
-        rewards.append(ForbiddenWords(forbid))
+        rewards.append(parse_rule(forbid))
+    rewards += map(Required, require or ())
 
     from mara_integrations.evaluation import report as reports
     from mara_integrations.evaluation.evaluate import evaluate
@@ -241,8 +250,8 @@ def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
 
 
 def _described(reward: Reward) -> str:
-    from mara_integrations.rewards import ForbiddenWords, FunctionReward, reward_name
+    from mara_integrations.rewards import FunctionReward, reward_name
 
-    if isinstance(reward, ForbiddenWords):
-        return f"forbidden {', '.join(map(repr, reward.words))}"
+    if hasattr(reward, "described"):
+        return f"forbidden {reward.described}"
     return reward.path if isinstance(reward, FunctionReward) else reward_name(reward)

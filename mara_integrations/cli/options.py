@@ -216,7 +216,8 @@ def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 _METAVARS = {
-    "forbid": "WORD",
+    "forbid": "WHAT",
+    "require": "WHAT",
     "principle": "TEXT",
     "against": "TEXT",
     "reward": "REWARD",

@@ -11,7 +11,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mara_integrations.rewards.words import ForbiddenWords, folded_character, has_edges, is_in_word, word_pattern
+from mara_integrations.rewards.words import (
+    ForbiddenWords,
+    folded_character,
+    has_edges,
+    is_in_word,
+    without_asterisks,
+    word_pattern,
+)
 
 _SPACE, _APOSTROPHES = " ", ("'", "\u2019")
 _MAX_KNOWN_STEPS = 100_000
@@ -46,9 +53,9 @@ class WordAutomaton:
     """
 
     def __init__(self, words: ForbiddenWords, stop: Sequence[str] = ()) -> None:
-        self.words = words.folded
+        self.words = tuple(without_asterisks(word)[0] for word in words.folded)
         self._stop = tuple(stop)
-        self._edges = [has_edges(word) for word in self.words]
+        self._edges = [has_edges(word) for word in words.folded]
         self._by_first: dict[str, list[int]] = {}
         for number, word in enumerate(self.words):
             for first in _APOSTROPHES if word[0] == "'" else (word[0],):

@@ -9,7 +9,8 @@ from mara_integrations.rewards.combined import CombinedReward
 from mara_integrations.rewards.fingerprint import reward_fingerprint
 from mara_integrations.rewards.functions import FunctionReward, load_reward
 from mara_integrations.rewards.judges import JudgeReward, judges_of, llm_judge, trial_of
-from mara_integrations.rewards.protocol import Reward, Rule, reward_name, takes_partial_text
+from mara_integrations.rewards.protocol import DescribedRule, Reward, Rule, reward_name, takes_partial_text
+from mara_integrations.rewards.rules import Required, parse_rule
 from mara_integrations.rewards.scoring import Scores, score
 from mara_integrations.rewards.specs import (
     RewardLike,
@@ -24,10 +25,12 @@ from mara_integrations.rewards.words import ForbiddenWords
 
 __all__ = [
     "CombinedReward",
+    "DescribedRule",
     "ForbiddenWords",
     "FunctionReward",
     "JudgeReward",
     "ModelReward",
+    "Required",
     "Reward",
     "RewardLike",
     "Rule",
@@ -38,6 +41,7 @@ __all__ = [
     "load_reward",
     "load_rewards",
     "parse_reward",
+    "parse_rule",
     "reward_fingerprint",
     "reward_from_spec",
     "reward_name",

@@ -27,6 +27,20 @@ class Rule(Protocol):
         """Return the (start, end) character spans that break the rule, sorted; empty for a text that complies."""
 
 
+class DescribedRule(Rule, Protocol):
+    """A rule that is a reward, too: 1.0 for a reply that complies, else 0.0."""
+
+    @property
+    def described(self) -> str:
+        """What is forbidden, as text for a message."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Score a batch; see `Reward`."""
+
+    def spec(self) -> dict[str, Any]:
+        """Return the JSON description of the rule."""
+
+
 def takes_partial_text(reward: Reward) -> bool:
     """Whether a reward can score unfinished replies; False if it does not say."""
     return bool(getattr(reward, "takes_partial_text", False))

@@ -1,18 +1,24 @@
-"""Built-in rewards: length, a pattern, forbidden words, JSON, sentiment, toxicity."""
+"""Built-in rewards: length, patterns, words, rules, reading level, language, IFEval, JSON, sentiment, toxicity."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+from urllib.parse import quote
 
 from mara_integrations.errors import ConfigError, MissingExtraError, RewardError
+from mara_integrations.rewards.finders import FINDERS
+from mara_integrations.rewards.ifeval import follows, share_followed
+from mara_integrations.rewards.language import checked_language, language_probability
+from mara_integrations.rewards.patterns import compiled, is_found
 from mara_integrations.rewards.protocol import Reward, reply_text
+from mara_integrations.rewards.reading import reading_grade
+from mara_integrations.rewards.rules import RULE_PREFIX, Required, TextRule
 from mara_integrations.rewards.words import ForbiddenWords
 
 
@@ -60,14 +66,80 @@ class Regex(_OfText):
 
     def __init__(self, pattern: str) -> None:
         super().__init__("regex", pattern=pattern)
-        try:
-            self._pattern = re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"regex?pattern={pattern} is no regular expression: {error}") from None
+        compiled(pattern)
+        self._pattern = pattern
 
     def judge(self, text: str) -> float:
         """Return whether the pattern is found."""
-        return float(self._pattern.search(text) is not None)
+        return float(is_found(self._pattern, text))
+
+
+class ReadingLevel(_OfText):
+    """Minus the grades by which an English reply is harder to read than wanted; 0 where it is not harder."""
+
+    def __init__(self, grade: str = "8") -> None:
+        super().__init__("reading-level", grade=grade)
+        if not grade.isdecimal() or int(grade) < 1:
+            raise ConfigError(f"reading-level?grade={grade} is not allowed", hint="a grade of a school, at least 1")
+        self._grade = int(grade)
+
+    def judge(self, text: str) -> float:
+        """Return the difference to the Flesch-Kincaid grade."""
+        return min(0.0, self._grade - reading_grade(text))
+
+
+class Language(_OfText):
+    """Probability that a reply is in a language, by py3langid."""
+
+    takes_partial_text = False  # a few letters are of any language
+
+    def __init__(self, code: str) -> None:
+        super().__init__("language", code=code)
+        self._code = checked_language(code)
+
+    def judge(self, text: str) -> float:
+        """Return the probability."""
+        return language_probability(text, self._code)
+
+
+class IFEval(_Named):
+    """Share of IFEval's instructions that a reply follows: one that is named, or those of each row.
+
+    Args:
+        instruction: Name of one instruction; None reads the columns `instruction_id_list` and `kwargs` of the data.
+        arguments: Arguments of that instruction.
+    """
+
+    takes_partial_text = False
+
+    def __init__(self, instruction: str | None = None, **arguments: str) -> None:
+        given = {} if instruction is None else {"instruction": instruction}
+        super().__init__("ifeval", **given, **arguments)
+        if instruction is None and arguments:
+            raise RewardError(f"ifeval?{next(iter(arguments))}: name the instruction, too")
+        if instruction is not None:
+            follows("?", instruction, arguments)
+        self._instruction, self._given = instruction, arguments
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        instruction_id_list: Sequence[Any] | None = None,
+        kwargs: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Return one score a completion; see `Reward`."""
+        texts = [reply_text(completion) for completion in completions]
+        if self._instruction is not None:
+            return [float(follows(text, self._instruction, self._given)) for text in texts]
+        if instruction_id_list is None:
+            raise RewardError(
+                "reward 'ifeval' needs the column instruction_id_list, which the data does not have",
+                hint="or name one instruction: ifeval?instruction=punctuation:no_comma",
+            )
+        arguments = kwargs if kwargs is not None else [None] * len(texts)
+        rows = zip(texts, instruction_id_list, arguments, strict=True)
+        return [share_followed(text, names or (), given) for text, names, given in rows]
 
 
 class Json(_OfText):
@@ -135,10 +207,20 @@ def _forbidden(words: str) -> ForbiddenWords:
     return ForbiddenWords(words.split(","))
 
 
+def _without(name: str, **arguments: str) -> TextRule:
+    query = "&".join(f"{key}={quote(value)}" for key, value in arguments.items())
+    return TextRule(f"{RULE_PREFIX}{name}{'?' if query else ''}{query}")
+
+
 READY: dict[str, Callable[..., Reward]] = {
     "length": Length,
     "regex": Regex,
     "forbidden-words": _forbidden,
+    "required": Required,
+    **{f"no-{name}": partial(_without, name) for name in FINDERS},
+    "reading-level": ReadingLevel,
+    "language": Language,
+    "ifeval": IFEval,
     "json": Json,
     "sentiment": Sentiment,
     "toxicity": Toxicity,

@@ -13,6 +13,7 @@ from mara_integrations.rewards.functions import load_reward
 from mara_integrations.rewards.judges import JudgeReward
 from mara_integrations.rewards.protocol import Reward
 from mara_integrations.rewards.ready import READY, ready_reward
+from mara_integrations.rewards.rules import Required, parse_rule
 from mara_integrations.rewards.words import ForbiddenWords
 
 MODEL_PREFIX = "hf:"
@@ -116,6 +117,10 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
         match spec["kind"]:
             case "forbidden_words":
                 return ForbiddenWords(spec["words"])
+            case "rules":
+                return parse_rule(spec["rules"])
+            case "required":
+                return Required(spec["what"])
             case "function":
                 return load_reward(spec["path"])
             case "ready":
@@ -131,5 +136,5 @@ def reward_from_spec(spec: Mapping[str, Any]) -> Reward:
         raise RewardError(f"reward description {dict(spec)!r} lacks {error}") from None
     raise RewardError(
         f"reward kind {spec['kind']!r} is unknown",
-        hint="kinds are forbidden_words, function, ready, model, llm, combined",
+        hint="kinds are forbidden_words, rules, required, function, ready, model, llm, combined",
     )

@@ -20,6 +20,9 @@ class ForbiddenWords:
     found where "Straße" is forbidden. White space in a phrase matches any run of white space, a straight apostrophe
     also matches a curly one.
 
+    An asterisk at either end stands for any letters and digits, or none: "refund*" also finds "refunds" and
+    "refundable", "*berg" also "Heidelberg".
+
     Args:
         words: The words or phrases, at least one.
 
@@ -48,6 +51,11 @@ class ForbiddenWords:
         shown = [*self.words[:3], *(["…"] if len(self.words) > 3 else [])]
         self.__name__ = f"without {', '.join(shown)}"
         self._patterns = [re.compile(_whole_word(word)) for word in folded]
+
+    @property
+    def described(self) -> str:
+        """The words, in quotation marks."""
+        return ", ".join(map(repr, self.words))
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
         """Return 1.0 for each completion that complies and 0.0 for each other; see `Reward`."""
@@ -97,10 +105,22 @@ def is_in_word(character: str) -> bool:
     return character.isalnum() or "\u0300" <= character <= "\u036f"
 
 
+def without_asterisks(word: str) -> tuple[str, bool, bool]:
+    """Return a folded word without the asterisks that stand for letters, and whether one is before and behind it.
+
+    An asterisk beside anything but a letter or a digit is itself: "**" forbids Markdown's bold.
+    """
+    before = len(word) > 1 and word[0] == "*" and is_in_word(word[1])
+    behind = len(word) > 1 and word[-1] == "*" and is_in_word(word[-2])
+    return word[before : len(word) - behind], before, behind
+
+
 def has_edges(word: str) -> tuple[bool, bool]:
     """Return whether a folded word begins, and ends, only where no letter or digit goes on."""
+    plain, is_open_before, is_open_behind = without_asterisks(word)
     # Not \b: it takes "_" for a letter, and finds no edge beside a word such as "c++".
-    return word[0].isalnum(), unicodedata.category(word[-1])[0] not in "PSC"
+    before, after = plain[0].isalnum(), unicodedata.category(plain[-1])[0] not in "PSC"
+    return before and not is_open_before, after and not is_open_behind
 
 
 def word_pattern(word: str) -> str:
@@ -111,4 +131,5 @@ def word_pattern(word: str) -> str:
 
 def _whole_word(word: str) -> str:
     before, after = has_edges(word)
-    return f"{f'(?<!{_IN_WORD})' if before else ''}{word_pattern(word)}{f'(?!{_IN_WORD})' if after else ''}"
+    pattern = word_pattern(without_asterisks(word)[0])
+    return f"{f'(?<!{_IN_WORD})' if before else ''}{pattern}{f'(?!{_IN_WORD})' if after else ''}"

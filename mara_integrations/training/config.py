@@ -47,13 +47,24 @@ class TrainConfig(Params):
             description="Function that scores replies which the model generates to the prompts: module:function with "
             "TRL's signature, hf:MODEL for a reward model, llm:PROVIDER:MODEL for a chat model that judges by a rubric "
             "(llm:openai:gpt-5-mini?rubric=rubric.md), or a built-in: length, regex, forbidden-words, json, "
-            "sentiment, toxicity. Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be "
-            "repeated; the weighted sum counts."
+            "sentiment, toxicity, language, reading-level, ifeval, or a rule such as no-pii. Arguments follow as in "
+            "length?words=60, a weight as in sentiment=0.5. May be repeated; the weighted sum counts."
         ),
     ] = ()
     forbid: Annotated[
         tuple[str, ...],
-        Field(description="Word or phrase that must not appear in replies. May be repeated."),
+        Field(
+            description="What must not appear in replies: a word or phrase (refund, or refund* with all its endings), "
+            "re:PATTERN, or a ready rule: rule:pii, email, phone, card, iban, url, markdown, emoji, long?words=60 or "
+            "hard-words?syllables=4. May be repeated."
+        ),
+    ] = ()
+    require: Annotated[
+        tuple[str, ...],
+        Field(
+            description="What must appear in each reply, in the same notation. It is learned as a reward, and so is "
+            "--forbid beside it. May be repeated."
+        ),
     ] = ()
     principle: Annotated[
         tuple[str, ...],
@@ -370,8 +381,8 @@ _NOT_DECISIVE = {
 # Groups of settings in the order that `--help` shows them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Options": (
-        "model", "data", "output", "overwrite", "method", "reward", "forbid", "principle", "principle_file", "against",
-        "system_prompt", "seed",
+        "model", "data", "output", "overwrite", "method", "reward", "forbid", "require", "principle", "principle_file",
+        "against", "system_prompt", "seed",
     ),
     "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
     "Rewards": ("normalise_rewards", "reward_timeout_s", "max_judge_calls", "partial_text", "judge"),

@@ -24,11 +24,13 @@ from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
 from mara_integrations.rewards import (
-    ForbiddenWords,
+    DescribedRule,
+    Required,
     Reward,
     combine_rewards,
     judges_of,
     parse_reward,
+    parse_rule,
     reward_fingerprint,
     reward_name,
 )
@@ -70,7 +72,7 @@ class Plan:
         held_out: Rows that it is not fitted on; no prompt is on both sides.
         data_fingerprint: Hash of the rows to fit on, as they were read.
         principle: How replies should be, in words; None without it.
-        rule: The forbidden words; None without them.
+        rule: What is forbidden; None without it, and where it is a reward among others.
         reward: The reward; None without one.
         judges: Rewards that are only reported, by name.
         other_prompts: Prompts to generate replies to, to fit on and held out; None takes those of the data.
@@ -84,7 +86,7 @@ class Plan:
     held_out: Dataset
     data_fingerprint: str
     principle: Principle | None
-    rule: ForbiddenWords | None
+    rule: DescribedRule | None
     reward: Reward | None
     judges: Mapping[str, Reward] = field(default_factory=dict)
     other_prompts: tuple[Dataset, Dataset] | None = None
@@ -135,11 +137,15 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         check_can_push(config.push_to_hub, public=config.public)
     principle = make_principle(config.principle, config.principle_file, config.against)
     data = _read_data(config, inputs, principle)
-    rule = ForbiddenWords(config.forbid) if config.forbid else None
+    rule = parse_rule(config.forbid) if config.forbid else None
+    required: list[tuple[Reward, float]] = [(Required(what), 1.0) for what in config.require]
     weighted = [*map(parse_reward, config.reward), *inputs.rewards]
     if rule is not None and weighted:
         raise ConfigError("give either a reward or forbidden words, not both")
-    if principle is not None and rule is not None:
+    if required and rule is not None:  # what is to appear has no token to blame, so that both are rewards
+        required, rule = [(rule, 1.0), *required], None
+    weighted += required
+    if principle is not None and config.forbid:
         raise ConfigError("give either a principle or forbidden words, not both")
     judged = [each for each, _ in weighted] if principle is not None else []  # the sentence alone is learned from
     weighted = [] if principle is not None else weighted
@@ -244,14 +250,14 @@ def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
     return named
 
 
-def _why(method: str, source: Source, data: Dataset, rule: ForbiddenWords | None, reward: Reward | None) -> str:
+def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None, reward: Reward | None) -> str:
     match source:
         case "principle":
             num_prompts = len({row.prompt for row in data.rows})
             return f"a sentence says how replies to {num_prompts} prompts should be, and the model reads them under it"
         case "rule":
             assert rule is not None
-            return f"forbidden words ({', '.join(map(repr, rule.words))}) can be found token by token"
+            return f"what is forbidden ({rule.described}) can be found token by token"
         case "reward":
             assert reward is not None
             num_prompts = len({row.prompt for row in data.rows})

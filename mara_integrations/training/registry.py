@@ -23,7 +23,7 @@ SOURCES: dict[Source, str] = {
     "pairs": "preference pairs",
     "labels": "labelled replies",
     "reward": "a reward (--reward module:function)",
-    "rule": "forbidden words (--forbid WORD)",
+    "rule": "a rule (--forbid WHAT)",
     "principle": "a sentence (--principle TEXT)",
 }
 

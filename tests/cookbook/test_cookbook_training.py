@@ -26,3 +26,14 @@ def test_a_sentence_becomes_a_head(
     config = MARAHead.from_pretrained(tmp_path / "head").config
     assert (config.principle, config.against) == (recipe["SENTENCE"], recipe["OPPOSITE"])
     assert "Beside the prompt" in capsys.readouterr().out
+
+
+def test_a_rubric_becomes_a_head(folder_model: str, tmp_path: Path) -> None:
+    recipe = runpy.run_path(str(COOKBOOK / "10_a_judge_as_reward.py"))
+    small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 2, "max_replies": 16, "rounds": 0}
+
+    result = recipe["main"](str(tmp_path / "head"), model=folder_model, **small)
+
+    assert list(result["scores"]) == ["judge my-judge", "length"] and 0 < result["calls"] < 60
+    config = MARAHead.from_pretrained(tmp_path / "head").config
+    assert config.rewards[0]["rubric"] == recipe["RUBRIC"].strip()

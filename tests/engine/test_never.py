@@ -39,7 +39,7 @@ PIECES = [
     b"\xa9 ab",
 ]
 SIZE = len(PIECES) + 2
-WORDS = ["ab", "a b", "yss", "é", "b'a", "s", "."]
+WORDS = ["ab", "a b", "yss", "é", "b'a", "s", ".", "ab*", "*b", "*yss*"]
 
 
 def tokenizer_of(pieces: Sequence[bytes]) -> PreTrainedTokenizerFast:

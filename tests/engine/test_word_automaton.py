@@ -8,9 +8,9 @@ from mara_integrations.engine.word_automaton import START, WordAutomaton
 from mara_integrations.rewards.words import ForbiddenWords
 
 # few characters, so that words meet: a letter, its capital, an accent of its own, a sharp s, spaces, edges
-ALPHABET = "abAB s\n_.'’+éßS\u0301"
+ALPHABET = "abAB s\n_.'’+*éßS\u0301"
 texts = st.text(ALPHABET, max_size=12)
-words = st.lists(st.text("abs é'+", min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=4)
+words = st.lists(st.text("abs é'+*", min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=4)
 A_LETTER = "ж"  # of no word
 
 
@@ -55,6 +55,9 @@ def test_what_a_stop_string_leaves_has_no_word(forbidden: list[str], before: str
         ("c++", "C++", True),  # no letter can go on with it
         ("strasse", "Straße!", True),
         ("don't", "don’t ", True),
+        ("refund*", "a refund", True),  # whatever letters go on with it
+        ("refund*", "refun", False),
+        ("*berg", "Heidelberg ", True),
     ],
 )
 def test_whole_words_in_any_case(word: str, text: str, is_complete: bool) -> None:

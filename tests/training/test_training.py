@@ -319,10 +319,10 @@ def test_what_can_not_work_is_refused_before_anything_is_loaded(prompts_file, tm
         (ConfigError, "prompts alone", {"data": prompts_file}),
         (DataError, "labelled bad", {"data": good}),
         (ConfigError, "either a reward or forbidden words", {"data": good, "reward": "a:b", "forbid": ["x"]}),
-        (ConfigError, "'rule' needs forbidden words", {"data": good, "method": "rule"}),
+        (ConfigError, "'rule' needs a rule", {"data": good, "method": "rule"}),
         (
             ConfigError,
-            "'value' needs .*; given are forbidden words",
+            "'value' needs .*; given are a rule",
             {"data": prompts_file, "method": "value", "forbid": ["x"]},
         ),
         (ConfigError, "kl_budget=-1", {"data": good, "kl_budget": -1}),
@@ -335,7 +335,7 @@ def test_what_can_not_work_is_refused_before_anything_is_loaded(prompts_file, tm
 
 
 def test_words_that_never_occur_teach_nothing(folder_model, prompts_file, tmp_path):
-    with pytest.raises(DataError, match=r"none of .* replies has a forbidden word"):
+    with pytest.raises(DataError, match=r"none of .* replies has what is forbidden"):
         train(config(folder_model, prompts_file, tmp_path / "h", forbid=("supercalifragilistic",)))
     assert not (tmp_path / "h" / "head.safetensors").exists()
 

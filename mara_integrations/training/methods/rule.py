@@ -87,8 +87,8 @@ def check_violations(run: Run, rule: Rule, replies: Sequence[Reply]) -> None:
     if not num_violating:
         assert run.plan.rule is not None
         raise DataError(
-            f"none of {len(replies)} replies has a forbidden word ({', '.join(map(repr, run.plan.rule.words))})",
-            hint="use prompts that provoke the words, or data with replies that have them",
+            f"none of {len(replies)} replies has what is forbidden ({run.plan.rule.described})",
+            hint="use prompts that provoke it, or data with replies that have it",
         )
 
 

@@ -17,7 +17,7 @@ from mara_integrations.rewards import Reward, reward_from_spec
 from mara_integrations.training.scoring.reward_files import kept_reward
 
 # Rewards by name that load nothing; `toxicity` fetches a model.
-_HARMLESS = ("length", "regex", "forbidden-words", "json", "sentiment")
+_HARMLESS = ("length", "regex", "forbidden-words", "json", "sentiment", "reading-level", "language", "ifeval")
 _MAX_PATTERN = 1000
 _TRUST_FLAG = "--trust-head-code"
 
@@ -63,6 +63,8 @@ def _needs_trust(spec: Any) -> str | None:
     match kind:
         case "forbidden_words" | "reward_model":
             return None
+        case "rules" | "required":  # patterns have a time limit
+            return None if len(str(spec)) <= 10 * _MAX_PATTERN else "has very long rules"
         case "ready":
             name, arguments = spec.get("name"), spec.get("arguments")
             if name in _HARMLESS and len(str(arguments)) <= _MAX_PATTERN:

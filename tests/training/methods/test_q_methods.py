@@ -17,7 +17,7 @@ from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation, Message
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import Reporter
-from mara_integrations.rewards import ForbiddenWords
+from mara_integrations.rewards import parse_rule
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
@@ -171,8 +171,9 @@ def model():
     return load_model(ModelSpec((tiny_model(), tiny_tokenizer())))
 
 
-def test_every_candidate_is_labelled_by_the_text_it_would_make(model):
-    rule = ForbiddenWords(["a", "b", "c"])
+@pytest.mark.parametrize("forbidden", [["a", "b", "c"], ["re:[a-f]|[k-p]{2}", "a*"], ["rule:long?words=1", "e"]])
+def test_every_candidate_is_labelled_by_the_text_it_would_make(model, forbidden):
+    rule = parse_rule(forbidden)
     head = MARAHead(HeadConfig(form="q", hidden_size=32)).eval()
     prompt = Conversation((Message("user", "hello"),))
     replies = sample_replies(

@@ -20,7 +20,8 @@ def config(folder_model: str, prompts_file: Path, tmp_path: Path) -> Any:
     small = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
 
     def config(**how: Any) -> TrainConfig:
-        return TrainConfig.of(model=folder_model, data=prompts_file, output=tmp_path / "head", **{**small, **how})
+        given = {"model": folder_model, "data": prompts_file, "output": tmp_path / "head"}
+        return TrainConfig.of(**{**given, **small, **how})
 
     return config
 

@@ -58,7 +58,7 @@ PROMPTS = [
 
 
 class ScriptedJudge(BaseChatModel):
-    """Stands in for `ChatOpenAI(model=...)` and the like: it scores short sentences, and dislikes preambles."""
+    """Stands in for `ChatOpenAI(model=...)` and the like: it likes short words and sentences, and no preamble."""
 
     num_calls: int = 0
 
@@ -71,8 +71,10 @@ class ScriptedJudge(BaseChatModel):
         found = re.search(r"<reply>\n(.*)\n</reply>", str(messages[-1].content), re.DOTALL)
         reply = found[1] if found else ""
         per_sentence = len(reply.split()) / max(1, len(re.findall(r"[.!?:\n]+", reply)))
-        score = max(0, min(10, round(14 - per_sentence / 2))) - 3 * bool(re.match(r"(Great|Sure|What a)", reply))
-        return ChatResult(generations=[ChatGeneration(message=AIMessage(f"Sentences matter.\nScore: {max(0, score)}"))])
+        longest = max(map(len, reply.split()), default=0)
+        score = round(11 - per_sentence / 4 - longest / 3 - 3 * bool(re.match(r"(Great|Sure|What a)", reply)))
+        said = f"Short words in short sentences matter.\nScore: {max(0, min(10, score))}"
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(said))])
 
 
 def main(folder: str = "heads/to-the-point", judge: BaseChatModel | None = None, **settings: Any) -> dict[str, Any]:

@@ -80,8 +80,11 @@ class SeveralRules:
         return ", ".join(rule.described for rule in self._rules)
 
     def violations(self, text: str) -> list[tuple[int, int]]:
-        """Return the spans that break any of the rules, sorted."""
-        return sorted({span for rule in self._rules for span in rule.violations(text)})
+        """Return the spans that break any of the rules, sorted; one that breaks two stands twice.
+
+        Else their number could grow without a new violation, where two spans that were the same part.
+        """
+        return sorted(span for rule in self._rules for span in rule.violations(text))
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | None]:
         """Return 1.0 for each completion that complies and 0.0 for each other; see `Reward`."""

@@ -45,6 +45,10 @@ class TestNotation:
         assert rule.described == r"'refund', re:\d{3}, rule:email"
         assert score(rule, [PROMPT] * 2, ["a refund", "fine"]) == [0.0, 1.0] and takes_partial_text(rule)
 
+    def test_more_text_after_a_violation_adds_none(self) -> None:
+        rule = parse_rule(["rule:long?words=1", "e"])
+        assert len(rule.violations("a e")) == len(rule.violations("a e, f")) == 2
+
     def test_words_alone_are_forbidden_words(self) -> None:
         assert isinstance(parse_rule(["a", "b"]), ForbiddenWords)
 

@@ -260,7 +260,7 @@ def test_limits_are_those_of_the_model_and_shared(folder_model):
 
     assert worker_for(engine.model).limits == limits
     assert MARAEngine(folder_model).load().generate("hi", max_new_tokens=2).token_ids  # None takes what there is
-    with pytest.raises(ConfigError, match=r"max_live=3, but model '.*' runs already, with max_live=2"):
+    with pytest.raises(ConfigError, match=r"max_live=3, but model '.*' is running already, with max_live=2"):
         MARAEngine(folder_model, limits=EngineLimits(max_live=3)).load()
 
 

@@ -1,4 +1,4 @@
-"""What one forward feeds and what comes out of it, sequence by sequence; a sequence that fails, fails alone."""
+"""The input and output of one forward, sequence by sequence. A failure ends only the sequence that it is in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BatchEntry:
     """One sequence's part of a forward: the tokens that are due, and drafted tokens fed ahead behind them.
 
     Attributes:
-        sequence: Whose tokens they are.
+        sequence: The sequence that feeds these tokens.
         due: Pending tokens, or candidates of the open position; n of them.
         draft: Drafted tokens, m of them, usually none.
         states: Hidden states of the tokens that are due, (n, d).
@@ -67,7 +67,7 @@ class BatchEntry:
 
     @property
     def needs_head(self) -> bool:
-        """Whether the head has to score something: candidates that are due, or drafted tokens."""
+        """Whether the head has something to score: candidates that are due, or drafted tokens."""
         return self.sequence.feeds_candidates and (self.sequence.position is not None or bool(self.draft))
 
     def head_input(self) -> HeadInput:

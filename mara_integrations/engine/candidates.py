@@ -42,7 +42,7 @@ class Candidates:
 
     Attributes:
         token_ids: Most probable first, ties by token id, shape (B, K).
-        log_probs: Of the whole vocabulary at temperature 1, in nats, shape (B, K).
+        log_probs: Log-probabilities over the whole vocabulary at temperature 1, in nats, shape (B, K).
         hazard_logits: Logit of the base model's hazard, its probability of this candidate given that all before it were
             passed over, from the filtered and renormalised distribution; clamped to +-30, shape (B, K).
         counts: Live candidates of each row, shape (B,); 0 where logits are NaN, infinite, or all -inf.
@@ -57,7 +57,7 @@ class Candidates:
 
     @property
     def live(self) -> Tensor:
-        """Which columns are candidates, (B, K)."""
+        """Which columns hold candidates, (B, K)."""
         return torch.arange(self.token_ids.shape[1]) < self.counts[:, None]
 
     def rankings(self) -> list[Ranking]:
@@ -113,12 +113,12 @@ def keep_top_k(values: Tensor, num_kept: Tensor) -> Tensor:
 
 
 def keep_top_p(values: Tensor, removed_mass: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the scores top-p keeps; waits for no device.
+    """Return which of the scores top-p keeps; waits for no device.
 
     Args:
         values: Scores after top-k, highest first, -inf where not kept, shape (B, K).
         removed_mass: 1 - top_p, shape (B, 1).
-        floor: How many are kept whatever top-p says, shape (B, 1).
+        floor: Number of scores kept whatever top-p says, shape (B, 1).
 
     Returns:
         Which are kept, bool; the probability of each and all after it; shape (B, K) each.

@@ -121,7 +121,7 @@ class Decoder:
         return RowSize(len(request.prompt_ids) + sampling.max_new_tokens, num_siblings)
 
     def _fits(self, size: RowSize) -> bool:
-        """Whether there is memory for a row of this size beside the live ones."""
+        """Return whether there is memory for a row of this size beside the live ones."""
         return self.backend.bytes_for([*(sequence.size for sequence in self.scheduler.live), size]) <= self.kv_bytes
 
     @property
@@ -341,7 +341,7 @@ class Decoder:
         """Drop everything that is live or waiting, as after an error in `step`.
 
         Raises:
-            Exception: If a row can't be closed. The decoder is of no more use then.
+            Exception: If a row can't be closed. The decoder can't be used any more then.
         """
         self._unclosed += [sequence.row for sequence in self.scheduler.clear() if sequence.row != NO_ROW]
         self._close_rows()

@@ -1,4 +1,4 @@
-"""The errors that callers hear when decoding their request fails."""
+"""The errors that callers get when their request fails to decode."""
 
 from __future__ import annotations
 

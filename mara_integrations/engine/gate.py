@@ -22,7 +22,7 @@ _Number = TypeVar("_Number", float, Tensor)
 
 
 def selection_rule(selection: Selection, form: HeadForm | None, temperature: float) -> Rule:
-    """What `auto` means: the paper's heads take the first accepted; the others follow the temperature."""
+    """Return the rule that `auto` stands for: `first` for heads of the paper's form, else by the temperature."""
     if selection != "auto":
         return selection
     if form == "paper":
@@ -34,7 +34,7 @@ def weighted_log_probs(log_probs: Tensor, scores: Tensor, strength: Tensor | flo
     """Log-probability of each candidate where all have a score: p(c) exp(strength * q(c)), renormalised.
 
     Args:
-        log_probs: Of the candidates under the base model, filtered and renormalised, in nats, shape (B, K).
+        log_probs: Log-probabilities of the candidates under the base model, filtered and renormalised, in nats, (B, K).
         scores: q of each candidate, shape (B, K).
         strength: Multiplies q; a number, or one a row, shape (B, 1). 0 is exactly the base model.
         live: Which columns are candidates, a prefix of each row, shape (B, K).
@@ -96,10 +96,10 @@ def q_accept_logits(hazard_logits: Tensor, scores: Tensor, strength: Tensor | fl
 
 
 def check_strength(form: HeadForm, gate: GateParams) -> None:
-    """Refuse a dial where there is none.
+    """Refuse a strength other than 0 or 1 for heads without a dial.
 
     Raises:
-        ConfigError: If a head of the paper's form is asked for a strength other than 0 or 1: its accept probability
+        ConfigError: If a head of the paper's form gets a strength other than 0 or 1: its accept probability
             replaces the base model's instead of correcting it.
     """
     if form == "paper" and gate.strength not in (0.0, 1.0):
@@ -127,8 +127,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         taken: Index of the candidate taken.
-        num_visited: How many the rule had to look at.
-        accepted: False where all were rejected and one was taken all the same.
+        num_visited: Number of candidates that the rule had to visit.
+        accepted: False if all were rejected and the fallback was taken.
     """
 
     taken: int
@@ -142,11 +142,11 @@ def decide(
     """Decide one position from the candidates visited so far; None: more have to be visited first.
 
     Args:
-        accept_logits: Of the candidates visited, in visiting order.
-        num_candidates: How many there are in all.
+        accept_logits: Accept logits of the candidates visited, in visiting order.
+        num_candidates: Number of all candidates.
         rule: `first`: the first with z > 0. `greedy`: the most probable under the gate's distribution, known as soon as
             no later one can win. `sample`: a draw from that distribution.
-        fallback: With `first`, what is taken when all are rejected.
+        fallback: With `first`, the rule for a position whose candidates are all rejected.
         uniform: The position's random number in [0, 1), for `sample`: the first k with P(taken <= k) > uniform.
 
     Source: Zhang et al. 2025 (arXiv 2505.19743), section 3, for `first`; chain rule over the decisions for the others.

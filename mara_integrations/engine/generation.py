@@ -18,12 +18,12 @@ class TracePosition:
 
     Attributes:
         token_ids: Candidates, most probable first.
-        log_probs: Of the candidates under the base model, whole vocabulary, in nats; under a `Constraint` renormalised
-            over the tokens it allows.
-        accept_logits: Of the candidates visited, in visiting order; empty where the gate was not asked.
+        log_probs: Log-probabilities of the candidates under the base model, over the whole vocabulary, in nats; under a
+            `Constraint` renormalised over the tokens it allows.
+        accept_logits: Accept logits of the candidates visited, in visiting order; empty if the gate did not judge.
         taken: Index of the candidate taken.
-        outcome: `base`: no gate. `single`: the only candidate, taken unasked. `accepted`. `forced`: the last one left.
-            `fallback`: all were rejected.
+        outcome: `base`: no gate. `single`: the only candidate, taken without judging. `accepted`: by the gate.
+            `forced`: the last one left. `fallback`: taken although all were rejected.
     """
 
     token_ids: tuple[int, ...]
@@ -40,7 +40,7 @@ class GateStats:
     Attributes:
         accepted: Tokens the gate accepted.
         rejected: Candidates it visited and did not take.
-        single: Tokens taken unasked, the only candidates of their positions.
+        single: Tokens taken without judging, as the only candidates of their positions.
         forced: Tokens taken as the last candidates left.
         fallbacks: Tokens taken although every candidate was rejected.
         fed: Tokens the model was run on for the reply, rejected and speculative ones included.
@@ -61,13 +61,14 @@ class Generation:
     Attributes:
         text: The answer, without thoughts, tool calls, special tokens and stop strings; empty where the request asked
             for tokens alone.
-        token_ids: Of the reply, its end-of-sequence token included.
-        log_probs: Of those tokens under the base model, whole vocabulary at temperature 1, in nats; under a
-            `Constraint` renormalised over the tokens it allows, so that a token without alternative has 0.
+        token_ids: Tokens of the reply, its end-of-sequence token included.
+        log_probs: Log-probabilities of those tokens under the base model, over the whole vocabulary at temperature 1,
+            in nats; under a `Constraint` renormalised over the tokens it allows, so that a token without alternative
+            has 0.
         prompt_tokens: Length of the prompt.
         finish_reason: `stop`: end-of-sequence token or stop string. `length`: `max_new_tokens` cut the reply.
         stats: What the gate did.
-        trace: Position by position, on request.
+        trace: What the gate saw and did at each position; None unless the request asked for it.
         thoughts: What a reasoning model thought before its answer, without the marks around it.
         calls: The tool calls of the reply.
         raw_text: The reply as the model wrote it: thoughts, answer and calls with the marks between them.

@@ -1,7 +1,7 @@
-"""A grammar as a mask on the logits (xgrammar): what it forbids is no candidate, so the head judges legal ones alone.
+"""A grammar as a mask on the logits (xgrammar): the head judges only tokens that it allows.
 
-Where it leaves one token, that is taken unasked; it moves on only with tokens that the gate took. JSON is written in
-one way, `{"a": 1, "b": [2, 3]}`, so that all of it but the values is certain: such text costs no forward a token.
+If it allows a single token, that token is taken without asking the head. JSON is written in one way,
+`{"a": 1, "b": [2, 3]}`, so that all of it but the values is certain: such text costs no forward a token.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Grammar(Constraint):
     It says what may come next, and nothing about how long a reply may be: one that `max_tokens` cuts stays cut.
 
     Args:
-        structural_tag: Of xgrammar, as plain JSON.
-        tokenizer: Of the model.
+        structural_tag: A structural tag of xgrammar, as plain JSON.
+        tokenizer: The model's tokenizer.
         vocab_size: Width of the logits.
-        eos_token_ids: Allowed where the grammar may end.
+        eos_token_ids: Tokens that are allowed where the grammar may end.
 
     Raises:
         ConfigError: If the grammar can't be compiled.
@@ -65,7 +65,7 @@ class Grammar(Constraint):
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token_id: int) -> None:
-        """Move on by the token that the gate took."""
+        """Advance by the token that the gate took."""
         self._matcher.accept_token(token_id)
         rest = self._certain[1:] if self._certain and self._certain[0] == token_id else []
         self._certain = rest or None

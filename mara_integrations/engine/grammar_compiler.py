@@ -112,15 +112,15 @@ class GrammarCompiler:
             return self._compiler.compile_structural_tag(json.dumps(_in_one_way(structural_tag)))
         except Exception as error:  # its C++ side raises RuntimeError and its own; all mean a schema it can't express
             reason = re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip().splitlines()[-1])
-            raise ConfigError(f"the schema can't be made a grammar: {reason}") from error
+            raise ConfigError(f"the schema can't be compiled to a grammar: {reason}") from error
 
 
 def within(deadline_s: float, work: Callable[[], _Result]) -> _Result:
-    """Do work in a thread of its own, and return its result.
+    """Run a function in a thread of its own, and return its result.
 
     Raises:
-        ConfigError: If it takes longer than the deadline, waiting for other such work included. It then goes on
-            unheard, since nothing can stop it.
+        ConfigError: If it takes longer than the deadline, waiting for other such work included. It then runs to
+            its end, since nothing can stop it, and its result is dropped.
     """
     ends = time.monotonic() + deadline_s
     late = ConfigError(

@@ -1,4 +1,4 @@
-"""Words that a reply must not have: a token that would complete one is not taken.
+"""Words that a reply must not contain: a token that would complete one is not taken.
 
 Exact over the borders of tokens, and no more than that: what begins like a forbidden word stays possible, and a reply
 without one is the reply that the model would have written anyway. A token is judged when it is about to be taken; if it
@@ -22,7 +22,7 @@ from mara_integrations.engine.token_texts import TokenTexts, may_become_letter, 
 from mara_integrations.engine.word_automaton import START, State, WordAutomaton
 from mara_integrations.rewards.words import ForbiddenWords, is_in_word
 
-_UNREADABLE = "\ufffd"  # what becomes of bytes that are no character
+_UNREADABLE = "\ufffd"  # stands for bytes that are not a character
 _MAX_MASKS = 2048  # kept for each set of words
 
 
@@ -109,13 +109,13 @@ class Refusals:
 
 
 class NeverConstraint(Constraint):
-    """The state of one reply that must not have some words, and whatever else it must be.
+    """The state of one reply that must not contain some words, and may have to follow a grammar.
 
     Args:
-        refusals: Of the words, for the model's vocabulary.
+        refusals: Which tokens complete the words, for the model's vocabulary.
         max_new_tokens: Most tokens of the reply: its last token does not leave a forbidden word as its end.
-        grammar: What else the reply must be. A token is refused, too, that leaves a forbidden word where the grammar
-            lets no letter follow, as at the end of a string of bounded length.
+        grammar: Grammar that the reply must follow too. A token is also refused if it leaves a forbidden word where the
+            grammar allows no letter next, as at the end of a string of bounded length.
     """
 
     def __init__(self, refusals: Refusals, max_new_tokens: int, grammar: Grammar | None = None) -> None:
@@ -164,7 +164,7 @@ class NeverConstraint(Constraint):
 
     @override
     def certain(self) -> Sequence[int]:
-        """What the grammar leaves no choice in, up to a forbidden word: there nothing is allowed."""
+        """Return the tokens that the grammar leaves no choice in, up to a forbidden word, where no token is allowed."""
         allowed: list[int] = []
         state, unfinished = self._state, self._unfinished
         for token_id in self._grammar.certain() if self._grammar is not None else ():

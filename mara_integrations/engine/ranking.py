@@ -26,7 +26,7 @@ def rank(
         sequences: B sequences; one that has drafted tokens is there several times.
         hidden: Hidden state before each position, (B, d).
         logits: Logits made of these and masked by constraints, (B, V).
-        backend: Knows the output embeddings.
+        backend: Gives the output embeddings.
         heads: Evaluates the heads.
 
     Returns:

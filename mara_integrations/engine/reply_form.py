@@ -68,7 +68,7 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
     """Return the constraint of replies in a form; None where any text is allowed.
 
     Raises:
-        ConfigError: If a schema can't be made a grammar.
+        ConfigError: If a schema can't be compiled to a grammar.
         MissingExtraError: If xgrammar is not installed.
     """
     grammar = form.grammar(family_for(model), thoughts_of(model))
@@ -84,8 +84,8 @@ def constraint_for(
 
     Args:
         model: The model.
-        form: Of the reply.
-        sampling: Has the words, and how long the reply may be.
+        form: Form of the reply.
+        sampling: Names the words, and bounds the length of the reply.
         stop: All strings that end the reply.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A generation request: prompt, settings, head, and what follows or constrains its reply."""
+"""A generation request: prompt, settings, head, and the objects that read or restrict its reply."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mara_integrations.sampling import GateParams, SamplingParams
 
 
 class Constraint(Protocol):
-    """What a reply may be, token by token."""
+    """Restricts a reply token by token."""
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits of tokens that may not come next to -inf, in place, shape (V,)."""
 
     def refuses(self, token_id: int) -> bool:
-        """Whether this token may not come next although `mask` left it; asked of what the gate would take."""
+        """Return whether a token that `mask` left may not come next; called for the token that the gate would take."""
         return False
 
     def mask_refused(self, logits: Tensor) -> None:
@@ -28,32 +28,32 @@ class Constraint(Protocol):
         return None
 
     def accept(self, token_id: int) -> None:
-        """The gate took this token."""
+        """Advance by the token that the gate took."""
 
     def certain(self) -> Seq[int]:
-        """Tokens that come next whatever the model says, where that is known ahead."""
+        """Return the tokens that must come next, as far as they are known ahead."""
         return ()
 
 
 class TextFollower(Protocol):
-    """What hears of a reply token by token, all but its end-of-sequence token, and may end it; `TextStream` is one."""
+    """Receives a reply token by token, but for its end-of-sequence token, and may end it; `TextStream` is one."""
 
     text: str
     stopped: bool
 
     def push(self, token_id: int) -> object:
-        """Hear of a token; `stopped` says afterwards whether it was the last."""
+        """Receive a token; afterwards, `stopped` says whether it was the last."""
 
     def finish(self) -> object:
-        """No token follows."""
+        """Receive the end of the reply."""
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What is asked of the decoder.
+    """A generation request.
 
     Attributes:
-        prompt_ids: At least one token.
+        prompt_ids: Tokens of the prompt, at least one.
         head: None for the base model.
         eos_token_ids: Tokens that end the reply; the one that did is part of it.
         text: Follows the reply's text, and ends it at a stop string; None where only tokens matter.

@@ -1,4 +1,4 @@
-"""Who is in the next forward, and how much of each; no tensors. It changes time, never tokens."""
+"""Decides which sequences are in the next forward, and how much each feeds; no tensors. Affects speed, never tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Scheduler:
         max_live: Sequences decoded at once.
         prefill_chunk: Prompt tokens in one forward, of all sequences together; fewer while others decode.
         knee: Tokens a forward carries at little cost, where `cost` does not say.
-        cost: Of a forward.
+        cost: Measured cost of a forward.
         feeds_all: Feed all candidates of a position at once, for those who need the state of each.
     """
 
@@ -111,16 +111,16 @@ class Scheduler:
         return done
 
     def clear(self) -> list[Sequence]:
-        """Forget what waits and what is live; returns what was live."""
+        """Drop all waiting and live requests; return the live sequences."""
         live, self.live = self.live, []
         self.waiting.clear()
         self._reading.clear()
         return live
 
     def plan(self) -> list[tuple[Sequence, int]]:
-        """Who is in the next forward, with how many prompt tokens each may feed; the others wait for the next one.
+        """Return the sequences of the next forward, and how many prompt tokens each may feed; the others wait.
 
-        All that decode, and of those that read their prompts as many as fit, the earlier first.
+        These are all sequences that decode, and as many of those that read their prompts as fit, earlier ones first.
         """
         room = self.prefill_chunk
         if not all(sequence.is_prefilling for sequence in self.live):
@@ -149,7 +149,7 @@ class Scheduler:
         return best_draft(self.cost, len(self.live), sequence.num_candidates_left, *rates, round(min(right, 0.95), 2))
 
     def _accept_rates(self, sequence: Sequence) -> tuple[float, float]:
-        """Of the next candidate, and of those after it."""
+        """Return the accept rates of the next candidate and of those after it."""
         if sequence.position is None:
             return 1.0, 0.0  # what is settled is taken
         first, later = (

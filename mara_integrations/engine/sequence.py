@@ -20,7 +20,7 @@ from mara_integrations.heads.compose import q_parts
 
 # The row of a sequence for which none could be opened.
 NO_ROW = -1
-# What a failure is said to be in.
+# Names of the parts that may fail, for messages.
 _CONSTRAINT, _TEXT = "the grammar or logits processors of this request", "following the text of this reply"
 
 
@@ -84,7 +84,7 @@ class Sequence:
              Q-heads, or one candidate
 
     Attributes:
-        request: What was asked.
+        request: The request.
         row: The sequence's row in the backend.
         size: How large the row may grow.
         is_gated: Whether a head judges the candidates.

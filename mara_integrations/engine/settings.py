@@ -1,4 +1,4 @@
-"""The settings of a request: what callers may say, and the one place that decides what holds.
+"""The settings of a request: which ones a caller may give, and the one place that decides which value applies.
 
 Knows no model and no prompt.
 """
@@ -37,7 +37,7 @@ class DecodingSettings(TypedDict, total=False):
 
 
 class RequestSettings(DecodingSettings, total=False):
-    """Everything that a call may say beside its prompt.
+    """Everything that a call may set beside its prompt.
 
     `head` and `system_prompt`: see `MARAEngine`. `form`: tools and schemas, see `ReplyForm`. `raw`: a prompt that is a
     string is text to continue, not a user's message.
@@ -51,7 +51,7 @@ class RequestSettings(DecodingSettings, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSettings:
-    """What holds for one request.
+    """The settings of one request after call, object and head were merged.
 
     Attributes:
         head: The head on the model's device; None for the base model.
@@ -103,7 +103,7 @@ def overlay(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
 def resolve_settings(
     call: Mapping[str, Any], defaults: Mapping[str, Any], place: Callable[[HeadSource | None], Head | None]
 ) -> ResolvedSettings:
-    """Decide what holds for one request: the call goes before the object, the object before the head.
+    """Merge the settings of one request: the call goes before the object, the object before the head.
 
     | setting                                      | call | object | head           | else                   |
     | -------------------------------------------- | ---- | ------ | -------------- | ---------------------- |
@@ -117,7 +117,7 @@ def resolve_settings(
     | `form`, `raw`                                | yes  |        |                | any text; a message    |
 
     None means "not given", except for `head` (the base model) and `seed` (fresh random numbers). A head at strength 0
-    brings nothing: `strength=0` and `head=None` are the same request.
+    sets nothing: `strength=0` and `head=None` are the same request.
 
     Args:
         call: Settings of the call.
@@ -156,7 +156,7 @@ def _words(value: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that say something, under the engine's names."""
+    """Return the settings that were given, under the engine's names."""
     given: dict[str, Any] = {}
     for name, value in settings.items():
         if name in _NEUTRAL:
@@ -176,11 +176,11 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_setting(name: str, value: Any, known: Sequence[str], owner: str = "") -> ConfigError:
-    """The error for a setting that nobody knows, with the nearest name that is known."""
+    """Return the error for an unknown setting, with the nearest known name."""
     near = difflib.get_close_matches(name, known, n=1)
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
     return ConfigError(
-        f"{name}={shown} is no setting{owner}",
+        f"{name}={shown} is not a setting{owner}",
         hint=f"did you mean {near[0]}?" if near else f"settings are {', '.join(sorted(known))}",
     )
 

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 class Stream(Generator[Item, None, None]):
     """A generator that stops a generation when it is closed or dropped, also before its first item.
 
-    A plain one that was never started runs no `finally`.
+    A plain generator that was never started runs no `finally`.
 
     Args:
         items: What to iterate over.
@@ -46,8 +46,8 @@ class Stream(Generator[Item, None, None]):
 class AsyncStream(AsyncGenerator[Item, None]):
     """An async generator that stops a generation at once when it is dropped.
 
-    Of a plain one, the event loop only makes a note and closes it at its next turn; and a framework that keeps the
-    exception it is closed with keeps, by its frames, all generators inside it: those are then never closed.
+    A plain async generator is closed only at the event loop's next turn. And if a framework keeps the exception that it
+    was closed with, that exception's frames keep all generators inside it alive, so these are never closed.
 
     Args:
         items: What to iterate over.

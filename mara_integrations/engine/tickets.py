@@ -68,7 +68,7 @@ News: TypeAlias = "Update | MaraError"
 
 
 class Mailbox(ABC):
-    """Where the worker leaves the updates of one reply, and looks whether anybody still waits for them."""
+    """Receives the updates of one reply from the worker, and tells the worker whether anybody still waits for them."""
 
     def __init__(self) -> None:
         self.is_cancelled = False
@@ -82,7 +82,7 @@ class Mailbox(ABC):
 
     @abstractmethod
     def deliver(self, news: News) -> None:
-        """Leave an update, or the error that ended the request; called in the decoder's thread."""
+        """Deliver an update, or the error that ended the request; called in the decoder's thread."""
 
 
 class Ticket(ABC):
@@ -96,7 +96,7 @@ class Ticket(ABC):
 
     @property
     def is_cancelled(self) -> bool:
-        """Nobody waits for the reply any more."""
+        """Whether nobody waits for the reply any more."""
         return self.mailbox.is_cancelled
 
     def cancel(self) -> None:
@@ -127,7 +127,7 @@ class ThreadTicket(Ticket):
         """Wait for updates, blocking.
 
         Raises:
-            Exception: What went wrong while the request was decoded.
+            MaraError: The error that ended the request.
         """
         try:
             while True:
@@ -177,7 +177,7 @@ class LoopTicket(Ticket):
 
 
 def _checked(news: News) -> Update:
-    """Return an update; raise an error, as an object of the caller's own: several may hear of the same failure."""
+    """Return an update; raise an error as a copy, since several callers may get the same failure."""
     if isinstance(news, Update):
         return news
     raise copy.copy(news) from news.__cause__

@@ -30,7 +30,7 @@ class TokenTexts:
     """The tokens of one vocabulary as text.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         vocab_size: Width of the logits, V.
         hidden: Ids of the tokens that add no text.
 
@@ -43,7 +43,7 @@ class TokenTexts:
         kept: What is made of them, for whoever holds `lock`.
 
     Raises:
-        ConfigError: If the tokenizer writes its tokens in no way that is known here.
+        ConfigError: If the tokenizer writes its tokens in an unknown way.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, hidden: Collection[int]) -> None:
@@ -63,7 +63,7 @@ class TokenTexts:
         """Return the one object of a tokenizer.
 
         Args:
-            tokenizer: Of the model.
+            tokenizer: The model's tokenizer.
             vocab_size: Width of the logits.
             shown: Special tokens that are part of the text.
             eos_token_ids: Tokens that end a reply, and add no text.

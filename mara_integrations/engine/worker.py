@@ -1,4 +1,4 @@
-"""The one thread that owns a decoder. Any thread or event loop submits to it; all that waits is decoded together."""
+"""The one thread that owns a decoder. Any thread or event loop can submit; all requests are decoded together."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def _read(
 class Worker:
     """Runs a decoder in a thread of its own while there is work; requests begin in the order they were submitted.
 
-    Every caller gets an answer: the reply, or an error. A failure of one request is told to its caller. A failure of
-    the decoder is told to all callers at that time; if the decoder can't be cleaned up, the worker has failed for good,
-    and later callers hear of it too.
+    Every caller gets an answer: the reply, or an error. A failure of one request is raised for its caller. A failure of
+    the decoder is raised for all callers at that time; if the decoder can't be cleaned up, the worker has failed for
+    good, and later callers get that error too.
 
     Args:
-        decoder: Used by no one else.
-        max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is what the
-            decoder's limits say.
+        decoder: The decoder; nothing else may use it.
+        max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is the limit
+            of the decoder.
 
     Attributes:
         decoder: The decoder; only the worker's thread may call it.
@@ -205,7 +205,7 @@ class Worker:
             return self._is_running
 
     def _advance(self) -> None:
-        """Run one step of the decoder and deliver its news."""
+        """Run one step of the decoder and deliver the updates."""
         self._drop_cancelled()
         if self.decoder.is_idle:
             return
@@ -246,7 +246,7 @@ class Worker:
             delivery.mailbox.is_cancelled = True
 
     def _fail(self, error: BaseException) -> None:
-        """End the worker for good: tell everybody who waits, now and later."""
+        """End the worker for good: everybody who waits, now or later, gets the error."""
         _log.error("the decoder has failed for good: %s", in_one_line(error))
         with self._lock:
             self.failure = error
@@ -263,12 +263,12 @@ class Worker:
 
 
 def _deliver(mailbox: Mailbox, news: News | None) -> None:
-    """Deliver news that must not keep the worker from telling others."""
+    """Deliver an update or error; a failure of the mailbox must not keep the worker from serving others."""
     try:
         if news is not None:
             mailbox.deliver(news)
     except Exception:
-        _log.exception("a mailbox takes no news")
+        _log.exception("a mailbox does not accept its updates")
 
 
 @atexit.register

@@ -57,7 +57,7 @@ def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backen
 
     Args:
         model: The model.
-        limits: What the backend sets aside, where it does so when it is made.
+        limits: How much memory the backend sets aside, if it does so when it is made.
 
     Raises:
         ConfigError: See `LlamaCppBackend`.
@@ -75,7 +75,7 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
 
     Args:
         model: The loaded model.
-        limits: How much memory and work the worker takes on; None takes it as it is.
+        limits: How much memory and work the worker takes on; None accepts any.
 
     Raises:
         ConfigError: If the worker runs with other limits already.
@@ -89,7 +89,7 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
         mine, theirs = limits.model_dump(), worker.limits.model_dump()
         name = next(name for name in mine if mine[name] != theirs[name])
         raise ConfigError(
-            f"{name}={mine[name]!r}, but model {model.name!r} runs already, with {name}={theirs[name]!r}",
+            f"{name}={mine[name]!r}, but model {model.name!r} is running already, with {name}={theirs[name]!r}",
             hint="engines on one model share its limits: close the others first, or give all of them the same",
         )
     if limits is not None and limits.head_cache_bytes is not None:

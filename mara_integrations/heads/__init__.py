@@ -1,4 +1,5 @@
 """Heads: networks and their config, composing and merging, the folder on disk, the Hub, the cache in memory.
 
-A head is data from anyone, so whatever is read is checked here. Base models are in `models`, decoding in `engine`.
+A head may come from anybody, so everything that is read is checked here. Base models are in `models`, decoding in
+`engine`.
 """

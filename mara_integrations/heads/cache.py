@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 # Room for a thousand heads of a model of width 576, as the trainer makes them.
 MAX_BYTES = 4 << 30
-_GRACE_S = 5.0  # time to put another folder in the place of one
+_GRACE_S = 5.0  # time to replace a folder by another
 
 
 @dataclass(slots=True)
@@ -41,9 +41,9 @@ class _Entry:
 
 
 class HeadCache:
-    """Heads by where they lie, the least recently used dropped first. Any thread may call it.
+    """Heads by their locations, the least recently used dropped first. Any thread may call it.
 
-    What a name means, a local path or a Hub id, is settled when it is first used: a folder that disappears is never
+    Whether a name is a local path or a Hub id is decided when it is first used: a folder that disappears is never
     looked for on the Hub. A head whose files change is read again; while they are missing or damaged, which they may
     be for a moment when a folder is replaced, the head read before stays for `grace_s`. A head in use by a request
     lives on with it when it is dropped here.
@@ -99,7 +99,7 @@ class HeadCache:
         """Return a head on a device: one object for all that name it, so that a batch evaluates it once.
 
         Raises:
-            HeadError: If it can't be read, or takes more memory than all heads may.
+            HeadError: If it can't be read, or is larger than the memory for all heads.
         """
         location = self.locate(source)
         key = str(location.path), torch.device(device)
@@ -114,7 +114,7 @@ class HeadCache:
         except HeadError as error:
             if entry is None or not self._may_stay(entry):
                 raise
-            _log.warning("the head read before is used on: %s", error)
+            _log.warning("still using the head as it was read before: %s", error)
             return entry.head
         with self._lock:
             entry = self._entries.get(key)

@@ -29,7 +29,7 @@ class ComposedHead:
         config: Config of the sum; it lists the rewards of all parts.
 
     Raises:
-        ConfigError: If a head has nothing to add: one of the `paper` form.
+        ConfigError: If a head is of the `paper` form, which can't be added to others.
         HeadError: If the heads are of different widths.
     """
 
@@ -73,13 +73,13 @@ def afterstate_parts(head: Head) -> dict[AfterstateHead, float]:
 def trained_settings(head: Head, given: Container[str]) -> dict[str, Any]:
     """Return what a head was trained with: `top_k`, `top_p`, `min_candidates` and `system_prompt`.
 
-    Of `min_candidates` the largest of the parts holds: a head that needs an alternative gets one, to the others it is
-    one more to pass over. `top_k` and `top_p` decide what is judged at all, so there is no middle. Parts that were
-    trained without a system prompt take any.
+    `min_candidates` is the largest of the parts: a head that needs an alternative gets one, and the others can pass it
+    over. `top_k` and `top_p` decide which candidates are judged at all, so there is no compromise between different
+    ones. Parts that were trained without a system prompt accept any.
 
     Args:
         head: One head, or several as one.
-        given: Names of settings that the request decides itself: parts may differ in these.
+        given: Names of settings that the request sets itself: parts may differ in these.
 
     Raises:
         ConfigError: If the parts were trained with different `top_k`, `top_p` or `system_prompt`, and it is not given.
@@ -91,7 +91,7 @@ def trained_settings(head: Head, given: Container[str]) -> dict[str, Any]:
         if len(values) > 1 and name not in given:
             raise ConfigError(
                 f"the heads were trained with different {name}: {' and '.join(map(repr, values))}",
-                hint=f"say which holds for their composition, as {name}={values[0]!r}",
+                hint=f"give one for their composition, as {name}={values[0]!r}",
             )
         if values:
             trained[name] = values[0]

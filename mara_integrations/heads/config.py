@@ -43,7 +43,7 @@ class RewardFile(BaseModel):
     """A reward model that a training fitted and kept beside the head, as the head's config describes it.
 
     Attributes:
-        kind: Tells it from the other descriptions of rewards.
+        kind: Distinguishes it from the other descriptions of rewards.
         name: Name of the reward.
         file: File in the head's folder: always a plain name in `rewards/`.
         sha256: Hash of the file.

@@ -1,7 +1,7 @@
 """A head's folder: `head.safetensors`, `head_config.json` and a model card, written whole and read with every check.
 
-A head is data from anyone: nothing in its folder is executed or imported, and no link is followed out of it. Knows no
-network: it reads and writes a config and tensors.
+A head may come from anybody: nothing in its folder is executed or imported, and no link is followed out of it. This
+module knows no network: it reads and writes a config and tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def write_folder(
     folder: str | Path, config: HeadConfig, tensors: Mapping[str, Tensor], card: str | None = None
 ) -> HeadConfig:
-    """Write a head's folder, so that a reader at any moment finds the old head or the new one.
+    """Write a head's folder, so that a reader finds the old head or the new one at any moment.
 
     The weights are first written under a name that holds their hash, then the config that names the hash, then the
     weights get their usual name.

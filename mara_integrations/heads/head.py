@@ -1,4 +1,4 @@
-"""What all heads have in common: a config, weights, a folder on disk, a place on the Hub."""
+"""The base class of all heads: a config, weights, a folder on disk, a place on the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["HeadConfig", "MARAHead"]
 
 
 class MARAHead(nn.Module):
-    """A head: its config, its folder, and what it takes to run it.
+    """A head: its config, its folder on disk, and where its weights are.
 
     The networks are subclasses: `MARAHead(config)` is an `AfterstateHead` or, for the form `q`, a `QHead`.
     """

@@ -1,4 +1,4 @@
-"""Where a head lies: a local path and a Hub id told apart, download and upload."""
+"""Locate heads: tell a local path from a Hub id, download, and upload."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_FILE_BYTES = 1 << 30  # of what is uploaded
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a head lies on this disk.
+    """The location of a head on this disk.
 
     Attributes:
         name: The head as the user named it.
@@ -114,7 +114,7 @@ def push_folder(folder: str | Path, repo_id: str, *, public: bool = False, token
 
     Raises:
         HeadError: If the folder holds no head.
-        OutputError: If the repository is public, and `public` is not said.
+        OutputError: If the repository is public, and `public` is False.
     """
     from huggingface_hub import HfApi
 
@@ -140,8 +140,8 @@ def check_can_push(repo_id: str, *, public: bool = False) -> None:
     """Check before the work that the Hub would take its result.
 
     Raises:
-        OutputError: If nobody is logged in, the Hub can't be reached, or the repository is public and `public` is not
-            said.
+        OutputError: If nobody is logged in, the Hub can't be reached, or the repository is public and `public` is
+            False.
     """
     from huggingface_hub import HfApi
 
@@ -167,7 +167,7 @@ def _check_private(api: Any, repo_id: str, public: bool) -> None:
     except Exception as error:
         raise OutputError(f"can't push to {repo_id!r}: {first_line(error)}") from None
     if not is_private:
-        raise OutputError(f"{repo_id!r} is public: everybody could read the head", hint="say --public if they may")
+        raise OutputError(f"{repo_id!r} is public: everybody could read the head", hint="--public allows that")
 
 
 def _without_paths(config: HeadConfig) -> HeadConfig:

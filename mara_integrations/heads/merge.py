@@ -1,6 +1,6 @@
 """Several heads as one head on disk: their weighted sum, exactly, in one wider perceptron.
 
-Composition adds what heads say. Each head's own scale and shift of the normalised state go into its first layer, so
+Composition adds scores. Each head's own scale and shift of the normalised state go into its first layer, so
 that all share the bare normalisation; hidden layers stand side by side, and the last one adds.
 """
 
@@ -25,14 +25,14 @@ def merge_heads(
     """One head that scores every state as the weighted sum of several at their own scales.
 
     Args:
-        weighted: The heads and their weights, at least two heads. A weight below 0 turns a head round.
+        weighted: The heads and their weights, at least two heads. A weight below 0 reverses a head.
         top_k: Candidate setting of the result, where the heads differ in it.
         top_p: Candidate setting of the result, where the heads differ in it.
 
     Raises:
         ConfigError: If a weight is 0 or no number, there is one head alone, or the heads differ in a candidate setting
             that is not given.
-        HeadError: If the sum is no head: one of the `paper` form, several forms, widths or base models.
+        HeadError: If the sum is not a head: for the `paper` form, or for different forms, widths or base models.
     """
     if len(weighted) < 2:
         raise ConfigError("there is nothing to merge", hint="name at least two heads")
@@ -127,6 +127,6 @@ def _agreed(name: str, configs: Sequence[HeadConfig], given: float | None) -> fl
     if given is None and len(values) > 1:
         raise ConfigError(
             f"the heads were trained with different {name}: {' and '.join(map(str, values))}",
-            hint=f"say which holds for the result: --{name.replace('_', '-')} {values[0]}",
+            hint=f"give one for the result: --{name.replace('_', '-')} {values[0]}",
         )
     return float(values[0] if given is None else given)

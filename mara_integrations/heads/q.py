@@ -1,4 +1,4 @@
-"""Heads that judge a candidate by the state before it and its output embedding: nothing is fed to be judged."""
+"""Heads that judge a candidate by the state before it and its output embedding, without feeding it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mara_integrations.heads.head import MARAHead
 
 
 class QHead(MARAHead):
-    """Action values q(h, c) = A(h) . B(E[c]), from the hidden state h that the logits were made of.
+    """Action values q(h, c) = A(h) . B(E[c]), from the hidden state h that the logits were computed from.
 
     A(h) is LayerNorm(d), Linear(d, m), ReLU, Linear(m, r), and is needed once a position. B(E[c]) is the candidate's
     row of the output embeddings, normalised to mean 0 and variance 1, Linear(d, r), ReLU, and does not depend on the

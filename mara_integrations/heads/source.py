@@ -25,7 +25,7 @@ def head_weights(source: HeadSource | None) -> dict[OneHead, float]:
     """Each head that is named, and its weight.
 
     Raises:
-        ConfigError: If it names something else than heads, or none.
+        ConfigError: If it names anything but heads, or is empty.
     """
     if source is None:
         return {}
@@ -51,11 +51,11 @@ def place_heads(
     model_name: str,
     fingerprint: str | None = None,
 ) -> Head | None:
-    """Return what is named, ready to judge a model's states; None where nothing is, or all weights are 0.
+    """Return the head that is named, ready to judge a model's states; None if none is, or all weights are 0.
 
     Args:
         source: What the user named.
-        device: Where the model's states are.
+        device: Device of the model's states.
         hidden_size: Width of the states.
         model_name: Name of the model.
         fingerprint: Fingerprint of the model; None where unknown.
@@ -110,7 +110,7 @@ def head_name(source: HeadSource | None) -> str | None:
 
 
 def head_fingerprint(source: HeadSource | None) -> str | None:
-    """Tells heads apart that can answer differently, without loading a model.
+    """Return a text that differs for heads that can answer differently, without loading a model.
 
     Raises:
         HeadError: If a head can't be read.

@@ -1,4 +1,4 @@
-"""Text of messages stays text: what it says of control tokens, as `<|im_start|>`, is tokenised letter by letter.
+"""Text of messages stays text: control tokens that it spells, as `<|im_start|>`, are tokenised letter by letter.
 
 A chat template writes control tokens and contents into one text, in which a tokenizer can't tell them apart. So the
 control tokens of contents are replaced by placeholders before the template is rendered, those of the template by names
@@ -52,7 +52,7 @@ class ControlTokens:
         )
 
     def guarded(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[Message], list[Tool], Guard]:
-        """Return messages and tools with placeholders for control tokens, and what puts the texts back."""
+        """Return messages and tools with placeholders for control tokens, and the guard that restores the texts."""
         guard = Guard(self._pattern, self._nonce)
         turns = [
             replace(
@@ -121,7 +121,7 @@ class Guard:
     """Placeholders for pieces of text, and the pieces.
 
     Args:
-        pattern: What is hidden.
+        pattern: Matches the pieces to hide.
         nonce: Letters that no text holds.
     """
 

@@ -43,8 +43,8 @@ class Message:
         role: Who speaks; `tool` is the result of a call.
         content: The text.
         tool_calls: Calls that an assistant made in this turn.
-        tool_call_id: Of a `tool` message: the call that it answers.
-        name: Of a `tool` message: the tool. It is found by `tool_call_id` when it is not given.
+        tool_call_id: In a `tool` message, the id of the call that it answers.
+        name: In a `tool` message, the name of the tool; found by `tool_call_id` if it is not given.
     """
 
     role: Role
@@ -57,7 +57,7 @@ class Message:
         """Return the message in the form of OpenAI's API, which chat templates share.
 
         Args:
-            arguments_as_text: Give the arguments of calls as JSON text; some templates take them so.
+            arguments_as_text: Give the arguments of calls as JSON text, as some templates expect them.
         """
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:

@@ -1,4 +1,4 @@
-"""From a conversation to token ids: the model's chat template, its tokenizer, and what each of them lacks."""
+"""Turn a conversation into token ids with the model's chat template and tokenizer, and make up for what they lack."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PromptEncoder:
 
     @property
     def family(self) -> str:
-        """How the model writes tool calls, under xgrammar's names; the generic form where the template knows none."""
+        """How the model writes tool calls, under xgrammar's names; the generic form if the template writes no calls."""
         return self._family or GENERIC
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), **template_kwargs: Any) -> str:
@@ -206,7 +206,7 @@ class PromptEncoder:
         return ControlTokens(self.tokenizer, self._template(()) if self.has_template else "")
 
     def _warn_of_tools(self) -> None:
-        """Say once that the template of this model takes no tools, or writes calls in a form that is not known."""
+        """Warn once that the template of this model takes no tools, or writes calls in an unknown form."""
         if self._has_warned:
             return
         self._has_warned = True
@@ -239,7 +239,7 @@ class PromptEncoder:
 
     @cached_property
     def _longest_token(self) -> int:
-        """Characters of the longest token; in a byte-level vocabulary its bytes, which are no fewer."""
+        """Characters of the longest token; in a byte-level vocabulary its bytes, which are at least as many."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _ids(self, text: str, *, special: bool) -> list[int]:

@@ -23,7 +23,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama", ('"parameters": ', "ipython")),
     ("qwen_3", ("<tool_call>",)),
 )
-# The form that most open models have seen: for templates without tools, and for those of a form we don't know.
+# The form that most open models have seen; for templates without tools, and for those of an unknown form.
 GENERIC = "qwen_3"
 _GENERIC_EXAMPLE = '<tool_call>\n{"name": <function name>, "arguments": <object of arguments>}\n</tool_call>'
 # Families whose templates write calls, but leave it to the user to describe the tools and the form of a call.

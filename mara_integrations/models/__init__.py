@@ -1,4 +1,4 @@
-"""Base models: what a name means, loading, devices, `.gguf` files, int8 weights, several processes (experimental).
+"""Base models: resolving names, loading, devices, `.gguf` files, int8 weights, several processes (experimental).
 
 Heads are in `heads`, running a model in `engine.backends`.
 """

@@ -1,4 +1,4 @@
-"""Where a model runs and in which number format: what `auto` means, and what this machine has."""
+"""Choose the device and the number format of a model: what `auto` stands for, and what this machine has."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def choose_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
             raise ConfigError(
-                f"device={str(device)!r} is not there: {count} CUDA devices", hint="device='auto' finds one"
+                f"device={str(device)!r} is not available: {count} CUDA devices", hint="device='auto' finds one"
             )
         chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
     if chosen.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ConfigError(f"device={str(device)!r} is not there on this machine", hint="device='auto' finds one")
+            raise ConfigError(f"device={str(device)!r} is not available here", hint="device='auto' finds one")
         chosen = torch.device("mps", 0)  # as its tensors name it
     return chosen
 

@@ -1,4 +1,4 @@
-"""What a `.gguf` file says beside its weights: tokenizer, configuration, fingerprint, places of the embeddings.
+"""What a `.gguf` file holds beside its weights: tokenizer, configuration, fingerprint, places of the embeddings.
 
 It is read once, which takes up to a minute, and kept in the cache.
 """
@@ -49,7 +49,7 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class GgufOutline:
-    """What is known of a file without its weights.
+    """The facts about a file that are known without its weights.
 
     Attributes:
         folder: Holds `config.json`, `generation_config.json` and the tokenizer, as transformers reads them.
@@ -80,7 +80,7 @@ def outline_of(gguf: Path) -> GgufOutline:
             make_folder_once(folder, functools.partial(_write, gguf))
         except OSError as error:
             raise ModelError(
-                f"what {gguf.name!r} says of itself can't be kept in {str(folder.parent)!r}: {error}",
+                f"the outline of {gguf.name!r} can't be kept in {str(folder.parent)!r}: {error}",
                 hint="MARA_CACHE_DIR names another folder",
             ) from error
     found = json.loads((folder / _FILE).read_text())
@@ -121,7 +121,7 @@ def _reader(gguf: Path) -> Any:
         return GGUFReader(str(gguf))
     except Exception as error:  # it checks little, so that any error may come of a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{gguf.name!r} is no whole .gguf file: {reason}", hint="fetch it again") from error
+        raise ModelError(f"{gguf.name!r} is not a complete .gguf file: {reason}", hint="fetch it again") from error
 
 
 def _place(tensors: dict[str, Any], names: Sequence[str], gguf: Path) -> TensorPlace:

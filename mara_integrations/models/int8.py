@@ -1,9 +1,9 @@
 """Linear layers with int8 weights on the CPU, by torch's own oneDNN kernels.
 
-A weight has one scale an output, found once; an input one scale a row, found as it comes. Of an input 16 bits are kept,
-as a coarse and a fine byte that are multiplied in one go. The coarse one alone would take as long for few rows, and two
-thirds as long for many, but then rounding decides: a model's states differed by 9 % between orders of computing, as of
-two batches, where they now differ by 0.05 %. Sums are of integers, so a row's result is the same in all company.
+A weight has one scale an output, found once; an input has one scale a row, found when it arrives. An input keeps 16
+bits, as a coarse and a fine byte that are multiplied in one go. The coarse byte alone would take as long for few rows,
+and two thirds as long for many, but rounding would decide results: a model's states differed by 9 % between two batch
+layouts, where they now differ by 0.05 %. Sums are of integers, so a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def quantize(model: nn.Module) -> None:
     """Put int8 layers in the place of a model's linear ones, one by one; whatever else it has becomes float32.
 
     Raises:
-        ModelError: If most of its weights are elsewhere: in convolutions, or joined as experts.
+        ModelError: If most of its weights are in other layers: in convolutions, or joined as experts.
     """
     holders = [module for module in model.modules() if any(type(child) is nn.Linear for child in module.children())]
     for holder in holders:
@@ -148,13 +148,13 @@ def check_int8(quantization: str, device: torch.device, dtype: torch.dtype, mode
     if quantization != "int8":
         raise ConfigError(f"{asked} is not allowed", hint="allowed: int8; model_kwargs has quantization_config")
     if others:
-        raise ConfigError(f"{asked} can't be had together with {others[0]}", hint="leave one of them out")
+        raise ConfigError(f"{asked} can't be combined with {others[0]}", hint="leave one of them out")
     if device.type != "cpu":
         raise ConfigError(f"{asked} is for the CPU, not for {device}", hint="device='cpu', or a quantization_config")
     if dtype != torch.float32:
-        raise ConfigError(f"{asked} goes with float32, not with {dtype}", hint="leave dtype out")
+        raise ConfigError(f"{asked} needs float32, not {dtype}", hint="leave dtype out")
     if problem := _processor_problem():
-        raise ConfigError(f"{asked} is not for this machine: {problem}", hint="float32 is better here")
+        raise ConfigError(f"{asked} is not supported on this machine: {problem}", hint="float32 is better here")
     if (slowdown := processor_slowdown()) > _TOO_LONG:
         warnings.warn(
             f"{asked} saves memory here, but takes {slowdown:.1f} times as long as float32: the processor has no fast "

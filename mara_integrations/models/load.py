@@ -49,7 +49,7 @@ class ModelSpec:
         dtype: `auto` is bfloat16 on GPUs that have it, float16 on others, float32 on CPU, where bfloat16 is 5-8 times
             slower unless the processor has instructions for it.
         revision: Branch, tag or commit on the Hub.
-        model_kwargs: For `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, the fields of
+        model_kwargs: Arguments of `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, fields of
             `LlamaCppOptions`.
         quantization: `int8` is for the CPU: linear layers hold int8 weights.
         engine: What runs the model. `llama.cpp` takes `.gguf` files, and runs them in their own quantisation.
@@ -82,20 +82,20 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
 class LoadedModel:
-    """A base model ready to run, with what others need to know about it.
+    """A base model ready to run, with its tokenizer and sizes.
 
     Attributes:
         model: A causal language model of transformers, in evaluation mode; on llama.cpp a `LlamaCppModel`.
         tokenizer: Its tokenizer.
         name: The Hub id where there is one (also of an alias), else the folder or file as it was given.
         revision: Commit on the Hub, where known.
-        device: Where token ids go.
+        device: Device of the model's input.
         dtype: Number format of the weights that are not quantised.
         quantization: Name of our quantisation of the linear layers; None without.
         hidden_size: Width of the last layer's hidden state.
         vocab_size: Width of the logits.
         context_window: Most tokens of prompt and reply together.
-        eos_token_ids: End a reply; the same ones as in `generate` of transformers.
+        eos_token_ids: Tokens that end a reply, as in `generate` of transformers.
         encoder: Turns prompts into token ids.
         fingerprint: Fingerprint of sizes and weights, see `fingerprints`; None where the weights are spread.
         parts: The model in each of the processes that hold it together, see `ranks`; None where it is in this one.
@@ -141,21 +141,21 @@ _adopting = threading.Lock()
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
-    """Load a base model, or return the one that is already loaded; it lives as long as somebody holds it.
+    """Load a base model, or return the one that is already loaded; it stays loaded as long as somebody holds it.
 
     A user's own `(model, tokenizer)` is taken as it is; it is only put into evaluation mode, since dropout would make
     decoding random.
 
     Raises:
-        ConfigError: If device, dtype or quantization is unknown, or can't be had for this model on this machine; if
-            the model is to be spread over processes, and there is one; if that needs a GPU feature which is not turned
+        ConfigError: If device, dtype or quantization is unknown, or not available for this model on this machine; if
+            the model is to be spread over processes, and only one runs; if that needs a GPU feature which is not turned
             on; or if `MARA_EXPERIMENTAL` names an unknown feature.
-        ModelError: If the model can't be found, reached, read, or is no causal language model.
+        ModelError: If the model can't be found, reached or read, or is not a causal language model.
         MissingExtraError: If a `.gguf` is to be read and the packages for it are absent.
     """
     if isinstance(spec.model, LoadedModel):
         return spec.model
-    experimental.enabled_features()  # an unknown name is said on every machine, before anything is read
+    experimental.enabled_features()  # an unknown name is refused on every machine, before anything is read
     if isinstance(spec.model, tuple | list):
         return _adopt(spec)
     if spec.engine == "llama.cpp":
@@ -188,7 +188,7 @@ def _load_once(spec: ModelSpec) -> LoadedModel:
     name, source = resolve(os.fspath(spec.model))
     if not source.endswith(".gguf"):
         raise ConfigError(
-            f"engine='llama.cpp' runs .gguf files, and model {name!r} is none",
+            f"engine='llama.cpp' runs .gguf files, and model {name!r} is not one",
             hint="engine='transformers' runs it; many models have .gguf files on the Hub",
         )
     key = ("llama.cpp", source, str(spec.device), tuple(sorted(spec.model_kwargs.items())))
@@ -222,7 +222,7 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(source, **settings)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-    except Exception:  # `load_model` says what is wrong, if anything is
+    except Exception:  # `load_model` reports what is wrong, if anything is
         return load_model(spec)
     return Outline(tokenizer, context_window_of(config.get_text_config(), tokenizer))
 

@@ -29,7 +29,7 @@ def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any
         for text in given:
             name, has_value, value = text.partition("=")
             if not (name.isidentifier() and has_value):
-                raise ConfigError(f"{text!r} is no NAME=VALUE", hint="such as device_map=auto")
+                raise ConfigError(f"{text!r} is not of the form NAME=VALUE", hint="such as device_map=auto")
             try:
                 arguments[name] = yaml.safe_load(value)
             except yaml.YAMLError as error:
@@ -38,7 +38,7 @@ def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any
                     f"{text!r} has a broken value: {problem}", hint="values are YAML: auto, {a: 1}"
                 ) from None
     if "token" in arguments:
-        raise ConfigError("an access token is not taken here, it would be written down", hint="set HF_TOKEN")
+        raise ConfigError("access tokens are not accepted here: they would be written to disk", hint="set HF_TOKEN")
     try:
         json.dumps(arguments)
     except TypeError as error:

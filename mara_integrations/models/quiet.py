@@ -1,4 +1,4 @@
-"""Loading without the notes and progress bars of transformers and the Hub."""
+"""Load without the messages and progress bars of transformers and the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what transformers and the hub say while loading to errors; what was set before is set again."""
+    """Silence all but errors of transformers and the Hub inside the block; earlier settings come back after it."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     had_bar = transformers.logging.is_progress_bar_enabled()

@@ -1,9 +1,9 @@
 """Experimental: several processes, started by torchrun, hold one model. Rank 0 runs the program, the others follow.
 
-The first does all that a single process would: it reads, decides, trains, answers and writes. What has to happen in all
-of them, because each holds a part of the model, it has them do by `everywhere`. So nothing rests on all deciding alike,
-by measured times for one, and whatever a single process can do works: also a server, of whose requests the others do
-not know. A message is a function of a module and its arguments; pickled, it comes from our own process only.
+Rank 0 does all that a single process would: it reads, decides, trains, answers and writes. Work that has to happen in
+all of them, because each holds a part of the model, it starts by `everywhere`. So the processes never have to reach the
+same decision by themselves, for example from measured times, and everything that one process can do works, also a
+server. A message is a function of a module and its arguments; pickled, it comes from our own process only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def accelerator() -> str | None:
 
 
 def join() -> None:
-    """Meet the other processes. The first goes on; the others follow it to its end and do not return."""
+    """Wait for the other processes. Rank 0 returns; the others follow it to its end and do not return."""
     global _control
     with _lock:
         if _control is not None:
@@ -139,7 +139,7 @@ def is_spread(tensor: Any) -> bool:
 
 @contextmanager
 def _in_step() -> Iterator[None]:
-    """One message at a time, with its work; after what is no refusal the others wait for us in the middle of theirs."""
+    """Send one message and do its work. Any error but a `MaraError` leaves the processes out of step for good."""
     global _control
     with _lock:
         try:
@@ -179,7 +179,7 @@ def _follow() -> NoReturn:
     import torch.distributed as dist
 
     with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means, the first process knows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process handles Ctrl-C
     status = 0
     try:
         while True:
@@ -192,7 +192,7 @@ def _follow() -> NoReturn:
                 break
             try:
                 result = message.function(*message.arguments)
-            except MaraError as error:  # the first process meets the same one, and says so
+            except MaraError as error:  # the first process meets the same error, and reports it
                 result = error
             if message.kept_as is not None:
                 _kept[message.kept_as] = result

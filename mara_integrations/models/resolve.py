@@ -1,4 +1,4 @@
-"""What a model's name means: an alias, a folder, a `.gguf` file, or a model on the Hub, cached or not."""
+"""Resolve a model's name: an alias, a folder, a `.gguf` file, or a model on the Hub, cached or not."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def resolve(name: str) -> tuple[str, str]:
             raise ModelError(f"folder {name!r} holds no model: it has no config.json", hint=_hint(name))
         return name, str(path.resolve())
     if path.is_file():
-        raise ModelError(f"{name!r} is a file, but no .gguf", hint="give the folder that holds the model's config.json")
+        raise ModelError(f"{name!r} is a file, not a .gguf", hint="give the folder that holds the model's config.json")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelError(f"model {name!r} is not there: no such file or folder", hint=_hint(name))
+        raise ModelError(f"model {name!r} does not exist: no such file or folder", hint=_hint(name))
     return name, name
 
 
@@ -92,9 +92,9 @@ def check_reachable(name: str, settings: Mapping[str, Any]) -> None:
     """Ask the Hub once whether it has the model; a download would retry for half a minute before it gives up.
 
     Raises:
-        ModelError: If it has not, does not let us, or can't be reached.
+        ModelError: If it has no such model, denies access, or can't be reached.
     """
-    where = f"model {name!r} is no alias, file or folder here, nor in the cache"
+    where = f"model {name!r} is not an alias, file or folder here, and not in the cache"
     if settings.get("local_files_only"):
         raise ModelError(f"{where}, and local_files_only forbids a download", hint=_hint(name))
     revision = settings.get("revision")

@@ -1,4 +1,4 @@
-"""Calls of tools in a reply, and what all readers of them share."""
+"""Tool calls in a reply, and the base class of the readers that find them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CallReader(ABC):
     """Separates calls from the text of one reply while both are written.
 
     Attributes:
-        calls: Those found so far.
+        calls: The calls found so far.
     """
 
     calls: list[Call] = field(default_factory=list, init=False)
@@ -54,8 +54,8 @@ class CallReader(ABC):
 
         Args:
             text: The text that was added.
-            final: There is no more, so what was held back is text after all.
-            is_cut: The reply was cut; a call that it ends with is not whole.
+            final: Whether this is the last text, so that text held back is text after all.
+            is_cut: Whether the reply was cut: a call that it ends with is not whole.
         """
         self._held += text
         pieces: list[Piece] = []
@@ -121,7 +121,7 @@ class JSONEnd:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """Return the object that a text is; None: it is no JSON, or no object."""
+    """Return the JSON object that a text holds; None if it is not JSON, or not an object."""
     try:
         loaded = json.loads(text, strict=False)  # in free text a string may hold a raw tab
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""How families of models write tool calls: the structural tags of their replies, and what reads the calls back.
+"""How families of models write tool calls: the structural tags of their replies, and the readers of the calls.
 
 Families go by xgrammar's names, and their tags are xgrammar's. Two are our own: Mistral's, which it lacks, and those of
 gpt-oss, whose calls end with a token that ends the reply.
@@ -29,13 +29,13 @@ class CallFamily:
     """How one family writes calls.
 
     Attributes:
-        name: As xgrammar has it.
-        tags: What may be a special token of the tokenizer, and yet has to be read.
-        marks: What the calls of a reply are found by; None for gpt-oss, whose whole reply is in its own form.
-        between: What stands between two calls.
+        name: Name of the family in xgrammar.
+        tags: Marks that may be special tokens of the tokenizer, and are still part of the text.
+        marks: Marks by which calls are found; None for gpt-oss, whose whole reply is in its own form.
+        between: Text between two calls.
         end: A token that ends a reply after a call.
-        trigger: Where xgrammar does not know the family: what announces a call in free text, if not all its beginning.
-        own_tags: Likewise: the tags of calls, one for each tool, in free text (True) or without text (False).
+        trigger: For families that xgrammar does not know: what announces a call in free text, if not its beginning.
+        own_tags: For the same families: tags of calls, one for each tool, in free text (True) or without text (False).
     """
 
     name: str
@@ -47,7 +47,7 @@ class CallFamily:
     own_tags: Callable[[Sequence[Tool], bool], list[Format]] | None = field(default=None, repr=False)
 
     def reader(self, tools: Sequence[Tool]) -> CallReader:
-        """Return what reads the calls of one reply, given the tools of its request."""
+        """Return the reader of the calls of one reply, given the tools of its request."""
         if isinstance(self.marks, CallMarks):
             return MarkedCallReader(self.marks, tools)
         assert self.marks is not None

@@ -32,10 +32,10 @@ class ReplyForm:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a choice that names no tool, and schemas beyond `SchemaBounds`.
+        """Refuse a choice that names an unknown tool, and schemas beyond `SchemaBounds`.
 
         Raises:
-            ConfigError: If `tool_choice` is no tool's name, or a schema or a name is not allowed.
+            ConfigError: If `tool_choice` is not a tool's name, or a schema or a name is not allowed.
         """
         bounds = SchemaBounds()
         for tool in self.tools:
@@ -84,7 +84,7 @@ class ReplyForm:
 
         Args:
             family: How the model writes calls.
-            thoughts: Where a reply stands when it begins; thoughts may have any length.
+            thoughts: Whether a reply may begin with thoughts, or begins inside of them; they may have any length.
 
         Raises:
             MissingExtraError: If xgrammar is not installed.
@@ -127,7 +127,7 @@ def _after_thoughts(reply: dict[str, Any], thoughts: Thoughts) -> dict[str, Any]
 def _tool(tool: Mapping[str, Any]) -> Tool:
     function = tool.get("function")
     if not isinstance(function, Mapping) or "name" not in function:
-        raise ConfigError(f"{tool!r} is no function", hint='give {"type": "function", "function": {"name": ...}}')
+        raise ConfigError(f"{tool!r} is not a function", hint='give {"type": "function", "function": {"name": ...}}')
     return Tool(function["name"], function.get("description") or "", function.get("parameters") or {})
 
 
@@ -141,7 +141,7 @@ def _check_tool(tool: Tool, bounds: SchemaBounds) -> None:
             hint="1 to 256 characters, without quotes, angle brackets, backslashes and control characters",
         )
     if not isinstance(tool.description, str):
-        raise ConfigError(f"the description of tool {tool.name!r} is {tool.description!r:.80}", hint="it is a string")
+        raise ConfigError(f"the description of tool {tool.name!r} is {tool.description!r:.80}", hint="give a string")
     bounds.check({"title": tool.name, "description": tool.description}, f"tool {tool.name!r}")
     if tool.parameters:
         bounds.check(tool.parameters, f"the parameters of tool {tool.name!r}")

@@ -1,4 +1,4 @@
-"""Read replies of gpt-oss: messages of their own channels, of which one is the answer, or a call.
+"""Read replies of gpt-oss, whose thoughts, answer and calls are messages in channels of their own.
 
 `<|channel|>analysis<|message|>thoughts<|end|><|start|>assistant<|channel|>final<|message|>answer`, or in place of the
 answer `<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}`. A call ends with `<|call|>`.
@@ -26,7 +26,7 @@ class HarmonyReader:
 
     Attributes:
         must_call: Whether the request left the model no choice but to call a tool.
-        calls: Those found so far.
+        calls: The calls found so far.
     """
 
     must_call: bool = False

@@ -21,11 +21,11 @@ class CallMarks:
     """How a family marks calls.
 
     Attributes:
-        begins: What a call may begin with.
-        header: All that stands before the arguments, with the group `name`, and `id` where the header is the id.
-        end: What ends a call.
-        around: Tags that stand around calls.
-        parameter: One argument, with the groups `key` and `value`, and `is_text` where it says its type. None: the
+        begins: Marks that a call may begin with.
+        header: Pattern of everything before the arguments, with the group `name`, and `id` if the header is the id.
+        end: Mark that ends a call.
+        around: Tags around calls.
+        parameter: Pattern of one argument, with the groups `key` and `value`, and `is_text` if it has a type. None: the
             arguments are one JSON object.
     """
 
@@ -38,14 +38,14 @@ class CallMarks:
 
 @dataclass(slots=True)
 class MarkedCallReader(CallReader):
-    """Separates calls from text while both are written; what may become a mark is held back until that is clear.
+    """Separates calls from text while both are written; text that may become a mark is held back until that is clear.
 
     JSON arguments are passed on as they are written, tagged ones when the call is whole. A call that can't be read has
     an `error`. White space before and between calls is dropped.
 
     Attributes:
-        marks: Of the model's family.
-        tools: What may be called; their schemas tell which arguments are text.
+        marks: Marks of the model's family.
+        tools: The tools; their schemas tell which arguments are text.
     """
 
     marks: CallMarks

@@ -24,7 +24,7 @@ class ReplyReader(Protocol):
 
 @dataclass(slots=True)
 class TagReader:
-    """Reads replies whose thoughts and calls stand between tags; see `ReplyReader`.
+    """Reads replies with thoughts and calls between tags; see `ReplyReader`.
 
     Attributes:
         splitter: Separates thoughts from the answer.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OPEN, CLOSE = "<think>", "</think>"
-# Where a reply stands when it begins: after an OPEN of the prompt, or where it may write one itself
+# How a reply begins: without thoughts, perhaps with an OPEN of its own, or after an OPEN in the prompt
 Thoughts = Literal["none", "possible", "begun"]
 
 
@@ -27,10 +27,10 @@ class ThoughtSplitter:
     _held: str = field(default="", init=False)
 
     def push(self, text: str, *, final: bool = False) -> tuple[str, str]:
-        """Read more text; `final`: there is no more.
+        """Read more text; `final` says that it is the last.
 
         Returns:
-            What is new of the thoughts, and what is new of the answer; both may be empty.
+            The new part of the thoughts, and of the answer; both may be empty.
         """
         self._held += text
         if self._part == "start":

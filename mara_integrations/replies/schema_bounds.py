@@ -45,11 +45,11 @@ class SchemaBounds:
     _lengths: set[int] = field(default_factory=set)
 
     def check(self, schema: Any, what: str) -> None:
-        """Refuse a schema that is no JSON, that costs too much to compile, or that no reply can fulfil.
+        """Refuse a schema that is not JSON, that costs too much to compile, or that no reply can fulfil.
 
         Args:
             schema: The schema.
-            what: What it belongs to, for the error.
+            what: The owner of the schema, for the error.
 
         Raises:
             ConfigError: If a bound is exceeded; it names the place, the value and the bound.
@@ -119,7 +119,7 @@ def _dumped(schema: Any, what: str) -> bytes:
     try:
         return json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # also of characters that are halves of a pair
-        raise ConfigError(f"{what} is no JSON: {error}") from None
+        raise ConfigError(f"{what} is not JSON: {error}") from None
 
 
 def _check_count(value: Any, keyword: str, where: str) -> None:
@@ -173,7 +173,7 @@ def _target(root: Mapping[str, Any], node: Mapping[str, Any]) -> Any:
 def _check_shortest(
     root: Mapping[str, Any], nodes: list[tuple[str, Mapping[str, Any]]], patterns: Mapping[int, int], what: str
 ) -> None:
-    """Refuse a schema whose shortest reply is long, or endless: its text would be certain, and never come to an end.
+    """Refuse a schema whose shortest reply is too long, or endless.
 
     The shortest reply to each schema inside is found from those to its parts, again and again until none gets shorter.
     """
@@ -187,7 +187,7 @@ def _check_shortest(
     for path, node in nodes:
         if shortest[id(node)] == math.inf:
             raise ConfigError(
-                f"{what}, {path}: no value of this schema comes to an end",
+                f"{what}, {path}: no value of this schema is finite",
                 hint="a property that must hold its own schema again never ends: leave it out of `required`",
             )
         if shortest[id(node)] > MAX_SHORTEST:

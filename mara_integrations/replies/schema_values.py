@@ -1,4 +1,4 @@
-"""Read an argument that was written without quotes, as its schema says: as text, or as JSON."""
+"""Read an argument that was written without quotes: as text or as JSON, by its schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# What models that write Python say for words of JSON.
+# Words of JSON as models that write Python spell them.
 _PYTHON = {"True": True, "False": False, "None": None}
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
 _MAX_DEPTH = 32  # references and alternatives inside one another
@@ -16,14 +16,14 @@ def value_of(text: str, parameters: Mapping[str, Any], name: str, *, is_text: bo
     """Return the value of an argument.
 
     Args:
-        text: As it was written.
+        text: The argument as it was written.
         parameters: The JSON schema of all arguments.
-        name: Of the argument.
-        is_text: What the reply says of it; None: it says nothing, so the schema decides. JSON goes first where both
-            are allowed, but a JSON string is text: its quotes belong to it.
+        name: Name of the argument.
+        is_text: Whether the reply declares it to be text; None if it declares nothing and the schema decides. JSON goes
+            first where both are allowed, but a JSON string is text: its quotes belong to it.
 
     Returns:
-        The value; the text itself where it is no JSON.
+        The value; the text itself if it is not JSON.
     """
     if is_text:
         return text

@@ -14,7 +14,7 @@ class TextStream:
     Args:
         tokenizer: Anything with transformers' `decode`.
         stop: Strings that end the reply; text that may be the beginning of one is held back until it is clear.
-        shown: Special tokens that are part of the text, as what begins a tool call; all others are left out.
+        shown: Special tokens that are part of the text, as the marks of tool calls; all others are left out.
 
     Attributes:
         shown: As given.

@@ -17,16 +17,16 @@ class JSONMarks:
     """How a family begins and ends calls that are JSON objects.
 
     Attributes:
-        marks: What a call begins with; models are less exact than grammars, so there may be several. One that begins
+        marks: Marks that begin a call; models are less exact than grammars, so there may be several. One that begins
             with a bracket is JSON itself, and white space between its parts does not matter.
-        close: What ends a call that a tag began.
+        close: Mark that ends a call which a tag began.
     """
 
     marks: tuple[str, ...]
     close: str = ""
 
 
-# What a model writes that was shown tools and forgot the tags.
+# How a model writes calls that was shown tools and forgot the tags.
 BARE_CALL = '{"name":'
 
 
@@ -39,13 +39,13 @@ _NAME = re.compile(r'"name"\s*:\s*"([^"\\]+)"')
 
 @dataclass(slots=True)
 class CallParser(CallReader):
-    """Separates calls from text while both are written; what may become a call is held back until that is clear.
+    """Separates calls from text while both are written; text that may become a call is held back until that is clear.
 
     JSON that a tag announces, or that names one of the tools, is a call; it has an `error` if it can't be read. Other
     JSON is text.
 
     Attributes:
-        syntax: Of the model's family.
+        syntax: Marks of the model's family.
         names: Names of the tools; with them, a reply that is a call without its tag is understood too.
     """
 
@@ -67,7 +67,7 @@ class CallParser(CallReader):
     # One step of each part; None: it needs more text.
 
     def _text(self, final: bool) -> list[Piece] | None:
-        if self.calls:  # between calls and after the last, white space is nobody's text
+        if self.calls:  # white space between calls and after the last is dropped
             self._held = self._held.lstrip()
         for place in range(len(self._held)):
             is_begin = self._is_first and not self._held[:place].strip()
@@ -157,7 +157,7 @@ class CallParser(CallReader):
         return self._is_tagged or not self.names or name in self.names
 
     def _skip(self, pattern: str) -> None:
-        """Move the match into `_mark`, so that it is returned as text if this is no call after all."""
+        """Move the match into `_mark`, so that it is returned as text if this is not a call after all."""
         matched = re.match(pattern, self._held)
         assert matched is not None
         self._mark, self._held = self._mark + matched[0], self._held[matched.end() :]

@@ -69,7 +69,7 @@ def create_app(
 
     Raises:
         ConfigError: If an argument has a value that is not allowed.
-        HeadError: If one of `heads` is not there: whether a name means a path or a Hub id is settled here, once.
+        HeadError: If one of `heads` is not there. Whether a name is a path or a Hub id is decided here, once.
         MissingExtraError: On import, if the extra `serve` is not installed.
     """
     check_api_key(api_key)
@@ -98,7 +98,7 @@ def create_app(
     origins, cors = list(allow_origins), []
     if origins:
         cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])]
-    # From the outside in. Errors are answered inside the CORS headers too, so that an allowed page can read them.
+    # From the outside in. Answers to errors get the CORS headers too, so that an allowed page can read them.
     middleware = [
         Middleware(Observer, metrics=metrics),
         Middleware(ErrorAnswers),
@@ -128,7 +128,7 @@ _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 
 
 class _Routes:
-    """The routes that only tell something."""
+    """The routes that only report: models, health, metrics and the interface."""
 
     def __init__(self, engine: MARAEngine, names: ServedNames, metrics: Metrics, *, has_key: bool) -> None:
         self._engine, self._names, self._metrics = engine, names, metrics

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API states them: a status, a type, a message, a code. Which of our errors is which status."""
+"""Errors in the form of OpenAI's API: status, type, message and code; and the status of each of our errors."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class ClientClosedError(RefusalError):
 def refusal_of(error: BaseException) -> RefusalError:
     """Return the answer to a request that raised `error`.
 
-    The request's own faults are told in full. A fault of the server is told by its kind alone: its text may name files
-    of this machine, so it belongs in the log.
+    An error that the request caused is answered in full. Of an error of the server, only the kind is answered: its text
+    may name files of this machine, so it goes to the log.
     """
     if isinstance(error, RefusalError):
         return error
@@ -91,7 +91,7 @@ def refusal_of(error: BaseException) -> RefusalError:
 
 
 def is_fault_of_server(error: BaseException) -> bool:
-    """Whether the log should tell of an error, because the answer does not."""
+    """Return whether an error belongs in the log, because the answer does not tell it."""
     return refusal_of(error).status >= 500 and not isinstance(error, RefusalError)
 
 

@@ -1,4 +1,4 @@
-"""Limits of what is taken in: sequences at once, bytes of a body, seconds to wait for a client."""
+"""Limits of what the server accepts: sequences at once, bytes of a body, seconds to wait for a client."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _Result = TypeVar("_Result")
 
 
 class ServerLimits(Params):
-    """What the server takes in.
+    """Limits of what the server accepts.
 
     Attributes:
         max_running: Most sequences answered or waiting at once; each prompt of a request is one. The default is four
-            full batches of 64: a client that would have to wait longer had better ask another server.
+            full batches of 64: a client that would have to wait longer should ask another server.
         max_body_bytes: Largest body of a request. The default is a million words, more than most context windows hold.
         body_timeout_s: Seconds in which a body has to arrive; by default 4 MiB need 1.1 Mbit/s.
     """

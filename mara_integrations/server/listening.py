@@ -28,7 +28,7 @@ except ImportError as error:
 HEADER_TIMEOUT_S = 10.0
 # Seconds for which an idle connection is kept; proxies and clients reuse theirs for about as long.
 _KEEP_ALIVE_S = 60
-# Seconds for replies that were told to stop: their threads finish what they are at.
+# Seconds for replies that were told to stop, whose threads finish their step.
 _STOPPING_S = 10.0
 _BACKLOG = 2048
 _log = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ def bind(host: str, port: int) -> list[socket.socket]:
                 sockets.append(socket.create_server(address, family=family, backlog=_BACKLOG))
             except OSError as error:
                 if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(found) > 1:
-                    continue  # a machine without IPv6 knows ::1 by name all the same
+                    continue  # a machine without IPv6 still resolves ::1 by name
                 raise
     except OSError as error:
         for opened in sockets:
             opened.close()
         raise _no_socket(host, port, error) from None
     if not sockets:
-        raise ConfigError(f"host {host!r} is no address of this machine")
+        raise ConfigError(f"host {host!r} is not an address of this machine")
     return sockets
 
 
@@ -75,7 +75,7 @@ def _no_socket(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EACCES:
         return ConfigError(f"port {port} of {host} is not allowed", hint="ports below 1024 are the administrator's")
     if error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"host {host!r} is no address of this machine")
+        return ConfigError(f"host {host!r} is not an address of this machine")
     return ConfigError(f"port {port} of {host} can't be opened: {error.strerror or error}")
 
 
@@ -156,7 +156,7 @@ class Server(uvicorn.Server):
 class _ImpatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with a time limit on headers, and its own errors in our form.
 
-    uvicorn waits without end for the rest of a request's headers, and for the rest of a body that nobody reads.
+    uvicorn waits for ever for the rest of a request's headers, and for the rest of a body that nobody reads.
     """
 
     header_timeout_s = HEADER_TIMEOUT_S
@@ -182,7 +182,7 @@ class _ImpatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP request."""
+        """Answer data that is not an HTTP request."""
         body = RefusalError(400, msg).as_bytes()
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)

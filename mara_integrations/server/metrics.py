@@ -17,7 +17,7 @@ class Metrics:
     """The metrics of one application; each has a registry of its own.
 
     Args:
-        num_admitted: Returns the number of sequences that were let in and are not answered yet.
+        num_admitted: Returns the number of sequences that were admitted and are not answered yet.
         status: Returns what the engine is doing.
     """
 

@@ -1,4 +1,4 @@
-"""The names by which requests know the model and its heads, in place of where these lie on this machine."""
+"""The names of the model and its heads in requests, which stand for their locations on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServedNames:
         return [self.model, *(f"{self.model}:{head}" for head in self.heads)]
 
     def public(self, message: str, model_path: str) -> str:
-        """Return an error's message with names where it quotes the places of the model and the heads."""
+        """Return an error's message with names in place of the paths of the model and the heads."""
         places = {model_path: self.model, **{str(source): name for name, source in self.heads.items()}}
         for place, name in places.items():
             message = message.replace(repr(place), repr(name))

@@ -1,4 +1,4 @@
-"""What the server tells about each request: a line in the log, and its metrics."""
+"""Log a line about each request, and count it in the metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCOPE_KEY = "mara_integrations.observation"
 
 @dataclass(slots=True)
 class Observation:
-    """What is known of one request.
+    """The facts about one request that log and metrics report.
 
     Attributes:
         began_s: When it arrived, by `time.perf_counter`.
@@ -66,7 +66,7 @@ class Observer:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and tell of it when it is answered."""
+        """Pass a request on; log and count it when it is answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

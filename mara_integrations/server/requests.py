@@ -165,7 +165,7 @@ class _GenerationBody(BaseModel):
     )
     stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
     stream_options: StreamOptions | None = None
-    # Values that ask for nothing are accepted, because clients send them; others are refused.
+    # Values without effect are accepted, because clients send them; others are refused.
     n: Literal[1] | None = Field(None, description="Only 1 is supported.")
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
@@ -229,7 +229,7 @@ CompletionBody = create_model(
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """What a request asks of the engine.
+    """A checked request, as arguments for the engine.
 
     Attributes:
         model: The model as the client named it.
@@ -238,7 +238,7 @@ class EngineCall:
         is_stream: Whether to answer token by token.
         has_usage: Whether a stream ends with the counts of tokens.
         top_logprobs: Alternatives to report at each token; None reports no log-probabilities.
-        ignored: Names of fields that nobody here knows.
+        ignored: Names of unknown fields.
     """
 
     model: str
@@ -251,17 +251,17 @@ class EngineCall:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """Parse a body. Its depth is bounded; lone surrogates and NaN are no JSON.
+    """Parse a body. Its depth is bounded; lone surrogates and NaN are not JSON.
 
     Raises:
-        RefusalError: If it is no JSON object.
+        RefusalError: If it is not a JSON object.
     """
     try:
         parsed = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise RefusalError(400, f"the body is no JSON: {error}") from None
+        raise RefusalError(400, f"the body is not JSON: {error}") from None
     if not isinstance(parsed, dict):
-        raise RefusalError(400, f"the body is no JSON object but {shown(parsed)}")
+        raise RefusalError(400, f"the body is not a JSON object but {shown(parsed)}")
     return parsed
 
 
@@ -388,9 +388,9 @@ def _arguments(name: str, value: str | dict[str, Any]) -> dict[str, Any]:
     try:
         parsed = from_json(value or "{}", allow_inf_nan=False)
     except ValueError as error:
-        raise RefusalError(400, f"{name}={shown(value)} is no JSON: {error}", param=name) from None
+        raise RefusalError(400, f"{name}={shown(value)} is not JSON: {error}", param=name) from None
     if not isinstance(parsed, dict):
-        raise RefusalError(400, f"{name}={shown(value)} is no JSON object", param=name)
+        raise RefusalError(400, f"{name}={shown(value)} is not a JSON object", param=name)
     return parsed
 
 
@@ -401,7 +401,7 @@ def _require(name: str, value: object) -> None:
 
 # --- pydantic's errors in words ---
 
-# Fields of OpenAI's API of which only the value that asks for nothing is supported.
+# Fields of OpenAI's API that are supported only with the value that has no effect.
 _UNSUPPORTED = {
     *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
     *("echo", "suffix", "modalities", "functions"),

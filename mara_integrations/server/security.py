@@ -1,4 +1,4 @@
-"""Who may send requests: API keys, and the checks that keep web pages out of a server on this machine."""
+"""Decide who may send requests: API keys, and checks that keep web pages away from a server on this machine."""
 
 from __future__ import annotations
 

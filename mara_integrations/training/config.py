@@ -401,7 +401,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings of a YAML file, by the names of `TrainConfig` or by those of the options.
 
     Raises:
-        ConfigError: If the file can't be read, or has a name that is no setting.
+        ConfigError: If the file can't be read, or has a name that is not a setting.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -416,7 +416,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if name not in TrainConfig.model_fields:
             near = difflib.get_close_matches(name, TrainConfig.model_fields)
             raise ConfigError(
-                f"{str(path)!r}: {name!r} is no setting",
+                f"{str(path)!r}: {name!r} is not a setting",
                 hint=f"did you mean {' or '.join(near)}?" if near else "`mara-tools train --help` lists them",
             )
     return settings

@@ -154,7 +154,7 @@ def test_a_file_of_settings_equals_flags_and_flags_win(folder):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("max_replys: 8\n", "'max_replys' is no setting\nhint: did you mean max_replies or max_reply_tokens?"),
+        ("max_replys: 8\n", "'max_replys' is not a setting\nhint: did you mean max_replies or max_reply_tokens?"),
         ("- data\n", "holds no settings"),
         ("data: [\n", "is broken YAML"),
         ("held_out: 2\ndata: x\noutput: y\n", "held_out=2 is not allowed"),
@@ -179,7 +179,7 @@ def test_what_loads_the_model_is_handed_on(folder, command):
     said = run(*command, "--model", "model", "--model-kwargs", "attn_implementation=no-such-kind", code=1).stderr
     assert "no-such-kind" in said
     said = run(*command, "--model", "model", "--model-kwargs", "device_map", code=1).stderr
-    assert "'device_map' is no NAME=VALUE" in said
+    assert "'device_map' is not of the form NAME=VALUE" in said
     said = run(*command, "--model", "model", "--model-kwargs", "device_map={", code=1).stderr
     assert "'device_map={' has a broken value" in said and "values are YAML" in said
 

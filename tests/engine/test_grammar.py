@@ -250,7 +250,7 @@ def test_a_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_schema_that_is_none_is_refused(engine: MARAEngine) -> None:
-    with pytest.raises(ConfigError, match="can't be made a grammar"):
+    with pytest.raises(ConfigError, match="can't be compiled to a grammar"):
         engine.generate(ASK, form=ReplyForm(json_schema={"type": "nonsense"}))
 
 

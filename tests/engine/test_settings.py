@@ -102,7 +102,7 @@ def test_max_tokens_and_max_new_tokens_are_one_setting():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"temprature": 1}, r"temprature=1 is no setting \(hint: did you mean temperature\?"),
+        ({"temprature": 1}, r"temprature=1 is not a setting \(hint: did you mean temperature\?"),
         ({"hed": None}, "did you mean head"),
         ({"zzz": 1}, r"settings are fallback, form, head"),
         ({"top_p": 0}, "top_p=0 is not allowed"),

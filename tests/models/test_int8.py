@@ -155,7 +155,7 @@ def refusals():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     yield ("int4", cpu, torch.float32, {}), "quantization='int4' is not allowed"
     yield ("int8", gpu, torch.bfloat16, {}), "is for the CPU, not for cuda:0"
-    yield ("int8", cpu, torch.bfloat16, {}), "goes with float32, not with torch.bfloat16"
+    yield ("int8", cpu, torch.bfloat16, {}), "needs float32, not torch.bfloat16"
     yield ("int8", cpu, torch.float32, {"quantization_config": {}}), "together with quantization_config"
     yield ("int8", cpu, torch.float32, {"device_map": "auto"}), "together with device_map"
     yield ("int8", cpu, torch.float32, {"tp_plan": "auto"}), "together with tp_plan"
@@ -182,7 +182,7 @@ def test_a_processor_that_cuts_sums_off_is_refused(monkeypatch):
     exact = Int8Linear.forward
     monkeypatch.setattr(Int8Linear, "forward", lambda layer, x: exact(layer, x).clamp(max=32767.0))
     monkeypatch.setattr(int8, "_processor_problem", int8._processor_problem.__wrapped__)
-    with pytest.raises(ConfigError, match="is not for this machine: its sums of int8 products are not exact"):
+    with pytest.raises(ConfigError, match="is not supported on this machine: its sums of int8 products are not exact"):
         int8.check_int8("int8", torch.device("cpu"), torch.float32, {})
 
 

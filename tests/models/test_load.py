@@ -154,7 +154,7 @@ def test_a_reply_ends_where_generate_ends_it():
 @pytest.mark.parametrize(
     ("model", "says", "hint"),
     [
-        ("smolm2", "model 'smolm2' is no alias, file or folder here", "did you mean 'smollm2'"),
+        ("smolm2", "model 'smolm2' is not an alias, file or folder here", "did you mean 'smollm2'"),
         ("nobody/nothing", "the Hub can't be reached", "a Hub id, a folder"),
         ("./nope", "no such file or folder", "allowed"),
         ("nope.gguf", "no such file or folder", "allowed"),
@@ -257,7 +257,7 @@ def test_unknown_devices_and_dtypes_are_refused_before_loading(settings, says):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
 def test_a_missing_gpu_is_said():
-    with pytest.raises(ConfigError, match="device='cuda' is not there"):
+    with pytest.raises(ConfigError, match="device='cuda' is not available"):
         load_model(ModelSpec("smollm2", device="cuda"))
 
 

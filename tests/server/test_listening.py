@@ -64,7 +64,7 @@ def test_a_port_in_use_is_named():
 
 
 @pytest.mark.parametrize(
-    ("host", "said"), [("no.such.host.invalid", "is not known"), ("192.0.2.1", "no address of this machine")]
+    ("host", "said"), [("no.such.host.invalid", "is not known"), ("192.0.2.1", "not an address of this machine")]
 )
 def test_a_host_that_is_not_this_machine_is_named(host, said):
     with pytest.raises(ConfigError, match=said):

@@ -199,13 +199,13 @@ def test_a_stream_has_one_prompt():
     ],
 )
 def test_a_body_that_is_no_json_is_refused(body):
-    with pytest.raises(RefusalError, match="the body is no JSON"):
+    with pytest.raises(RefusalError, match="the body is not JSON"):
         read_json(body)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"text"', b"null", b"[" * 150 + b"]" * 150])
 def test_a_body_that_is_no_object_is_refused(body):
-    with pytest.raises(RefusalError, match="no JSON object"):
+    with pytest.raises(RefusalError, match="not a JSON object"):
         read_json(body)
 
 

@@ -26,13 +26,13 @@ _CONTEXT = "mara_context"
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
-    """What a model asks of the attention of one layer.
+    """The attention settings of one layer.
 
     Attributes:
-        scaling: Of the scores; None is 1 / sqrt(D).
-        sliding_window: How many tokens back one looks, itself included; None is all.
+        scaling: Factor of the scores; None is 1 / sqrt(D).
+        sliding_window: Latest tokens that a token attends to, itself included; None is all.
         softcap: Bound of the scores.
-        sinks: A score a head that takes weight and gives nothing, (H,).
+        sinks: One score per attention head that takes weight and adds no value, (H,).
     """
 
     scaling: float | None = None
@@ -102,7 +102,7 @@ class _Placed(NamedTuple):
 
 @dataclass(slots=True)
 class PackedContext:
-    """What one packed forward has to know; travels to the attention function as a keyword argument.
+    """The layout of one packed forward; passed to the attention function as a keyword argument.
 
     Attributes:
         cache: Where keys and values are.
@@ -161,11 +161,11 @@ class PackedContext:
     def rectangle(
         cls, cache: KVRectangle, shape: tuple[int, int, int], slots: Tensor, starts: Tensor, siblings: Tensor
     ) -> PackedContext:
-        """Rows 0 to n - 1 of the cache with w tokens each: all that may change from step to step is in tensors.
+        """Lay out rows 0 to n - 1 of the cache with w tokens each. All that changes from step to step is in tensors.
 
         Args:
             cache: Has room for them.
-            shape: (n, w, number of slots that are looked at).
+            shape: (n, w, number of slots attended to).
             slots: Slot of each token, (n * w,).
             starts: Committed tokens of each row, (n,).
             siblings: Whether its tokens are siblings, (n,).
@@ -187,7 +187,7 @@ class PackedContext:
         return cls(cache, [_Part(cache.bucket, None, rows, slots, [group])])
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, settings: AttentionSettings) -> Tensor:
-        """Store keys and values (T, Hkv, D), then let queries (T, H, D) look; returns (T, H, D)."""
+        """Store keys and values, (T, Hkv, D), and return the attention output of the queries, (T, H, D)."""
         out: Tensor | None = None
         for part in self.parts:
             new = (keys, values) if part.tokens is None else (keys[part.tokens], values[part.tokens])
@@ -303,7 +303,7 @@ def install(model: PreTrainedModel) -> None:
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Give a model its own attention back."""
+    """Restore a model's own attention."""
     name = model.config._attn_implementation or ""
     if name.startswith(_PREFIX):
         model.set_attn_implementation(name.removeprefix(_PREFIX))
@@ -331,7 +331,7 @@ def packed_attention(
 
 
 class _Recorder:
-    """Stands where a `PackedContext` stands and notes what each layer asks for."""
+    """Takes the place of a `PackedContext` and records the attention settings of each layer."""
 
     def __init__(self) -> None:
         self.settings: dict[int, AttentionSettings] = {}
@@ -343,7 +343,7 @@ class _Recorder:
 
 @torch.inference_mode()
 def read_settings(model: PreTrainedModel) -> dict[int, AttentionSettings]:
-    """What each layer of a model that `install` has prepared asks of attention, as it says itself when it runs."""
+    """Return the attention settings of each layer, recorded in a forward of a model that `install` has prepared."""
     recorder = _Recorder()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.get_decoder()(input_ids=token, **forward_arguments(recorder, token[0]))
@@ -351,7 +351,7 @@ def read_settings(model: PreTrainedModel) -> dict[int, AttentionSettings]:
 
 
 def forward_arguments(context: PackedContext | _Recorder, position_ids: Tensor) -> dict[str, Any]:
-    """Keyword arguments of one packed forward, for the decoder of a model that `install` has prepared.
+    """Return the keyword arguments of one packed forward, for the decoder of a model that `install` has prepared.
 
     A 4D mask is passed through unread: it keeps transformers from building its own, and from taking sibling positions
     for packed training documents.

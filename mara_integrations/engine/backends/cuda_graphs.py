@@ -33,7 +33,7 @@ _MIN_SLOTS = 256
 
 
 def cuda_graph(run: Run) -> Run:
-    """Capture what a function does to the device; calling the result does it again, into the same output.
+    """Capture the device work of a function; calling the result replays it into the same output tensors.
 
     Source: the usage of `torch.cuda.CUDAGraph` in PyTorch's notes on CUDA semantics: warm up on a side stream, capture.
     """
@@ -55,12 +55,12 @@ def cuda_graph(run: Run) -> Run:
 
 
 class ForwardGraphs:
-    """Forwards of one model over one cache, each captured when its size first comes.
+    """Forwards of one model over one cache, each captured when its size first occurs.
 
     Args:
-        forward: From the tokens of a packed row, their positions, each (T,), and the context to hidden states (T, d).
-        cache: A graph writes where it was when it was captured.
-        device: Of both.
+        forward: Maps the tokens of a packed row, their positions, each (T,), and the context to hidden states (T, d).
+        cache: Keys and values. A graph writes to the addresses that it was captured with.
+        device: Device of both.
         capture: See `cuda_graph`.
     """
 
@@ -75,7 +75,7 @@ class ForwardGraphs:
         self._store_version = -1
 
     def feed(self, segments: Sequence[Segment]) -> Tensor | None:
-        """Hidden states of all tokens in order, (T, d); None where the segments are too wide for a graph."""
+        """Return the hidden states of all tokens in order, (T, d); None if the segments are too wide for a graph."""
         cache = self._cache
         n = _round_up(cache.num_open, _ROWS)
         w = _round_up(max(len(segment.token_ids) for segment in segments), _WIDTHS)
@@ -90,7 +90,7 @@ class ForwardGraphs:
         return hidden[torch.tensor(places, device=self._device)]  # a copy: the next replay writes over it
 
     def _lay_out(self, segments: Sequence[Segment], n: int, w: int, unseen: int) -> tuple[list[int], list[int]]:
-        """What `_run` is given, and where in the rectangle the tokens are; padding goes to the slot `unseen`."""
+        """Return the arguments of `_run`, and where in the rectangle the tokens are; padding goes to slot `unseen`."""
         token_ids, positions, slots = [0] * (n * w), [0] * (n * w), [unseen] * (n * w)
         starts, siblings = [0] * n, [1] * n
         places = []
@@ -137,8 +137,8 @@ class GraphedBackend(PackedBackend):
     """The packed backend with its forwards captured as CUDA graphs; see `ForwardGraphs`.
 
     Args:
-        model: On a CUDA device.
-        capture: Turns a forward into one that is replayed.
+        model: A model on a CUDA device.
+        capture: Turns a forward into a replayed one.
     """
 
     def __init__(self, model: PreTrainedModel, capture: Callable[[Run], Run] = cuda_graph) -> None:

@@ -30,7 +30,7 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
 
 
 def logits_function(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """`lm_head` alone where that is all there is, else the model's own code after its decoder (soft caps, scalings)."""
+    """Return what computes logits: `lm_head`, or the model's own code after its decoder (soft caps, scalings)."""
     lm_head, embeddings = model.get_output_embeddings(), input_embeddings(model)
     probe = torch.arange(len(embeddings), device=embeddings.device)[None, -5:]
     with torch.inference_mode(), hooks_undone(model):
@@ -58,7 +58,7 @@ def weights_version(model: PreTrainedModel) -> Hashable:
 
 
 def takes(module: nn.Module, argument: str) -> bool:
-    """Whether the forward of a module declares an argument of this name."""
+    """Return whether the forward of a module declares an argument of this name."""
     return argument in inspect.signature(module.forward).parameters
 
 
@@ -92,7 +92,7 @@ def output_embeddings(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
 
 
 class _Finished(nn.Module):
-    """Stands where a decoder stood and hands its input on as the decoder's result."""
+    """Takes a decoder's place and returns its input as the decoder's result."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()

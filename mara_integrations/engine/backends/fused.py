@@ -40,7 +40,7 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class FastLinear(Protocol):
-    """A linear layer over rows, each of whose results is the same however many rows there are."""
+    """A linear layer over rows, whose result for a row does not depend on the other rows."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -50,7 +50,7 @@ class FastLinear(Protocol):
 
 
 class PackedLinear(FastLinear):
-    """A linear layer whose weights lie as oneDNN reads them: each row's result is the same however many there are.
+    """A linear layer with weights in oneDNN's packed order; a row's result does not depend on the other rows.
 
     Args:
         weight: Shape (out, in), float32 on the CPU.
@@ -73,11 +73,11 @@ class PackedLinear(FastLinear):
 
 
 def fast_linear(*linears: nn.Linear | Int8Linear, order: Tensor | None = None) -> FastLinear:
-    """One layer for one, or for several of a kind that read the same input.
+    """Return a fast layer for one linear layer, or for several of a kind that read the same input.
 
     Args:
-        *linears: Whose outputs come one after the other.
-        order: Of all these outputs, where it is to be another.
+        *linears: The layers; their outputs are concatenated.
+        order: Order of the concatenated outputs; None leaves them as they are.
     """
 
     def joined(parts: list[Tensor]) -> Tensor:
@@ -128,7 +128,7 @@ class FusedDecoder:
 
     Args:
         model: Its decoder must have the parts of Llama and no others; `backend.make_backend` also compares the results.
-        settings: Of the attention of each layer.
+        settings: Attention settings of each layer.
 
     Raises:
         ValueError: If the model has another shape, or there is too little memory for the copy.
@@ -150,11 +150,11 @@ class FusedDecoder:
         self._fewest_rows = -(-_FEWEST_ROWS // 2) if is_int8(decoder) else _FEWEST_ROWS  # int8 layers make two of each
 
     def padded(self, x: Tensor) -> Tensor:
-        """Rows of zeros after (N, d), where linear layers are faster with more of them."""
+        """Append rows of zeros to (N, d) if linear layers are faster with more rows."""
         return pad(x, (0, 0, 0, max(0, self._fewest_rows - len(x))))
 
     def __call__(self, token_ids: Tensor, positions: Tensor, context: PackedContext) -> Tensor:
-        """Hidden states after the final norm, (T,) token ids and their positions to (T, d)."""
+        """Return the hidden states after the final norm, (T, d), of token ids and their positions, each (T,)."""
         num_tokens, num_rotated = len(token_ids), self.num_heads + self.num_key_heads
         rotations = self._rotations_at(positions)
         x = self.padded(embedding(token_ids, self._embeddings))  # (T or more, d); what pads it is seen by no token
@@ -211,7 +211,7 @@ def _norm(norm: Any, order: Tensor | None = None) -> _Norm:
 
 
 def _check_shape(decoder: Any) -> None:
-    """Refuse what is not Llama-shaped: a part we do not know could not be left out."""
+    """Refuse a decoder that is not Llama-shaped: an unknown part must not be left out."""
     expected = [(decoder, _DECODER_PARTS)]
     for layer in getattr(decoder, "layers", ()):
         expected += [(layer, _LAYER_PARTS), (getattr(layer, "mlp", None), _MLP_PARTS)]
@@ -261,7 +261,7 @@ class _Copies:
         with self._lock:
             copy = self._by_model.get(model)
             if copy is None or copy.version != version or copy.settings != settings:
-                self._by_model.pop(model, None)  # first the old one goes
+                self._by_model.pop(model, None)  # the old copy is freed first
                 decoder = FusedDecoder(model, settings)
                 fast = fast_linear(to_logits) if type(to_logits) is nn.Linear else to_logits
                 copy = self._by_model[model] = Copy(version, settings, decoder, fast)

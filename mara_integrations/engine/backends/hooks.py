@@ -1,4 +1,4 @@
-"""Asking a model for hidden states without leaving a trace on it.
+"""Read hidden states from a model without leaving hooks on it.
 
 Transformers puts a hook on every layer when hidden states are first asked for and leaves it there: the model no longer
 pickles, and every later forward calls them.
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-# What transformers marks a model with that has its hooks.
+# Attribute that transformers sets on a model which has its hooks.
 _MARK = "_output_capturing_hooks_installed"
 
 
 @contextmanager
 def hooks_undone(model: nn.Module) -> Iterator[None]:
-    """Take away the forward hooks that a model has got when the block ends, and keep those that it had before."""
+    """On exit, remove the forward hooks that were added inside the block; earlier ones stay."""
     before = {module: (set(module._forward_hooks), hasattr(module, _MARK)) for module in model.modules()}
     try:
         yield

@@ -62,7 +62,7 @@ class Bucket:
         return self.layers[layer]
 
     def add(self, row: Row) -> None:
-        """Give a row the next place, with slots of zeros."""
+        """Give a row the next place, with all slots zero."""
         index = len(self.rows)
         assert index < self.num_allotted, "there is memory for it"
         if index < self._num_written:  # another row was here: whatever it left, not even NaN may reach this one
@@ -86,7 +86,7 @@ class Bucket:
     def resize(self, num_rows: int, capacity: int | None = None) -> None:
         """Change the number of rows that there is memory for, and the slots of each.
 
-        One layer follows the other, so that little memory is held twice. If one can't be had, the bucket is as usable
+        One layer follows the other, so that little memory is held twice. If memory runs out, the bucket is as usable
         as before.
         """
         capacity = capacity or self.capacity
@@ -174,7 +174,7 @@ class KVCache:
         return max((row.num_used for row in self._rows.values()), default=0)
 
     def reserve(self, num_slots: Mapping[int, int]) -> None:
-        """Make room for so many slots in each of these rows, by handle; rows may move for it."""
+        """Make room for so many slots in each of these rows, by handle; this may move rows."""
         joining: dict[Bucket, list[Row]] = {}
         for handle, count in num_slots.items():
             row = self._rows[handle]
@@ -257,7 +257,7 @@ class KVCache:
         return self._buckets.setdefault(capacity, Bucket(capacity))
 
     def _grow(self, bucket: Bucket, num_rows: int) -> None:
-        """Have memory for so many rows in a bucket."""
+        """Allot memory for so many rows in a bucket."""
         if num_rows > bucket.num_allotted:
             bucket.resize(with_spare(num_rows))
 
@@ -277,7 +277,7 @@ class KVCache:
         row.bucket, row.index = bucket, place.index
 
     def _trim(self, bucket: Bucket) -> None:
-        """Give memory back that a bucket's rows do not need any more."""
+        """Free memory that a bucket's rows no longer need."""
         num_rows = len(bucket.rows)
         if not num_rows:
             self._buckets.pop(bucket.capacity, None)
@@ -293,8 +293,8 @@ class KVCache:
 class KVRectangle(KVCache):
     """A store whose rows all have the slots of the longest, in memory that moves as seldom as possible.
 
-    For those who remember addresses. Memory stays while no row is open, and shrinks in one direction only when it has
-    to grow in the other.
+    For callers that keep addresses, such as CUDA graphs. Memory stays while no row is open, and shrinks in one
+    direction only when it has to grow in the other.
 
     Attributes:
         bucket: All rows.

@@ -31,7 +31,7 @@ _MAX_SIBLINGS = 8
 _BATCH_TOKENS = 256
 # Kept prefixes may hold this share of the cells that rows have.
 _PREFIX_SHARE = 4
-_NO_ROOM = 1  # what `llama_decode` answers when its cells are full
+_NO_ROOM = 1  # returned by `llama_decode` when its cells are full
 
 
 class _Place(NamedTuple):
@@ -69,7 +69,7 @@ class KeptSequence:
 
 
 class LlamaCppBackend(Backend):
-    """Feeds tokens to a context of llama.cpp, with the states and the logits of those that are looked at.
+    """Feeds tokens to a context of llama.cpp, and returns the states and logits that are needed.
 
     Args:
         model: The loaded file.
@@ -279,14 +279,14 @@ class LlamaCppBackend(Backend):
         return hidden, iter(logits)
 
     def _read(self, name: str, index: int, size: int) -> Tensor:
-        """Numbers of llama.cpp's own memory, (size,); the next forward changes them."""
+        """Return numbers in llama.cpp's own memory, (size,); the next forward overwrites them."""
         numbers = getattr(self._library, name)(self._context, index)
         if not numbers:
-            raise ModelError(f"llama.cpp gives nothing by {name} for token {index} of a batch")
+            raise ModelError(f"{name} of llama.cpp returned nothing for token {index} of a batch")
         return torch.from_numpy(np.ctypeslib.as_array(numbers, (size,)))
 
     def _undo(self, segments: Sequence[Segment], branches: Sequence[Sequence[int]]) -> None:
-        """Take back what a forward that failed has written."""
+        """Take back what a failed forward has written."""
         for segment in segments:
             row = self._rows[segment.row]
             self._library.llama_memory_seq_rm(self._memory, row.sequence, row.length, -1)
@@ -313,7 +313,7 @@ class LlamaCppBackend(Backend):
         ask = self._library
         got = (ask.llama_n_ctx(context) >= num_cells, ask.llama_n_seq_max(context), ask.llama_pooling_type(context))
         if got != (True, num_sequences, 0) or ask.llama_n_ctx_seq(context) < num_cells:
-            raise ModelError(f"the llama.cpp of {ask.source} does not take its parameters as we give them")
+            raise ModelError(f"the llama.cpp of {ask.source} does not accept the parameters that it was given")
         threads = self._model.options.n_threads or torch.get_num_threads()
         ask.llama_set_n_threads(context, threads, threads)
         return int(context)

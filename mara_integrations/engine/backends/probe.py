@@ -1,4 +1,4 @@
-"""Probes that a model passes before the packed backend drives it: its own hidden states and logits come out."""
+"""Checks that a backend gives a model's own hidden states and logits, run before the backend is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_ROUNDED = 0.25
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
-    """Why a model can't be decoded packed, as far as can be told without trying, or ''."""
+    """Return why a model can't be decoded packed, as far as is known without trying; '' if nothing is known."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return "its position encoding depends on the longest sequence in the batch"
@@ -38,7 +38,7 @@ def _window_difference(model: PreTrainedModel) -> str:
 
 
 def probed(kind: Callable[[PreTrainedModel], Backend], model: PreTrainedModel) -> tuple[Backend | None, str]:
-    """A backend that computes what its model computes, or None and why not."""
+    """Return a backend that computes what its model computes; or None, and the reason."""
     try:
         backend = kind(model)
         difference = _probe(backend, model)
@@ -75,7 +75,7 @@ def _asks_for_attention(backend: PackedBackend) -> bool:
 
 @torch.inference_mode()
 def _gaps(backend: Backend, model: PreTrainedModel) -> dict[str, float]:
-    """How far a backend's numbers lie from those of plain forwards, as a share of their size."""
+    """Return how far a backend's numbers lie from those of plain forwards, as a share of their size."""
     prompt = torch.randint(len(input_embeddings(model)), (9,), generator=torch.Generator().manual_seed(0)).tolist()
     row = backend.open()
     try:

@@ -20,7 +20,7 @@ class Segment:
         row: The row.
         token_ids: The tokens.
         siblings: Whether they are siblings.
-        only_last: Only the hidden state of the last token is looked at; those of the others may be zeros.
+        only_last: Only the hidden state of the last token is needed; those of the others may be zeros.
     """
 
     row: int
@@ -56,7 +56,7 @@ class Reserve(NamedTuple):
 
 
 class Backend(Protocol):
-    """What gated decoding asks of a model."""
+    """What gated decoding needs from a model."""
 
     @property
     def reserve(self) -> Reserve | None:
@@ -65,19 +65,19 @@ class Backend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where hidden states and logits are."""
+        """Device of hidden states and logits."""
 
     def open(self, kept: Any = None, length: int = 0) -> int:
-        """A new row, empty or with the first `length` tokens of what `keep` returned."""
+        """Open a row, empty or with the first `length` tokens of what `keep` returned."""
 
     def keep(self, row: int, length: int) -> Prefix | None:
-        """A copy of a row's first tokens to open others with; None where the model's state can't be cut."""
+        """Return a copy of a row's first tokens, to open others with; None if the model's state can't be cut."""
 
     def fork(self, row: int) -> int:
-        """A new row with the same tokens."""
+        """Open a row with the same tokens as another."""
 
     def close(self, row: int) -> None:
-        """Forget a row."""
+        """Free a row."""
 
     def feed(self, segments: Sequence[Segment]) -> Tensor:
         """Run all segments, of one row each, through the model.
@@ -114,10 +114,10 @@ class Backend(Protocol):
         """Return the memory of what `keep` returns for so many tokens, in bytes; None where it keeps nothing."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of hidden states, (N, d) to (N, V)."""
+        """Return the next-token logits of hidden states, (N, d) to (N, V)."""
 
     def next_logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        """Next-token logits of the last tokens of rows, and of tokens drafted behind them, (N, d) to (N, V).
+        """Return the next-token logits of the last tokens of rows, and of tokens drafted behind them, (N, d) to (N, V).
 
         Args:
             hidden: Their states. Only a backend that can retract is asked for drafted tokens.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
-    """Return the fastest backend that computes what the model computes, as a probe shows: packed or, slow, serial.
+    """Return the fastest backend that computes what the model computes, as a probe shows: packed, or else serial.
 
     Raises:
         ConfigError: If `MARA_EXPERIMENTAL` names an unknown feature.
@@ -47,7 +47,7 @@ def make_backend(model: PreTrainedModel, name: str = "the model") -> Backend:
     if serial is None:
         raise ModelError(
             f"{name} ({type(model).__name__}) can't be decoded exactly: {reason}",
-            hint=f"models of attention layers can; a newer transformers than {transformers.__version__} may know how",
+            hint=f"models built of attention layers work; transformers after {transformers.__version__} may help",
         )
     return serial
 

@@ -1,4 +1,4 @@
-"""The serial backend: one sequence a forward pass, for models whose attention takes no trees of candidates."""
+"""The serial backend: one sequence a forward pass, for models whose attention can't take trees of candidates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _SerialRow:
 class SerialBackend(Backend):
     """One forward a segment, and one a sibling, each from a snapshot of its row's cache.
 
-    Exact for every causal model transformers can run, and slow: for models whose attention takes no trees (position
+    Exact for every causal model transformers can run, and slow: for models whose attention can't take trees (position
     biases, recurrent states) and as the oracle of the packed backend.
     """
 

@@ -1,4 +1,4 @@
-"""What is asked of a model that several processes hold together, each with some of its attention heads; see `ranks`."""
+"""The backend of a model that several processes hold together, each with some of its attention heads; see `ranks`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class _KeptParts:
 
 
 class SpreadBackend(Backend):
-    """A packed backend in each of the processes that hold a model together; what is asked of it, all do.
+    """A packed backend in each of the processes that hold a model together; every call runs in all of them.
 
     Args:
         parts: The model in all of them.
-        name: Of the model.
+        name: Name of the model.
 
     Raises:
         ModelError: If it can't be decoded packed; the others can't follow the serial path.
@@ -133,7 +133,7 @@ def _logits(backend: PackedBackend, hidden: Tensor) -> Tensor:
 
 
 def _packed_part(model: PreTrainedModel, name: str) -> Backend:
-    """The packed backend of one process; all come to the same verdict on it."""
+    """Make the packed backend of one process; all processes accept or refuse it alike."""
     reason = why_not_packed(model)
     if not reason:
         packed, reason = probed(PackedBackend, model)
@@ -142,12 +142,12 @@ def _packed_part(model: PreTrainedModel, name: str) -> Backend:
     num_heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
     raise ModelError(
         f"{name} ({type(model).__name__}) can't be decoded by several processes: {reason}",
-        hint=f"their number must divide that of its key heads, {num_heads}; device_map=auto makes do with one process",
+        hint=f"their number must divide that of its key heads, {num_heads}; device_map=auto needs only one process",
     )
 
 
 def embeddings(model: PreTrainedModel | ranks.Shared[PreTrainedModel], token_ids: Sequence[int]) -> Tensor:
-    """What the table of a model says of tokens, (N,) to (N, d)."""
+    """Return the embeddings of tokens from a table, (N,) to (N, d)."""
     return ranks.everywhere(_rows, model, token_ids) if isinstance(model, ranks.Shared) else _rows(model, token_ids)
 
 

@@ -16,7 +16,7 @@ _NAMES = ("sliding_window", "attention_chunk_size")
 
 
 def has_windows(model: PreTrainedModel) -> bool:
-    """Some of its layers do not see all that came before."""
+    """Return whether some of a model's layers do not attend to all earlier tokens."""
     return any(_is_set(model.config.get_text_config(), name) for name in _NAMES)
 
 

@@ -1,4 +1,4 @@
-"""How far two engines lie apart on one reply: what a quantisation, or another number format, changes."""
+"""Measure how far two engines lie apart on one reply: what a quantisation, or another number format, changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Drift:
 
 @torch.inference_mode()
 def drift(ours: AnyModel, theirs: AnyModel, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> Drift:
-    """Let two models read a prompt and a reply, every position computed anew.
+    """Feed a prompt and a reply to two models, every position computed anew, and compare their numbers.
 
     Args:
         ours: One model.

@@ -28,7 +28,7 @@ from mara_integrations.sampling import Fallback, GateParams, SamplingParams
 
 @runtime_checkable
 class PlainModel(Protocol):
-    """A model that computes whole sequences anew; for those that are no modules of transformers."""
+    """A model that computes whole sequences anew; for models that are not modules of transformers."""
 
     @property
     def noise(self) -> float:
@@ -50,11 +50,11 @@ class ReferencePosition:
 
     Attributes:
         candidates: Token ids, most probable first.
-        probs: Of the candidates, renormalised.
-        accept_logits: Of the candidates.
-        scores: What the head has in them, at the strength of the request; 0 without one.
-        logits: Of the whole vocabulary, as filtered: divided by the temperature; float32, shape (V,).
-        rule: By which one was taken.
+        probs: Probabilities of the candidates, renormalised.
+        accept_logits: Accept logits of the candidates.
+        scores: The head's part in these, at the strength of the request; 0 without a head.
+        logits: Logits of the whole vocabulary, divided by the temperature; float32, shape (V,).
+        rule: Rule by which a candidate was taken.
         taken: Index of the candidate taken.
     """
 
@@ -107,7 +107,7 @@ def decide_reference(
 
 
 def _q(model: AnyModel, head: Head, state: Tensor, candidate: int) -> float:
-    """Sum of what the Q-heads say of a candidate, from the state before it."""
+    """Return the sum of the Q-heads' scores of a candidate, from the state before it."""
     ids = torch.tensor([candidate], device=state.device)
     row = model.output_embeddings(ids) if isinstance(model, PlainModel) else output_embeddings(model, ids)
     row = row.to(state.device)

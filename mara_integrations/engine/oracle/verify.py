@@ -41,8 +41,8 @@ class Disagreement:
     """The first place where engine and reference took different tokens; all numbers are the reference's.
 
     Attributes:
-        position: In the reply, from 0.
-        token_ids: What the engine took, and what the reference took.
+        position: Place in the reply, from 0.
+        token_ids: The token that the engine took, and the one that the reference took.
         logit_gap: How far logits would have to move for other candidates or another order, down to the later token.
         gate_margin: How far accept logits would have to move for another decision.
         logit_bound: The largest gap that counts as noise.
@@ -67,8 +67,8 @@ class Verification:
     """A reply of the engine beside the reference's.
 
     Attributes:
-        token_ids: The engine's.
-        reference_ids: The reference's.
+        token_ids: The engine's tokens.
+        reference_ids: The reference's tokens.
         disagreement: None where they are equal; after the first one, two different texts are continued.
     """
 

@@ -1,4 +1,4 @@
-"""What a forward of T tokens costs, and how many of them are best fed at once. It changes time, never tokens."""
+"""The cost of a forward of T tokens, and how many to feed at once. Affects speed, never tokens."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 # Packages that carry the library, the preferred first.
 PACKAGES = ("llama_cpp", "xllamacpp")
-# Levels of llama.cpp's log, as ours has them; what it calls information is only of interest to its developers.
+# Levels of llama.cpp's log as levels of ours; its information is of interest to its developers only.
 _LEVELS = {3: logging.DEBUG, 4: logging.DEBUG}
 _NUM_KEPT = 20  # lines of its log
 
@@ -114,7 +114,7 @@ class ContextParams(ctypes.Structure):
     )
 
 
-# What the default parameters of a known layout say; all fields that are not named here are 0 there.
+# Default parameters of the known layout; all fields that are not named here are 0.
 MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}
 CONTEXT_DEFAULTS = {
     "n_ctx": 512,
@@ -177,7 +177,7 @@ class Library:
 
     Attributes:
         source: The package that carries it, and its version.
-        last_words: The last lines of its log that tell of trouble.
+        last_words: The last warnings and errors of its log.
     """
 
     def __init__(self, functions: ctypes.CDLL, source: str, model_params: Any, context_params: Any) -> None:
@@ -206,7 +206,7 @@ class Library:
         raise AttributeError(name)  # declared for type checkers: the functions are set one by one
 
     def listen(self) -> None:
-        """Take llama.cpp's log: its warnings and errors go to ours, for who asks for debugging, and to `last_words`."""
+        """Redirect llama.cpp's log: its warnings and errors go to ours, at level DEBUG, and to `last_words`."""
 
         def hear(level: int, text: bytes | None, _: Any) -> None:
             line = (text or b"").decode(errors="replace").strip()
@@ -251,7 +251,7 @@ def _of_xllamacpp() -> Library:
     source = _versioned("xllamacpp")
     if sys.platform == "win32":
         raise ModelError(
-            f"{source} shows no C functions on Windows", hint="pip install llama-cpp-python, which is taken first"
+            f"{source} exports no C functions on Windows", hint="pip install llama-cpp-python, which is preferred"
         )
     spec = importlib.util.find_spec("xllamacpp")  # not imported: it would start more than is needed
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else ()
@@ -281,7 +281,7 @@ def check_layout(params: ctypes.Structure, defaults: dict[str, Any], source: str
         value, expected = getattr(params, name), defaults.get(name, 0)
         if (value or 0) != expected:
             raise ModelError(
-                f"the llama.cpp of {source} is not known: its {type(params).__name__} begins with "
+                f"the llama.cpp of {source} has an unknown layout: its {type(params).__name__} begins with "
                 f"{name}={value!r} where {expected!r} was expected",
                 hint="pip install 'mara-integrations[llama-cpp]' brings a version that is known, or llama-cpp-python",
             )

@@ -20,7 +20,7 @@ from mara_integrations.models.resolve import first_line
 
 _log = logging.getLogger(__name__)
 
-# Tokens that there is room for where `n_ctx` does not say: a model's own window may take more memory than the model.
+# Default of `n_ctx`: a model's own window may take more memory than the model.
 _MOST_TOKENS = 8192
 
 

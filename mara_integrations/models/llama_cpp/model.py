@@ -26,7 +26,7 @@ _BLOCK_ROWS = 8192  # of the output embeddings, dequantised or multiplied at onc
 
 
 class LlamaCppModel:
-    """A loaded model. What decodes with it makes a context of its own.
+    """A loaded model. Each decoder makes a context of its own.
 
     Attributes:
         library: The C functions.
@@ -73,7 +73,7 @@ class LlamaCppModel:
         if not handle:
             raise ModelError(
                 f"llama.cpp can't load {path.name!r}{self._reason()}",
-                hint="is the file whole? A newer llama.cpp may know more kinds of models",
+                hint="is the file complete? A newer llama.cpp may support more kinds of models",
             )
         self.handle: int = handle
         weakref.finalize(self, self.library.llama_model_free, handle).atexit = False  # then a thread may still use it

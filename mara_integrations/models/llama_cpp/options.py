@@ -13,7 +13,7 @@ from mara_integrations.sampling import Params
 
 
 class LlamaCppOptions(Params):
-    """How llama.cpp runs a model, in the words that llama-cpp-python and LangChain's `ChatLlamaCpp` use.
+    """How llama.cpp runs a model, under the names of llama-cpp-python and LangChain's `ChatLlamaCpp`.
 
     Attributes:
         n_gpu_layers: Layers that are put on a GPU; -1 is all of them. None is all where the library has a GPU and the
@@ -40,7 +40,7 @@ class LlamaCppOptions(Params):
 def check_for_llama_cpp(
     model: Any, dtype: Any, quantization: str | None, revision: str | None, model_kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuse what llama.cpp can't do, by name, before anything is looked up; arguments as in `ModelSpec`.
+    """Refuse settings that llama.cpp does not support, before anything is looked up; arguments as in `ModelSpec`.
 
     Raises:
         ConfigError: Names the setting, and what to use instead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from pydantic_core import from_json
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Role, ToolCall
 
+_log = logging.getLogger(__name__)
+
 
 class TokenCount:
     """A model's tokenizer as LlamaIndex counts with it: from text to token ids, without special tokens."""
@@ -34,7 +37,12 @@ class TokenCount:
 
 
 def count_with(tokenizer: Any) -> None:
-    """Make this the tokenizer of LlamaIndex, unless the user has chosen one; None is a server's, out of reach."""
+    """Make this the tokenizer of LlamaIndex, unless the user has chosen one; None is a server's, out of reach.
+
+    LlamaIndex counts with one tokenizer a process, and asks for it right after an LLM's metadata. So whoever reads the
+    metadata gets the count of that model, also where several are used. Its default, GPT-3.5's, would let prompts grow
+    longer than the context window of a small model.
+    """
     if tokenizer is None:
         return
     current = llama_index.core.global_tokenizer
@@ -42,6 +50,7 @@ def count_with(tokenizer: Any) -> None:
     if isinstance(current, TokenCount):
         is_default = current.tokenizer is not tokenizer  # another model's
     if current is None or is_default:
+        _log.info("LlamaIndex counts tokens by this model's tokenizer now; Settings.tokenizer = ... chooses another")
         set_global_tokenizer(TokenCount(tokenizer))
 
 

@@ -12,6 +12,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepseek_r1", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v3_1", ("<｜tool▁calls▁begin｜>",)),
     ("deepseek_v3_2", ("｜DSML｜", "function_calls>")),
+    ("deepseek_v4_1", ("｜DSML｜", " calls>")),
     ("deepseek_v4", ("｜DSML｜", "tool_calls>")),
     ("minimax", ("<minimax:tool_call>",)),
     ("glm_4_7", ("<arg_key>", "<tool_call>")),

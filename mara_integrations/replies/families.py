@@ -169,15 +169,17 @@ _DEEPSEEK_AROUND = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _DEEPSEEK_TAGS = (*_DEEPSEEK_AROUND, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>")
 
 
-def _dsml(around: str) -> CallMarks:
+def _dsml(around: str, space: str = "") -> CallMarks:
+    """Marks of DeepSeek's markup; `space` stands before the names of all tags."""
+    tag = f"｜DSML｜{space}"
     return CallMarks(
-        ('<｜DSML｜invoke name="',),
-        re.compile(r'<｜DSML｜invoke name="(?P<name>[^"\n]+)">'),
-        "</｜DSML｜invoke>",
-        (f"<｜DSML｜{around}>", f"</｜DSML｜{around}>"),
+        (f'<{tag}invoke name="',),
+        re.compile(rf'<{tag}invoke name="(?P<name>[^"\n]+)">'),
+        f"</{tag}invoke>",
+        (f"<{tag}{around}>", f"</{tag}{around}>"),
         re.compile(
-            r'\s*<｜DSML｜parameter name="(?P<key>[^"\n]+)" string="(?P<is_text>true|false)">'
-            r"(?P<value>.*?)</｜DSML｜parameter>",
+            rf'\s*<{tag}parameter name="(?P<key>[^"\n]+)" string="(?P<is_text>true|false)">'
+            rf"(?P<value>.*?)</{tag}parameter>",
             re.DOTALL,
         ),
     )
@@ -197,6 +199,7 @@ FAMILIES: Mapping[str, CallFamily] = {
         CallFamily("minimax", _MINIMAX.around, _MINIMAX),
         CallFamily("deepseek_v3_2", ("｜DSML｜",), _dsml("function_calls")),
         CallFamily("deepseek_v4", ("｜DSML｜",), _dsml("tool_calls")),
+        CallFamily("deepseek_v4_1", ("｜DSML｜",), _dsml("calls", " ")),
         CallFamily(
             "deepseek_v3_1",
             _DEEPSEEK_TAGS,

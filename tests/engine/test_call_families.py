@@ -72,15 +72,17 @@ def minimax(name: str, arguments: dict[str, Any]) -> str:
     return f'<minimax:tool_call>\n<invoke name="{name}">\n{written}</invoke>\n</minimax:tool_call>'
 
 
-def dsml(around: str) -> Callable[[str, dict[str, Any]], str]:
+def dsml(around: str, space: str = "") -> Callable[[str, dict[str, Any]], str]:
+    tag = f"｜DSML｜{space}"
+
     def write(name: str, arguments: dict[str, Any]) -> str:
         written = "".join(
-            f'<｜DSML｜parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
-            f"{plain(value)}</｜DSML｜parameter>\n"
+            f'<{tag}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+            f"{plain(value)}</{tag}parameter>\n"
             for key, value in arguments.items()
         )
-        call = f'<｜DSML｜invoke name="{name}">\n{written}</｜DSML｜invoke>\n'
-        return f"\n\n<｜DSML｜{around}>\n{call}</｜DSML｜{around}>"
+        call = f'<{tag}invoke name="{name}">\n{written}</{tag}invoke>\n'
+        return f"\n\n<{tag}{around}>\n{call}</{tag}{around}>"
 
     return write
 
@@ -119,6 +121,7 @@ WRITERS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "minimax": lambda name, a: "\n" + minimax(name, a),
     "deepseek_v3_2": dsml("function_calls"),
     "deepseek_v4": dsml("tool_calls"),
+    "deepseek_v4_1": dsml("calls", " "),
     "deepseek_v3_1": deepseek("<｜tool▁call▁begin｜>%s<｜tool▁sep｜>%s"),
     "deepseek_r1": deepseek("<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n%s\n```"),
     "kimi": kimi,

@@ -304,6 +304,16 @@ def test_a_tokenizer_that_the_user_chose_stays() -> None:
     assert Settings.tokenizer is chosen
 
 
+def test_a_new_tokenizer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    llm = windowed()
+    with caplog.at_level("INFO", "mara_integrations"):
+        assert llm.metadata and llm.metadata
+
+    assert [record.message for record in caplog.records].count(
+        "LlamaIndex counts tokens by this model's tokenizer now; Settings.tokenizer = ... chooses another"
+    ) == 1
+
+
 def test_the_model_that_is_asked_counts() -> None:
     assert len(Settings.tokenizer("hello")) == 1  # GPT-3.5's
     assert windowed().metadata and len(Settings.tokenizer("hello")) == 5

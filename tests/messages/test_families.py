@@ -20,6 +20,7 @@ SNIPPETS = {
     "deepseek_v3_1": r"""{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'+ tool['function']['name'] }}""",
     "deepseek_v3_2": r"""{%- set dsml_token = "｜DSML｜" -%}<{{ dsml_token }}function_calls>""",
     "deepseek_v4": r"""{%- set dsml_token = "｜DSML｜" -%}<{{ dsml_token }}tool_calls>""",
+    "deepseek_v4_1": r"""{%- set dsml_token = "｜DSML｜" -%}<{{ dsml_token }} calls>""",
     "kimi": r"""<|tool_calls_section_begin|>{%- for tool_call in message['tool_calls'] -%}""",
     "exaone": r"""{{- '[|assistant|]' }}{{- '<tool_call>{"name": ' ~ tool_call.name }}""",
     "mistral": r"""{{- '[TOOL_CALLS] [' }}""",

@@ -62,17 +62,17 @@ class SamplingParams(Params):
         0.0,
         ge=0.0,
         le=100.0,
-        description="Temperature of sampling; 0 is greedy. It divides the logits before the filters do their work.",
+        description="Temperature of sampling; 0 is greedy. Divides the logits before top-k and top-p.",
     )
     top_k: int = Field(40, ge=1, le=MAX_TOP_K, description="Number of most probable tokens that are candidates.")
     top_p: float = Field(
-        0.95, gt=0.0, le=1.0, description="Of those, the smallest set that holds this share of their probability."
+        0.95, gt=0.0, le=1.0, description="Smallest set of these candidates that holds this share of their probability."
     )
     min_candidates: int = Field(
         1,
         ge=1,
         le=MAX_MIN_CANDIDATES,
-        description="Candidates kept whatever top-k and top-p say; 2 lets a gate refuse a lone survivor.",
+        description="Candidates kept whatever top-k and top-p say; 2 lets a gate refuse a lone candidate.",
     )
     stop: tuple[str, ...] = Field(
         (), max_length=MAX_STOPS, description="Text that ends the reply; it is not part of the reply."

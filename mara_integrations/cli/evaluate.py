@@ -87,7 +87,7 @@ def evaluate_head(
         int,
         typer.Option(
             min=1,
-            help="Calls that LLM judges may make. What they said is kept, so that a further start goes on from there.",
+            help="Calls that LLM judges may make. Their answers are kept: the same command goes on from there.",
             rich_help_panel=_SCORES,
         ),
     ] = 5000,

@@ -108,7 +108,7 @@ def _row(parameter: Any, names: str, text: str) -> tuple[str, str]:
     found = _CHOICES.search(names)
     if found:
         values = found[1].split("|")
-        names = names.replace(found[0], (parameter.name or "value").upper())
+        names = names.replace(found[0], names.split("--", 1)[-1].split()[0].replace("-", "_").upper())
         prose, bracket, extra = text.partition("  [")
         text = f"{prose} One of {', '.join(values)}.{bracket}{extra}"
     names = _RANGE.sub("", names)

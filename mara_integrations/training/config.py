@@ -69,16 +69,16 @@ class TrainConfig(Params):
     principle: Annotated[
         tuple[str, ...],
         Field(
-            description="Sentence that says how replies should be, as a system prompt would: the head is made of it "
-            "alone. May be repeated."
+            description="Sentence that says how replies should be, as a system prompt would: the head is trained "
+            "from it alone. May be repeated."
         ),
     ] = ()
     principle_file: Annotated[Path | None, Field(description="Text file with such sentences.")] = None
     against: Annotated[
         str | None,
         Field(
-            description="The opposite of the principle, in the same form. Default: made of it. Whether it serves is "
-            "measured."
+            description="The opposite of the principle, in the same form. Default: derived from it. The "
+            "trainer measures whether it helps."
         ),
     ] = None
     system_prompt: Annotated[
@@ -132,7 +132,7 @@ class TrainConfig(Params):
         int,
         Field(
             ge=1,
-            description="Calls that LLM judges may make before training stops. What they said is kept: the same "
+            description="Calls that LLM judges may make before training stops. Their answers are kept: the same "
             "command goes on from there, with as many calls again.",
         ),
     ] = 5000  # more than a run of default settings makes, and few enough that a mistake does not ruin anybody
@@ -199,7 +199,11 @@ class TrainConfig(Params):
         ),
     ] = None
     form: Annotated[
-        HeadForm | None, Field(description="Form of the head, see HeadConfig. Default: the method's own.")
+        HeadForm | None,
+        Field(
+            description="Form of the head: q scores candidates before they are fed, the others after it. Default: the "
+            "method's own."
+        ),
     ] = None
     inner_size: Annotated[
         int | None,

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from mara_integrations import __version__
+from mara_integrations.server.bodies import ChatBody, CompletionBody
 from mara_integrations.server.objects import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -17,7 +18,6 @@ from mara_integrations.server.objects import (
     ModelList,
     ModelObject,
 )
-from mara_integrations.server.requests import ChatBody, CompletionBody
 
 _ANSWERS = (ChatCompletion, ChatCompletionChunk, Completion, ModelList, ModelObject, Health, ErrorObject)
 _TEMPLATE = "#/components/schemas/{model}"

@@ -1,230 +1,20 @@
-"""Request bodies: what clients may send, checked, and turned into a call of the engine.
-
-Each field is declared once, here or in `SamplingParams` and `GateParams`; `/openapi.json` shows the same declarations.
-
-Source: OpenAI's API, "Create chat completion" and "Create completion".
-"""
+"""From the body of a request to a call of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import from_json
 
 from mara_integrations.messages import Message, Prompt, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.sampling import (
-    MAX_NEVER,
-    MAX_NEVER_CHARS,
-    MAX_STOP_CHARS,
-    MAX_STOPS,
-    GateParams,
-    Params,
-    SamplingParams,
-)
+from mara_integrations.server.bodies import ENGINE_FIELDS, ChatBody, ChatMessage, CompletionBody, checked
 from mara_integrations.server.errors import RefusalError, shown
 from mara_integrations.server.names import ServedNames
 
-MAX_MESSAGES = 4096
-MAX_TOOLS = 128  # as OpenAI
-MAX_LOGPROBS = 20  # as OpenAI
-
 _Form = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-_Name: TypeAlias = Annotated[str, Field(pattern=r"^[\w.:/-]{1,128}$")]
-_MaxTokens: Any = Annotated[(int, *SamplingParams.model_fields["max_new_tokens"].metadata)]
-_Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-_Never: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_NEVER_CHARS)]
-_Weight: TypeAlias = Annotated[float, Field(ge=0, le=1000)]
-_TokenIds: TypeAlias = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
-
-
-class _Part(BaseModel):
-    """A part of a body; fields it does not know are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class TextPart(_Part):
-    """A part of a content that is given in parts; images and audio are not supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(_Part):
-    """The function that a call names, and its arguments."""
-
-    name: _Name
-    arguments: str | dict[str, Any] = Field("", description="A JSON object, usually as text.")
-
-
-class CallInMessage(_Part):
-    """A call that the assistant made earlier."""
-
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: CalledFunction
-
-
-class ChatMessage(_Part):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    tool_calls: Annotated[list[CallInMessage], Field(max_length=MAX_TOOLS)] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-
-
-class Function(_Part):
-    """A function that the model may call."""
-
-    name: _Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
-
-
-class ToolOfRequest(_Part):
-    """A tool; only functions are supported."""
-
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class ChosenFunction(_Part):
-    """The name of a function."""
-
-    name: str
-
-
-class ToolChoice(_Part):
-    """The one tool that the model must call."""
-
-    type: Literal["function"] = "function"
-    function: ChosenFunction
-
-
-class JSONSchema(_Part):
-    """A schema that the reply must follow."""
-
-    name: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-
-
-class ResponseFormat(_Part):
-    """The form of the reply."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchema | None = Field(None, description="Required by the type json_schema.")
-
-
-class StreamOptions(_Part):
-    """Options of a stream."""
-
-    include_usage: bool | None = Field(None, description="End the stream with a chunk that counts the tokens.")
-
-
-def _optional(params: type[Params], *names: str) -> dict[str, Any]:
-    """Return fields of engine settings for `create_model`, each None unless given."""
-    fields: dict[str, Any] = {}
-    for name in names:
-        declared = params.model_fields[name]
-        bounded: Any = Annotated[(declared.annotation, Field(), *declared.metadata)]
-        fields[name] = (bounded | None, Field(None, description=declared.description))
-    return fields
-
-
-_ENGINE_FIELDS = {
-    **_optional(SamplingParams, "temperature", "top_k", "top_p", "min_candidates", "seed"),
-    **_optional(GateParams, "strength", "selection", "fallback"),
-}
-
-
-class _GenerationBody(BaseModel):
-    """The fields that chats and completions share. Unknown fields are kept, so that the log can name them."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: str | None = Field(
-        None, description="The base model, or base:head; `GET /v1/models` lists them. Default: the base model."
-    )
-    head: str | Annotated[list[str], Field(min_length=1, max_length=64)] | dict[str, _Weight] | None = Field(
-        None, description="A head, several, or several with weights; goes before the one that `model` names."
-    )
-    max_tokens: _MaxTokens | None = Field(None, description="Upper bound of the reply, in tokens.")
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = Field(
-        None, description="Strings that end the reply; they are not part of it."
-    )
-    never: _Never | Annotated[list[_Never], Field(fail_fast=True, max_length=MAX_NEVER)] | None = Field(
-        None,
-        description="Words and phrases that the reply must not have, whole words in any case; beside those of "
-        "the server.",
-    )
-    stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
-    stream_options: StreamOptions | None = None
-    # Values without effect are accepted, because clients send them; others are refused.
-    n: Literal[1] | None = Field(None, description="Only 1 is supported.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = Field(None, description="Only 1 is supported.")
-    min_p: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="Only 0 is supported.")
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
-        None, description="Only an empty object is supported."
-    )
-    # Fields without any effect on a reply here.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-
-
-class _ChatBody(_GenerationBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: _MaxTokens | None = Field(None, description="The newer name of `max_tokens`; goes first.")
-    logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Alternatives to report at each token."
-    )
-    tools: Annotated[list[ToolOfRequest], Field(max_length=MAX_TOOLS)] | None = Field(
-        None, description="Functions that the model may call."
-    )
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Allow several calls in one reply.")
-    response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported; use `tools`.")
-    system_prompt: str | None = Field(
-        None,
-        description="Text put before a conversation without a system message, in place of the server's or the head's; "
-        "an empty text puts none there.",
-    )
-    reasoning_effort: Any = Field(None, description="Without effect.")
-    verbosity: Any = Field(None, description="Without effect.")
-
-
-class _CompletionBody(_GenerationBody):
-    prompt: str | _TokenIds | Annotated[list[str | _TokenIds], Field(fail_fast=True, min_length=1)] = Field(
-        description="A text, or token ids; a list of either has a choice for each."
-    )
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Report the log-probability of each token, and this many alternatives."
-    )
-    best_of: Literal[1] | None = Field(None, description="Only 1 is supported.")
-    echo: Literal[False] | None = Field(None, description="Only false is supported.")
-    suffix: Literal[""] | None = Field(None, description="Only an empty text is supported.")
-
-
-ChatBody = create_model(
-    "ChatRequest", __base__=_ChatBody, __doc__="Body of `POST /v1/chat/completions`.", **_ENGINE_FIELDS
-)
-CompletionBody = create_model(
-    "CompletionRequest", __base__=_CompletionBody, __doc__="Body of `POST /v1/completions`.", **_ENGINE_FIELDS
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,68 +66,68 @@ def read_chat(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
         RefusalError: Status 400 if a field is missing or has a value that is not allowed, 404 if the model or a head is
             not served.
     """
-    checked: Any = _checked(ChatBody, body)
-    settings = _settings(checked, names)
-    if checked.max_completion_tokens is not None:
-        settings["max_new_tokens"] = checked.max_completion_tokens
-    if checked.system_prompt is not None:
-        settings["system_prompt"] = checked.system_prompt
-    if checked.response_format is not None and checked.response_format.type == "json_schema":
-        _require("response_format.json_schema", checked.response_format.json_schema)
+    fields: Any = checked(ChatBody, body)
+    settings = _settings(fields, names)
+    if fields.max_completion_tokens is not None:
+        settings["max_new_tokens"] = fields.max_completion_tokens
+    if fields.system_prompt is not None:
+        settings["system_prompt"] = fields.system_prompt
+    if fields.response_format is not None and fields.response_format.type == "json_schema":
+        _require("response_format.json_schema", fields.response_format.json_schema)
     settings["form"] = ReplyForm.of_call({name: body[name] for name in _Form if body.get(name) is not None})
-    prompt = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(checked.messages))
-    return _call(checked, names, (prompt,), settings, (checked.top_logprobs or 0) if checked.logprobs else None)
+    prompt = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(fields.messages))
+    return _call(fields, names, (prompt,), settings, (fields.top_logprobs or 0) if fields.logprobs else None)
 
 
 def read_completion(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
     """Check the body of a completion; see `read_chat`."""
-    checked: Any = _checked(CompletionBody, body)
-    prompt = checked.prompt
+    fields: Any = checked(CompletionBody, body)
+    prompt = fields.prompt
     if isinstance(prompt, str):
         prompts: tuple[Prompt, ...] = (prompt,)
     elif isinstance(prompt[0], int):
         prompts = (tuple(prompt),)
     else:
         prompts = tuple(one if isinstance(one, str) else tuple(one) for one in prompt)
-    if checked.stream and len(prompts) > 1:
+    if fields.stream and len(prompts) > 1:
         raise RefusalError(400, "a stream has one prompt (hint: send a request for each)", param="prompt")
-    settings = {**_settings(checked, names), "raw": True}
-    return _call(checked, names, prompts, settings, checked.logprobs)
+    settings = {**_settings(fields, names), "raw": True}
+    return _call(fields, names, prompts, settings, fields.logprobs)
 
 
 def _call(
-    checked: Any, names: ServedNames, prompts: tuple[Prompt, ...], settings: dict[str, Any], top_logprobs: int | None
+    fields: Any, names: ServedNames, prompts: tuple[Prompt, ...], settings: dict[str, Any], top_logprobs: int | None
 ) -> EngineCall:
     if top_logprobs is not None:
         settings["trace"] = True  # the log-probabilities are read from it
-    has_usage = checked.stream_options is not None and bool(checked.stream_options.include_usage)
+    has_usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
     return EngineCall(
-        model=checked.model or names.model,
+        model=fields.model or names.model,
         prompts=prompts,
         settings=settings,
-        is_stream=bool(checked.stream),
+        is_stream=bool(fields.stream),
         has_usage=has_usage,
         top_logprobs=top_logprobs,
-        ignored=tuple(checked.model_extra),
+        ignored=tuple(fields.model_extra),
     )
 
 
-def _settings(checked: Any, names: ServedNames) -> dict[str, Any]:
-    settings = {name: getattr(checked, name) for name in (*_ENGINE_FIELDS, "stop", "never")}
+def _settings(fields: Any, names: ServedNames) -> dict[str, Any]:
+    settings = {name: getattr(fields, name) for name in (*ENGINE_FIELDS, "stop", "never")}
     settings = {name: value for name, value in settings.items() if value is not None}
-    if checked.max_tokens is not None:
-        settings["max_new_tokens"] = checked.max_tokens
-    settings["head"] = _head(checked, names)
+    if fields.max_tokens is not None:
+        settings["max_new_tokens"] = fields.max_tokens
+    settings["head"] = _head(fields, names)
     return settings
 
 
-def _head(checked: Any, names: ServedNames) -> dict[Any, float] | None:
+def _head(fields: Any, names: ServedNames) -> dict[Any, float] | None:
     """Return the heads that `head` names, else the one that `model` names; None is the base model."""
-    name = checked.model or names.model
+    name = fields.model or names.model
     of_model = name.removeprefix(f"{names.model}:")  # the model's own name may hold colons
     if name != names.model and (of_model == name or not of_model):
         raise unknown_model(name, names)
-    wanted = checked.head if checked.head is not None else (of_model if name != names.model else None)
+    wanted = fields.head if fields.head is not None else (of_model if name != names.model else None)
     if wanted is None:
         return None
     given = [wanted] if isinstance(wanted, str) else wanted
@@ -346,7 +136,7 @@ def _head(checked: Any, names: ServedNames) -> dict[Any, float] | None:
     for one, weight in weights.items():
         if one not in names.heads:
             message = f"head {shown(one)} is not served (hint: heads are {', '.join(names.heads) or 'none'})"
-            raise RefusalError(404, message, code="model_not_found", param="model" if checked.head is None else "head")
+            raise RefusalError(404, message, code="model_not_found", param="model" if fields.head is None else "head")
         source = names.heads[one]
         placed[source] = placed.get(source, 0.0) + weight
     return placed
@@ -397,49 +187,3 @@ def _arguments(name: str, value: str | dict[str, Any]) -> dict[str, Any]:
 def _require(name: str, value: object) -> None:
     if value is None:
         raise RefusalError(400, f"{name!r} is missing", param=name)
-
-
-# --- pydantic's errors in words ---
-
-# Fields of OpenAI's API that are supported only with the value that has no effect.
-_UNSUPPORTED = {
-    *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
-    *("echo", "suffix", "modalities", "functions"),
-}
-_PLAIN = {"Input should": "it should", " after validation": ""}
-_Body = TypeVar("_Body", bound=BaseModel)
-
-
-def _checked(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        found = [(_path(one["loc"], body, one["type"] == "missing"), one) for one in error.errors(include_url=False)]
-    deepest = max(len(path) for path, _ in found)  # of a union, the branch that the value was meant for
-    path, first = next((path, one) for path, one in found if len(path) == deepest)
-    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-    if first["type"] == "missing":
-        raise RefusalError(400, f"{name!r} is missing", param=name)
-    if path[0] in _UNSUPPORTED:
-        raise RefusalError(400, f"{name}={shown(first['input'])} is not supported (hint: leave it out)", param=name)
-    reasons = dict.fromkeys(_in_words(one["msg"]) for other, one in found if other == path)
-    raise RefusalError(400, f"{name}={shown(first['input'])} is not allowed: {', or '.join(reasons)}", param=name)
-
-
-def _in_words(message: str) -> str:
-    for technical, plain in _PLAIN.items():
-        message = message.replace(technical, plain)
-    return f"{message[0].lower()}{message[1:]}"
-
-
-def _path(location: tuple[int | str, ...], body: Any, is_missing: bool) -> tuple[int | str, ...]:
-    """Return the steps of pydantic's location that lie in the body; the others name branches of a union."""
-    path: list[int | str] = []
-    value = body
-    for step in location:
-        is_key = isinstance(step, str) and isinstance(value, Mapping) and step in value
-        is_index = isinstance(step, int) and isinstance(value, list) and step < len(value)
-        if is_key or is_index:
-            value = value[step]
-            path.append(step)
-    return (*path, location[-1]) if is_missing else tuple(path)

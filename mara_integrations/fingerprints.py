@@ -54,7 +54,7 @@ def fingerprint(model: Any, *, is_quantised: bool = False, weight_of: Callable[[
 
 
 def same_model(one: str | None, other: str | None) -> bool | None:
-    """Whether two fingerprints are of one model; None where they do not tell.
+    """Return whether two fingerprints are of one model; None where they do not tell.
 
     A fine-tuned model is another one, unless quantisation hides the difference.
     """
@@ -71,7 +71,7 @@ def same_model(one: str | None, other: str | None) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a fingerprint says.
+    """The parts of a fingerprint.
 
     Attributes:
         is_exact: The weights are not quantised.

@@ -1,4 +1,4 @@
-"""How long work tells where it is: stages of a known number of steps, and lines of text."""
+"""Report the progress of long work: stages of a known number of steps, and lines of text."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class MARAEngine:
 
     @property
     def status(self) -> EngineStatus:
-        """What the engine is doing now; loads nothing."""
+        """The present state of the engine; loads nothing."""
         return EngineStatus(is_loaded=False, is_healthy=True) if self._lease is None else self._lease.status
 
     @property

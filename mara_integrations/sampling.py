@@ -1,4 +1,4 @@
-"""What a request may say: how candidates are chosen (`SamplingParams`) and how the gate judges them (`GateParams`).
+"""Settings of a request: how candidates are chosen (`SamplingParams`) and how the gate judges them (`GateParams`).
 
 Torch-free, so that a command line can check its flags before anything heavy is imported.
 """
@@ -55,7 +55,7 @@ class Params(BaseModel):
 
 
 class SamplingParams(Params):
-    """Which tokens are candidates, and when a reply ends; each field says what it means."""
+    """Settings of the candidates and of the reply's end; each field has its description."""
 
     max_new_tokens: int = Field(512, ge=1, le=1_000_000, description="Most tokens of the reply.")
     temperature: float = Field(
@@ -124,7 +124,7 @@ class SamplingParams(Params):
 
 
 class GateParams(Params):
-    """How the gate turns a head's scores into the token taken; each field says what it means."""
+    """Settings of the gate, which turns a head's scores into the token taken; each field has its description."""
 
     strength: float = Field(
         1.0,

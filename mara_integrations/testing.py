@@ -36,8 +36,8 @@ def tiny_model(family: str = "llama", *, vocab_size: int = 256, seed: int = 0, *
 
     Args:
         family: A `model_type` of transformers; `gpt2` has its own size names, the others take Llama's.
-        vocab_size: Of its embedding.
-        seed: Of its weights.
+        vocab_size: Rows of its embedding.
+        seed: Seed of its weights.
         **config: More of the family's configuration.
     """
     sizes: dict[str, Any] = {**_SMALL, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -93,7 +93,7 @@ def random_head(
         form: See `HeadConfig`.
         accept_rate: For the `paper` form, set by the output bias on `states`.
         states: Typical hidden states, (N, d); standard normal ones when None.
-        seed: Of its weights.
+        seed: Seed of its weights.
         **config: More of its `HeadConfig`.
     """
     settings = HeadConfig(form=form, hidden_size=hidden_size, **{"inner_sizes": (64, 16), **config})

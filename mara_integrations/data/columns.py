@@ -44,11 +44,11 @@ class Column:
         return found if found is None or self.comparison is None else self.is_good(found)
 
     def absent_from(self, fields: Fields) -> bool:
-        """Whether the row has no such field."""
+        """Return whether the row has no such field."""
         return self._found(fields) is None
 
     def is_good(self, score: Any) -> bool:
-        """Whether a score is good.
+        """Return whether a score is good.
 
         Raises:
             BadRowError: If it is no number.

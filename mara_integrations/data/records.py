@@ -279,7 +279,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether objects and lists are nested more than `MAX_DEPTH` levels deep."""
+    """Return whether objects and lists are nested more than `MAX_DEPTH` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         nested: list[Any] = []

@@ -148,7 +148,7 @@ def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple
 
 
 def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float], floor: Tensor) -> Tensor:
-    """Which of the kept candidates top-p keeps too, (B, K) bool.
+    """Return which of the kept candidates top-p keeps too, (B, K) bool.
 
     Args:
         values: Scores after top-k, highest first, -inf where not kept, (B, K).

@@ -1,4 +1,4 @@
-"""A finished reply, and what the gate did for it."""
+"""A finished reply, with the trace and the counts of the gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
 
 @dataclass(frozen=True, slots=True)
 class TracePosition:
-    """What the gate saw and did at one position.
+    """The candidates of one position, and the gate's decision.
 
     Attributes:
         token_ids: Candidates, most probable first.

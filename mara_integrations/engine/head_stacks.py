@@ -143,7 +143,7 @@ def _by_shape(parts: Sequence[Mapping[HeadT, float]]) -> Iterator[tuple[tuple[An
 
 
 def _is_worth_stacking(num_rows: Sequence[int]) -> bool:
-    """Whether heads with so many rows each are evaluated faster together than one by one."""
+    """Return whether heads with so many rows each are evaluated faster together than one by one."""
     return len(num_rows) > 1 and max(num_rows) * len(num_rows) <= _MAX_PADDING * sum(num_rows)
 
 
@@ -182,7 +182,7 @@ class _Stack:
         """`QHead.score` of each head for its positions; all scores in order, float32 (sum N_i,).
 
         Args:
-            heads: Of one shape.
+            heads: Heads of one shape.
             states: Hidden states of each head's positions, (P_i, d) each.
             counts: Candidates of each position, (P_i,) each.
             embeddings: Output embeddings of these candidates, (N_i, d) each.

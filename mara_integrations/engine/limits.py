@@ -1,4 +1,4 @@
-"""How much memory and work one engine takes on. Torch-free, so that a command line can check it early."""
+"""Limits on the memory and work of one engine. Torch-free, so that a command line can check them early."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _MAX_MASKS = 2048  # kept for each set of words
 
 
 class Refusals:
-    """Which tokens complete a forbidden word, in each state of the text; found once a state.
+    """The tokens that complete a forbidden word in each state of the text; found once a state.
 
     Args:
         tokens: The vocabulary.

@@ -1,4 +1,4 @@
-"""What a form of reply means for one loaded model: its syntax of calls, its thoughts, and the grammar of both."""
+"""Apply a form of reply to one loaded model: its syntax of calls, its thoughts, and the grammar of both."""
 
 from __future__ import annotations
 

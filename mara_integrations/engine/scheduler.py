@@ -95,7 +95,7 @@ class Scheduler:
                 self._reading[sequence] = frozenset(waiting.blocks)
 
     def _is_being_read(self, waiting: Waiting, prefixes: PrefixCache) -> bool:
-        """Whether a live sequence reads a block of this prompt that is not kept yet."""
+        """Return whether a live sequence reads a block of this prompt that is not kept yet."""
         num_known = prefixes.longest(waiting.request.prompt_ids, waiting.blocks)[1]
         next_block = -(-num_known // BLOCK_TOKENS)
         if next_block >= len(waiting.blocks):

@@ -268,7 +268,7 @@ class Sequence:
                 self.request.constraint.mask(logits)
 
     def refuses(self, ranking: Ranking) -> bool:
-        """Whether the request's constraint refuses what would be taken of the next position's candidates.
+        """Return whether the request's constraint refuses what would be taken of the next position's candidates.
 
         If so, the position is ranked again after `mask_refused`, and decided with another random number: the law is
         then the one without the refused tokens, and a reply to which nothing is refused stays as it is. Where

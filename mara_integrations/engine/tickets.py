@@ -1,4 +1,4 @@
-"""What a caller holds while the decoder works on a request: a ticket, which receives the updates of the reply."""
+"""Tickets: a caller holds one while the decoder works on its request, and receives the updates of the reply from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mara_integrations.replies.calls import Call, Piece
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a reply gained since its last update.
+    """The part of a reply that was added since its last update.
 
     Attributes:
         raw_text: Text as the model wrote it, as far as it is certain; may be empty.

@@ -1,4 +1,4 @@
-"""What each token of a vocabulary adds to a reply's text, in bytes: a character may be spread over several tokens."""
+"""The text that each token of a vocabulary adds to a reply, in bytes: a character may spread over several tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TokenTexts:
 
     Attributes:
         data: The bytes of each token, V of them.
-        texts: Of these, the whole characters; what is not UTF-8 is U+FFFD.
+        texts: The whole characters of each token; bytes that are not UTF-8 are U+FFFD.
         unfinished: The bytes behind, which begin another character.
         within: Ids of the tokens whose first byte goes on with a character.
         open: Ids of the tokens that end inside a character, or add no text.

@@ -25,7 +25,7 @@ _MAX_KNOWN_STEPS = 100_000
 
 
 class State(NamedTuple):
-    """What counts of the text so far.
+    """The state of the text so far.
 
     Attributes:
         begun: Words begun, by number, and how many of their characters are read.

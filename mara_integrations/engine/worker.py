@@ -107,7 +107,7 @@ class Worker:
 
     @property
     def limits(self) -> EngineLimits:
-        """How much memory and work the decoder takes on."""
+        """Limits on the memory and work of the decoder."""
         return self.decoder.limits
 
     @property

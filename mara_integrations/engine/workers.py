@@ -30,7 +30,7 @@ _Ticket = TypeVar("_Ticket", bound=Ticket)
 
 @dataclass(eq=False, slots=True)
 class _Shared:
-    """What the engines on one loaded model share.
+    """The state that engines on one loaded model share.
 
     Attributes:
         lock: Held while the worker is made or given up. That takes seconds, and nobody waits for another model's.
@@ -99,7 +99,7 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What an engine is doing now.
+    """The present state of an engine.
 
     Attributes:
         is_loaded: Whether the model is in memory.
@@ -142,7 +142,7 @@ class ModelLease:
 
     @property
     def status(self) -> EngineStatus:
-        """What the worker is doing; loads nothing."""
+        """The present state of the worker; loads nothing."""
         model = self._model
         worker = None if model is None else _shared_by_users_of(model).worker
         if worker is None:

@@ -58,7 +58,7 @@ class RewardFile(BaseModel):
 
 
 class Origin(BaseModel):
-    """Where a trained head comes from.
+    """The origin of a trained head.
 
     Attributes:
         date: Time when the training began, in UTC.
@@ -149,7 +149,7 @@ class HeadConfig(BaseModel):
         return values
 
     def is_for_model(self, name: str | None, fingerprint: str | None) -> bool:
-        """Whether the head may have been trained on a model; False where it surely was trained on another.
+        """Return whether the head may have been trained on a model; False where it surely was trained on another.
 
         Fingerprints tell models apart; where one is missing, names do, as far as they can.
 
@@ -190,7 +190,7 @@ class HeadConfig(BaseModel):
 
 
 def _are_other_models(one: str, other: str) -> bool:
-    """Whether two names are surely of different models: two different ids of the Hub, or two folders that are there.
+    """Return whether two names are surely of different models: two ids of the Hub, or two folders that exist.
 
     A folder or a file may hold a copy of any model.
     """

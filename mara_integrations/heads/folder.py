@@ -285,6 +285,6 @@ def _staged_name(config: HeadConfig | None) -> str:
 
 
 def _is_hub_blob(root: Path, target: Path) -> bool:
-    """Whether a file lies where the Hub's cache keeps it: `repo/snapshots/COMMIT/name` links to `repo/blobs/HASH`."""
+    """Return whether a file is a link of the Hub's cache: `repo/snapshots/COMMIT/name` to `repo/blobs/HASH`."""
     repo = root.parent.parent
     return root.parent.name == "snapshots" and target.parent == repo / "blobs"

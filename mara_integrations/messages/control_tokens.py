@@ -151,7 +151,7 @@ class Guard:
 
 
 def _is_written(token: str, template: str) -> bool:
-    """Whether a template mentions a token, or the tag that it closes."""
+    """Return whether a template mentions a token, or the tag that it closes."""
     return token in template or token.replace("</", "<") in template
 
 

@@ -71,7 +71,7 @@ class PromptEncoder:
 
     @property
     def family(self) -> str:
-        """How the model writes tool calls, under xgrammar's names; the generic form if the template writes no calls."""
+        """The form of tool calls under xgrammar's names; the generic form if the template writes no calls."""
         return self._family or GENERIC
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), **template_kwargs: Any) -> str:
@@ -257,7 +257,7 @@ class PromptEncoder:
 
 
 def _shows_python(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a template wrote arguments as Python does, because it takes them as text."""
+    """Return whether a template wrote arguments as Python does, because it takes them as text."""
     calls = [call for message in messages for call in message.tool_calls if call.arguments]
     return any(repr(call.arguments) in text and json.dumps(call.arguments) not in text for call in calls)
 

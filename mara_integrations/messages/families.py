@@ -1,4 +1,4 @@
-"""Which family of models a chat template belongs to, by the marks with which it writes tool calls."""
+"""Recognise the family of models of a chat template by the marks with which it writes tool calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `.gguf` file holds beside its weights: tokenizer, configuration, fingerprint, places of the embeddings.
+"""Read a `.gguf` file without its weights: tokenizer, configuration, fingerprint, places of the embeddings.
 
 It is read once, which takes up to a minute, and kept in the cache.
 """

@@ -1,4 +1,4 @@
-"""How families of models write tool calls: the structural tags of their replies, and the readers of the calls.
+"""Families of models by the way they write tool calls: structural tags of their replies, and readers of the calls.
 
 Families go by xgrammar's names, and their tags are xgrammar's. Two are our own: Mistral's, which it lacks, and those of
 gpt-oss, whose calls end with a token that ends the reply.
@@ -26,7 +26,7 @@ _MAX_WHITE_SPACE = 2
 
 @dataclass(frozen=True, slots=True)
 class CallFamily:
-    """How one family writes calls.
+    """The form of one family's calls.
 
     Attributes:
         name: Name of the family in xgrammar.

@@ -18,7 +18,7 @@ from mara_integrations.replies.schema_values import value_of
 
 @dataclass(frozen=True, slots=True)
 class CallMarks:
-    """How a family marks calls.
+    """The marks of a family's calls.
 
     Attributes:
         begins: Marks that a call may begin with.

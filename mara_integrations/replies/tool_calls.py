@@ -14,7 +14,7 @@ from mara_integrations.replies.calls import CallReader, JSONEnd, Piece, json_obj
 
 @dataclass(frozen=True, slots=True)
 class JSONMarks:
-    """How a family begins and ends calls that are JSON objects.
+    """The marks of a family whose calls are JSON objects.
 
     Attributes:
         marks: Marks that begin a call; models are less exact than grammars, so there may be several. One that begins

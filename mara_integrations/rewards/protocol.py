@@ -42,7 +42,7 @@ class DescribedRule(Rule, Protocol):
 
 
 def takes_partial_text(reward: Reward) -> bool:
-    """Whether a reward can score unfinished replies; False if it does not say."""
+    """Return whether a reward can score unfinished replies; False if it does not say."""
     return bool(getattr(reward, "takes_partial_text", False))
 
 

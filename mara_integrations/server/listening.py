@@ -86,7 +86,7 @@ def port_of(sockets: list[socket.socket]) -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the host, as far as its name tells."""
+    """Return whether only this machine reaches the host, as far as its name tells."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

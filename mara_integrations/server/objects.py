@@ -133,7 +133,7 @@ class Health(TypedDict):
 
 
 class ErrorDetail(TypedDict):
-    """What was wrong."""
+    """The error of a request."""
 
     message: str
     type: str

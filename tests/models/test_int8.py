@@ -156,9 +156,9 @@ def refusals():
     yield ("int4", cpu, torch.float32, {}), "quantization='int4' is not allowed"
     yield ("int8", gpu, torch.bfloat16, {}), "is for the CPU, not for cuda:0"
     yield ("int8", cpu, torch.bfloat16, {}), "needs float32, not torch.bfloat16"
-    yield ("int8", cpu, torch.float32, {"quantization_config": {}}), "together with quantization_config"
-    yield ("int8", cpu, torch.float32, {"device_map": "auto"}), "together with device_map"
-    yield ("int8", cpu, torch.float32, {"tp_plan": "auto"}), "together with tp_plan"
+    yield ("int8", cpu, torch.float32, {"quantization_config": {}}), "combined with quantization_config"
+    yield ("int8", cpu, torch.float32, {"device_map": "auto"}), "combined with device_map"
+    yield ("int8", cpu, torch.float32, {"tp_plan": "auto"}), "combined with tp_plan"
 
 
 @pytest.mark.parametrize(("asked", "says"), list(refusals()), ids=[says for _, says in refusals()])

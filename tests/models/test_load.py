@@ -203,7 +203,7 @@ def test_a_folder_without_a_model_says_so(tmp_path):
 
 
 def test_a_file_that_is_no_gguf_says_so(folder):
-    with pytest.raises(ModelError, match="is a file, but no"):
+    with pytest.raises(ModelError, match="is a file, not a"):
         load_model(ModelSpec(folder / "model.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""How the base model is run: the protocol of a backend, its implementations, the KV store, attention, kept prefixes.
+"""Run the base model: the protocol of a backend, its implementations, the KV store, attention, kept prefixes.
 
 Knows no heads and no requests.
 """

@@ -236,7 +236,7 @@ class LlamaCppBackend(Backend):
     # --- forwards
 
     def _places(self, segments: Sequence[Segment]) -> tuple[list[_Place], list[_Place], list[list[int]]]:
-        """Where each token goes: tokens nobody looks at, tokens somebody does, and the new sequences of siblings."""
+        """Return the places of tokens without and with a needed output, and the new sequences of siblings."""
         unseen: list[_Place] = []
         seen: list[_Place] = []
         branches: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""Measure the free memory of a device."""
 
 from __future__ import annotations
 

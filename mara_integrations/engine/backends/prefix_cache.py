@@ -16,7 +16,7 @@ BLOCK_TOKENS = 16
 
 
 class Prefix(Protocol):
-    """What a backend keeps of a row; opaque but for its size."""
+    """The first tokens of a row as a backend keeps them; opaque but for its size."""
 
     @property
     def num_bytes(self) -> int:

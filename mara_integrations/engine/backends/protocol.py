@@ -30,7 +30,7 @@ class Segment:
 
 
 class RowSize(NamedTuple):
-    """How large a row may grow.
+    """The size that a row may grow to.
 
     Attributes:
         num_tokens: Tokens of prompt and reply.
@@ -42,7 +42,7 @@ class RowSize(NamedTuple):
 
 
 class Reserve(NamedTuple):
-    """What a backend has set aside for good when it was made.
+    """Memory that a backend sets aside for good when it is made.
 
     Attributes:
         row_bytes: Memory for rows.
@@ -56,11 +56,11 @@ class Reserve(NamedTuple):
 
 
 class Backend(Protocol):
-    """What gated decoding needs from a model."""
+    """The operations of a model that gated decoding needs."""
 
     @property
     def reserve(self) -> Reserve | None:
-        """What is set aside for rows and kept prefixes; None where memory follows the rows."""
+        """Memory set aside for rows and kept prefixes; None if memory follows the rows."""
         return None
 
     @property

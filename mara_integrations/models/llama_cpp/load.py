@@ -63,7 +63,7 @@ def load_gguf(name: str, path: Path, spec: ModelSpec) -> LoadedModel:
 
 
 def _uses_gpu(spec: ModelSpec, options: LlamaCppOptions) -> bool:
-    """Whether layers go to a GPU where `n_gpu_layers` does not say."""
+    """Return whether layers go to a GPU where `n_gpu_layers` does not say."""
     device, has_gpu = str(spec.device), bool(library().llama_supports_gpu_offload())
     asks = (options.n_gpu_layers or 0) != 0 or device not in ("auto", "cpu")
     if asks and not has_gpu:

@@ -13,7 +13,7 @@ from mara_integrations.sampling import Params
 
 
 class LlamaCppOptions(Params):
-    """How llama.cpp runs a model, under the names of llama-cpp-python and LangChain's `ChatLlamaCpp`.
+    """Settings of a model on llama.cpp, under the names of llama-cpp-python and LangChain's `ChatLlamaCpp`.
 
     Attributes:
         n_gpu_layers: Layers that are put on a GPU; -1 is all of them. None is all where the library has a GPU and the

@@ -29,7 +29,7 @@ def centred(values: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def candidate_advantages(gains: Tensor, follow: Tensor, taken: Tensor, returns: Tensor, log_probs: Tensor) -> Tensor:
-    """How much better each candidate is than what the base model would take, (P, K).
+    """Return how much better each candidate is than what the base model would take, (P, K).
 
     Args:
         gains: What each candidate itself changes in the reward of the text, (P, K).
@@ -58,7 +58,7 @@ def score_loss(scores: Tensor, targets: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def taken_log_ratios(scores: Tensor, log_probs: Tensor, taken: Tensor, strength: float) -> Tensor:
-    """How much more probable the gate makes the token taken than the base model does, (P,), in nats.
+    """Return how much more probable the gate makes the token taken than the base model does, (P,), in nats.
 
     Args:
         scores: q of all candidates, (P, K).

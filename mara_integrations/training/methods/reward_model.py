@@ -111,7 +111,7 @@ def held_out_pairs(run: Run) -> tuple[list[TextPair], bool]:
 
 
 def _are_usable(examples: Preferences) -> bool:
-    """Whether there are good and bad replies among the examples."""
+    """Return whether there are good and bad replies among the examples."""
     labels = {example.is_good for example in examples if isinstance(example, LabelledText)}
     return not labels or len(labels) == 2
 

@@ -106,7 +106,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:
-    """Whether a line has the fields that every line has."""
+    """Return whether a line has the fields that every line has."""
     return isinstance(line.get("event"), str) and isinstance(line.get("elapsed_s"), int | float)
 
 

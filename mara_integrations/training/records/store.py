@@ -109,7 +109,7 @@ class _HashingWriter:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file ends with the digest of its content."""
+    """Return whether a file ends with the digest of its content."""
     left, digest = path.stat().st_size - _DIGEST_BYTES, hashlib.sha256()
     with path.open("rb") as file:
         while left > 0:

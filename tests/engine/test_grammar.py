@@ -117,7 +117,7 @@ def test_a_forced_call_is_one_call(engine: MARAEngine, choice: str) -> None:
     reply = engine.generate(ASK, form=ReplyForm(TOOLS, choice), temperature=1.5, seed=1, max_new_tokens=120)
 
     parser = CallParser(HERMES.marks)
-    assert parser.push(reply.text, final=True)[0].text == ""
+    assert reply.text == "" and parser.push(reply.raw_text, final=True)[0].text == ""
     (call,) = parser.calls
     assert call.parsed is not None
     assert choice in ("any", call.name)
@@ -183,8 +183,8 @@ def test_certain_text_costs_no_forward_a_token() -> None:
 
     reply = engine.generate(ASK, form=ReplyForm((tool,), "any"))
 
-    assert reply.text == '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n</tool_call>'
-    assert reply.stats.single == len(reply.token_ids) == len(reply.text) + 1
+    assert reply.raw_text == '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n</tool_call>'
+    assert reply.stats.single == len(reply.token_ids) == len(reply.raw_text) + 1
     assert len(worker_for(engine.model).decoder.backend.fed) <= 4  # the prompt, the text, its last character, its end
 
 

@@ -30,8 +30,11 @@ def oracle(**config):
     return tiny_model(vocab_size=VOCAB_SIZE, eos_token_id=0, bos_token_id=0, rms_norm_eps=1e-5, **config)
 
 
-def write_gguf(path, model=None, *, kind=gguf.GGMLQuantizationType.F32):
-    """Write a model of Llama's kind, `oracle()` if none is given, in float32 or a quantisation; returns the path."""
+def write_gguf(path, model=None, *, kind=gguf.GGMLQuantizationType.F32, **numbers):
+    """Write a model of Llama's kind, `oracle()` if none is given, in float32 or a quantisation; returns the path.
+
+    `numbers` are further entries of its metadata, such as `logit_scale`.
+    """
     model = model or oracle()
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -46,6 +49,8 @@ def write_gguf(path, model=None, *, kind=gguf.GGMLQuantizationType.F32):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    for name, number in numbers.items():
+        writer.add_float32(f"llama.{name}", number)
     _add_tokenizer(writer)
     for name, weight in model.state_dict().items():
         values = weight.float().numpy()

@@ -18,6 +18,7 @@ if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
     pytest.skip("llama.cpp is not installed", allow_module_level=True)
 
 from decoding import mixed_requests, prompt
+from gguf import GGUFReader
 from tiny_gguf import oracle, write_gguf
 
 from mara_integrations.engine.backends.llama_cpp import LlamaCppBackend
@@ -37,12 +38,16 @@ def model():
 
 @pytest.fixture(scope="module")
 def loaded(model, tmp_path_factory):
-    from gguf import GGUFReader
+    return load(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model))
 
-    path = write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model)
-    output = next(tensor for tensor in GGUFReader(str(path)).tensors if tensor.name == "output.weight")
-    place = TensorPlace(int(output.data_offset), int(output.tensor_type), 257, 32, 128)
-    return LlamaCppModel(path, LlamaCppOptions(n_ctx=512, n_threads=1), place)
+
+def load(path):
+    found = {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
+    places = [
+        TensorPlace(int(found[name].data_offset), int(found[name].tensor_type), 257, 32, 128)
+        for name in ("output.weight", "token_embd.weight")
+    ]
+    return LlamaCppModel(path, LlamaCppOptions(n_ctx=512, n_threads=1), *places)
 
 
 @pytest.fixture
@@ -194,11 +199,32 @@ def test_more_replies_than_sequences_are_refused(loaded):
         LlamaCppBackend(loaded, EngineLimits(max_live=200))
 
 
-def test_states_from_elsewhere_have_no_logits(backend):
-    with pytest.raises(ModelError, match="transformers"):
-        backend.logits(torch.zeros(1, 32))
+def test_logits_of_kept_states_are_products_with_the_output_embeddings(backend, model):
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(backend.logits(states), model.lm_head(states), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_of_kept_states_are_capped_as_the_file_says(model, tmp_path):
+    states = 9 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    capped = load(write_gguf(tmp_path / "capped.gguf", model, final_logit_softcapping=2.0))
+    with torch.inference_mode():
+        want = 2.0 * torch.tanh(model.lm_head(states) / 2.0)
+    assert want.abs().max() > 1.5
+    torch.testing.assert_close(capped.logits(states), want, rtol=0.0, atol=0.01)  # embeddings in half precision
+
+
+def test_logits_that_the_model_scales_are_refused(model, tmp_path):
+    scaled = load(write_gguf(tmp_path / "scaled.gguf", model, logit_scale=0.5))
+    with pytest.raises(ModelError, match=r"scaled.gguf.* scales its logits.*transformers"):
+        scaled.logits(torch.zeros(1, 32))
 
 
 def test_output_embeddings_are_the_rows_of_the_file(backend, model):
     ids = torch.tensor([0, 256, 5, 5])
     assert torch.equal(backend.output_embeddings(ids), model.get_output_embeddings().weight[ids])
+
+
+def test_input_embeddings_are_the_rows_of_the_file(loaded, model):
+    ids = torch.tensor([0, 256, 5, 5])
+    assert torch.equal(loaded.input_embeddings(ids), model.get_input_embeddings().weight[ids])

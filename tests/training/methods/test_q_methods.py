@@ -154,7 +154,7 @@ def test_a_rule_is_kept_and_the_damage_is_told(files):
 
 
 def test_a_rule_that_nothing_breaks_teaches_nothing(files):
-    with pytest.raises(DataError, match=r"none of .* replies has a forbidden word"):
+    with pytest.raises(DataError, match=r"none of .* replies has what is forbidden \('zebra'\)"):
         train(settings(files, "prompts", method="rule", forbid=("zebra",), max_replies=12))
 
 

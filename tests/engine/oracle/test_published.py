@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import recomputed_reply
 
 from mara_integrations import MARALLM
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
-PROMPT, NUM_TOKENS = "The quick brown fox", 4  # the reference feeds everything anew for each candidate
+PROMPT, NUM_TOKENS = "The quick brown fox", 4  # the reference feeds everything anew for each of them
 
 
 def actor(path, hidden_size, accept_rate, states):
@@ -30,7 +30,7 @@ def both(model, path, **settings):
     ids = loaded.tokenizer(PROMPT).input_ids
     gate = GateParams(**{name: value for name, value in settings.items() if name in GateParams.model_fields})
     head, sampling = MARAHead.from_pretrained(path), SamplingParams(max_new_tokens=NUM_TOKENS)
-    return got, generate_reference(loaded.model, ids, head, sampling, gate, loaded.eos_token_ids)
+    return got, recomputed_reply(loaded.model, ids, head, sampling, gate, loaded.eos_token_ids)
 
 
 @torch.no_grad()

@@ -33,7 +33,9 @@ COVERED = ("engine", "heads", "data", "replies", "server", "test_custom_generate
 
 
 def pytest_collection_modifyitems(config, items):
-    """Coverage is measured under some of the tests."""
+    """Modules with slow tests come first: at the end, no process is left with a long one. Coverage is that of some."""
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in with_slow)
     if config.getoption("cov_source", default=None):
         tests = Path(__file__).parent
         for item in items:
@@ -158,8 +160,9 @@ def says(llm, monkeypatch):
         wanted.append(tokenizer.eos_token_id)
 
         def script(tokens):
-            ends = [i + len(turn) for i in range(len(tokens)) if list(tokens[i : i + len(turn)]) == turn]
-            written = len(tokens) - max(ends, default=len(tokens))
+            tokens = list(tokens)
+            begins = (i for i in range(len(tokens), -1, -1) if tokens[i : i + len(turn)] == turn)
+            written = max(0, len(tokens) - next(begins, len(tokens)) - len(turn))
             return [30.0 * (token_id == wanted[min(written, len(wanted) - 1)]) for token_id in range(256)]
 
         monkeypatch.setattr(worker_for(llm.engine.model).decoder, "backend", ScriptedBackend(script, 256))

@@ -41,8 +41,9 @@ def writes(
     begin, wanted = (list(tokenizer(text)["input_ids"]) for text in (turn, reply))
 
     def script(token_ids: Any) -> list[float]:
-        places = [i + len(begin) for i in range(len(token_ids)) if list(token_ids[i : i + len(begin)]) == begin]
-        done = list(token_ids[max(places, default=len(token_ids)) :])
+        tokens = list(token_ids)
+        begins = (i for i in range(len(tokens), -1, -1) if tokens[i : i + len(begin)] == begin)
+        done = tokens[next(begins, len(tokens)) + len(begin) :]
         following = [*wanted, 0][len(done)] if done == wanted[: len(done)] else 0
         return [20.0 if token_id == following else float(token_id == 24) for token_id in range(size)]
 

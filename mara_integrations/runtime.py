@@ -31,6 +31,7 @@ from mara_integrations.engine.settings import (
 )
 from mara_integrations.engine.streams import AsyncStream, Stream
 from mara_integrations.engine.tickets import LoopTicket, ThreadTicket, Ticket, Update
+from mara_integrations.engine.vllm_requests import check_vllm_limits, check_vllm_settings
 from mara_integrations.engine.workers import EngineStatus, ModelLease, backend_of, worker_for
 from mara_integrations.errors import ConfigError
 from mara_integrations.fingerprints import same_model
@@ -70,10 +71,10 @@ class MARAEngine:
         dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
         revision: Branch, tag or commit of a model on the Hub.
         model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`,
-            `n_gpu_layers` and `n_threads`.
+            `n_gpu_layers` and `n_threads`; for vLLM its engine arguments, as `max_model_len`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-        engine: What runs the model: `transformers`, or `llama.cpp` for `.gguf` files in their own quantisation. `auto`
-            is transformers.
+        engine: What runs the model: `transformers`, `llama.cpp` for `.gguf` files in their own quantisation, or `vllm`,
+            which runs vLLM in this process under `q` heads. `auto` is transformers.
         limits: How much memory and work the engine takes on: how many replies are decoded together, and the bytes of
             keys and values, of kept prompts and of heads. Engines on one model share its limits.
         system_prompt: Text put before every conversation that brings no system message. None is the one that the head
@@ -111,7 +112,6 @@ class MARAEngine:
                 "no base model is named", hint="name one, as model='org/model', or a head that records its own"
             )
         self.defaults: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
-        check_settings(self.defaults)
         self.model_source = model
         self._loading: dict[str, Any] = {
             "device": device,
@@ -122,6 +122,7 @@ class MARAEngine:
             "engine": engine,
         }
         self.limits = limits
+        self._check(self.defaults)
         self._lease: ModelLease | None = None if model is None else self._leased_as(model)
         self._lock = threading.Lock()
 
@@ -133,10 +134,26 @@ class MARAEngine:
         """
         twin = object.__new__(MARAEngine)
         twin.defaults = {**self.defaults, **settings}
-        check_settings(twin.defaults)
         twin.model_source, twin._loading, twin.limits = self.model_source, self._loading, self.limits
+        twin._check(twin.defaults)
         twin._lease, twin._lock = self._leased(), threading.Lock()
         return twin
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Refuse settings that no request could run with, on this engine.
+
+        Raises:
+            ConfigError: If a name is unknown, a value is out of bounds, or nothing that vLLM can do.
+        """
+        check_settings(settings)
+        if self._is_vllm:
+            check_vllm_limits(self.limits)
+            check_vllm_settings(settings)
+
+    @property
+    def _is_vllm(self) -> bool:
+        source = self.model_source
+        return self._loading["engine"] == "vllm" or (isinstance(source, LoadedModel) and source.engine == "vllm")
 
     # --- the model ---
 
@@ -298,7 +315,7 @@ class MARAEngine:
 
     def log_prob_settings(self, top_logprobs: int) -> dict[str, Any]:
         """Return the settings of a request whose report tells log-probabilities; see `report`."""
-        return {"trace": True}  # they are read from it
+        return {"top_logprobs": top_logprobs} if self._is_vllm else {"trace": True}  # they are read from it
 
     def verify(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Verification:
         """Decode a prompt with both the engine and the slow reference; stop strings are ignored.
@@ -340,6 +357,8 @@ class MARAEngine:
 
     def resolve(self, **settings: Unpack[RequestSettings]) -> ResolvedSettings:
         """Return what holds for a request with these settings; see `resolve_settings`."""
+        if self._is_vllm:
+            check_vllm_settings(overlay(settings, self.defaults))
         return resolve_settings(settings, self.defaults, self._place)
 
     def given(self, **settings: Unpack[RequestSettings]) -> dict[str, Any]:
@@ -354,8 +373,10 @@ class MARAEngine:
     def request(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Request:
         """Return what `generate` submits to the decoder; it can be submitted once. See there for errors."""
         check_not_empty(prompt)
-        resolved = self.resolve(**settings)
-        return build_request(self.model, prompt, resolved)
+        told: dict[str, Any] = {**settings}
+        top_logprobs = told.pop("top_logprobs", None) if self._is_vllm else None  # of `log_prob_settings`
+        resolved = self.resolve(**told)
+        return build_request(self.model, prompt, resolved, top_logprobs)
 
     def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
         self._prepared(prompt, settings)(ticket)

@@ -223,7 +223,6 @@ REFUSED = {
     "an argument of transformers": ({"model_kwargs": {"device_map": "auto"}}, "device_map"),
     "no tokens": ({"model_kwargs": {"n_ctx": 0}}, "n_ctx=0"),
     "another engine": ({"engine": "llamacpp"}, "engine='llamacpp'"),
-    "an engine that is a server": ({"engine": "vllm"}, "vllm serve"),
 }
 
 

@@ -154,7 +154,7 @@ def evaluate_head(
     if report is not None:
         reports.check_report_path(report)
     settings = given(strength=strength, quantization=quantization, model_kwargs=keyword_arguments(model_kwargs or ()))
-    settings["engine"] = engine_name
+    settings |= {"engine": engine_name, "trace": True}  # an engine without traces is refused before it loads
     engine = MARAEngine(
         model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
     ).load()

@@ -126,7 +126,8 @@ ModelKwargs = Annotated[
     typer.Option(
         metavar="NAME=VALUE",
         help="Argument of from_pretrained, such as device_map=auto or quantization_config={quant_method: "
-        "bitsandbytes, load_in_4bit: true}; of llama.cpp n_ctx, n_gpu_layers or n_threads. May be repeated.",
+        "bitsandbytes, load_in_4bit: true}; of llama.cpp n_ctx, n_gpu_layers or n_threads; of vLLM its engine's, "
+        "such as max_model_len=4096. May be repeated.",
         rich_help_panel=BASE_MODEL,
     ),
 ]
@@ -134,7 +135,8 @@ Engine = Annotated[
     EngineName,
     typer.Option(
         "--engine",
-        help="What runs the model; llama.cpp takes .gguf files in their own quantisation. auto is transformers.",
+        help="What runs the model; llama.cpp takes .gguf files in their own quantisation, and vllm runs vLLM in this "
+        "process. auto is transformers.",
         rich_help_panel=BASE_MODEL,
     ),
 ]

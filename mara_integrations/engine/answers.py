@@ -14,14 +14,14 @@ def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
     """Return what an answer says about itself, as plain JSON.
 
     Returns:
-        `model_name`, `finish_reason`, `token_ids`, the counts of `GateStats` as `gate`, and with `trace=True` a
-        `trace`: for each position its candidates (`token_id`, `token`, `log_prob`, `accept_logit` where the gate was
-        asked), which was `taken`, and the `outcome`.
+        `model_name`, `finish_reason`, `token_ids`, the counts of `GateStats` as `gate`, which vLLM has not, and with
+        `trace=True` a `trace`: for each position its candidates (`token_id`, `token`, `log_prob`, `accept_logit` where
+        the gate was asked), which was `taken`, and the `outcome`.
     """
     report = {
         "model_name": model.name,
         "finish_reason": generation.finish_reason,
-        "gate": asdict(generation.stats),
+        **({} if model.engine == "vllm" else {"gate": asdict(generation.stats)}),
         "token_ids": list(generation.token_ids),
     }
     if generation.trace is not None:
@@ -30,14 +30,22 @@ def answer_report(generation: Generation, model: LoadedModel) -> dict[str, Any]:
 
 
 def log_prob_report(generation: Generation, model: LoadedModel, top_logprobs: int = 0) -> dict[str, Any]:
-    """Return the log-probabilities of a reply with a trace in the form of OpenAI's API, as plain JSON.
+    """Return the log-probabilities of a reply with a trace or alternatives in OpenAI's form, as plain JSON.
 
     Each of `content` is a token of `token_ids`: `token`, `bytes`, `logprob` and `top_logprobs`, the most probable of
     the candidates that were left for the gate. Beyond that form: `accept_logit` of the token taken (None where the
-    gate was not asked) and the `outcome`; see `TracePosition`.
+    gate was not asked) and the `outcome`; see `TracePosition`. Without a trace, `top_logprobs` are the most probable of
+    all tokens, and nothing is told of the gate.
     """
+    content: list[dict[str, Any]] = []
+    if generation.alternatives is not None:
+        taken = zip(generation.token_ids, generation.log_probs, generation.alternatives, strict=True)
+        for token_id, log_prob, alternatives in taken:
+            told = [{**_token(other, model.tokenizer), "logprob": value} for other, value in alternatives]
+            own = {**_token(token_id, model.tokenizer), "logprob": log_prob}
+            content.append({**own, "top_logprobs": told[:top_logprobs]})
+        return {"content": content}
     assert generation.trace is not None
-    content = []
     for position in generation.trace:
         tokens = [
             {**_token(token_id, model.tokenizer), "logprob": log_prob}

@@ -13,9 +13,20 @@ from mara_integrations.messages import Conversation, Message, Prompt
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.replies.text import TextStream
 
+# What widens the context window, where an engine was told how wide it is.
+_RAISE = {"llama.cpp": ", or raise n_ctx", "vllm": ", or raise max_model_len"}
 
-def build_request(model: LoadedModel, prompt: Prompt, settings: ResolvedSettings) -> Request:
+
+def build_request(
+    model: LoadedModel, prompt: Prompt, settings: ResolvedSettings, top_logprobs: int | None = None
+) -> Request:
     """Return the request that asks a model to reply to a prompt.
+
+    Args:
+        model: The model.
+        prompt: As `MARAEngine.generate` takes it.
+        settings: The settings that hold.
+        top_logprobs: See `Request`.
 
     Raises:
         ConfigError: If the prompt has no tokens, or is a list of messages under `raw`; or see `constraint_for`.
@@ -31,7 +42,7 @@ def build_request(model: LoadedModel, prompt: Prompt, settings: ResolvedSettings
         raise ContextLengthError(
             f"the prompt has {len(prompt_ids)} tokens; this model's maximum context length is "
             f"{model.context_window} tokens, the reply included",
-            hint="shorten the prompt" + (", or raise n_ctx" if model.engine == "llama.cpp" else ""),
+            hint="shorten the prompt" + _RAISE.get(model.engine, ""),
         )
     stop = (*settings.sampling.stop, *model.encoder.stop_for(prompt))
     sampling = settings.sampling.updated(max_new_tokens=min(settings.sampling.max_new_tokens, room))
@@ -44,6 +55,7 @@ def build_request(model: LoadedModel, prompt: Prompt, settings: ResolvedSettings
         text=TextStream(model.tokenizer, stop, shown_tokens(model, form.tools)),
         reader=reader_for(model, form, prompt_ids),
         constraint=constraint_for(model, form, sampling, stop),
+        top_logprobs=top_logprobs,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from mara_integrations.replies.calls import Call
 
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["base", "single", "accepted", "forced", "fallback"]
+# Tokens and their log-probabilities, most probable first.
+LogProbs: TypeAlias = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Generation:
         thoughts: What a reasoning model thought before its answer, without the marks around it.
         calls: The tool calls of the reply.
         raw_text: The reply as the model wrote it: thoughts, answer and calls with the marks between them.
+        alternatives: The most probable tokens at each position, from an engine that has no trace; None unless the
+            request asked for them.
     """
 
     text: str
@@ -84,6 +88,7 @@ class Generation:
     thoughts: str = ""
     calls: tuple[Call, ...] = ()
     raw_text: str = ""
+    alternatives: tuple[LogProbs, ...] | None = None
 
     @property
     def completion_tokens(self) -> int:

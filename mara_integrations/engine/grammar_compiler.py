@@ -109,7 +109,7 @@ class GrammarCompiler:
 
     def _compile(self, structural_tag: Mapping[str, Any]) -> xgrammar.CompiledGrammar:
         try:
-            return self._compiler.compile_structural_tag(json.dumps(_in_one_way(structural_tag)))
+            return self._compiler.compile_structural_tag(json.dumps(in_one_way(structural_tag)))
         except Exception as error:  # its C++ side raises RuntimeError and its own; all mean a schema it can't express
             reason = re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip().splitlines()[-1])
             raise ConfigError(f"the schema can't be compiled to a grammar: {reason}") from error
@@ -147,16 +147,20 @@ def within(deadline_s: float, work: Callable[[], _Result]) -> _Result:
         raise late from None
 
 
-def _in_one_way(form: Any) -> Any:
-    """A structural tag whose JSON schemas are grammars without free white space; those of tagged arguments stay."""
+def in_one_way(form: Any) -> Any:
+    """Return a structural tag whose JSON schemas are grammars without free white space; tagged arguments keep theirs.
+
+    Args:
+        form: A structural tag that `GrammarCompiler.compile` takes, or a part of one.
+    """
     import xgrammar
 
     if isinstance(form, list):
-        return [_in_one_way(each) for each in form]
+        return [in_one_way(each) for each in form]
     if not isinstance(form, Mapping):
         return form
     if form.get("type") != "json_schema" or form.get("style", "json") != "json":
-        return {key: _in_one_way(value) for key, value in form.items()}
+        return {key: in_one_way(value) for key, value in form.items()}
     schema = json.dumps(form["json_schema"])
     grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False, separators=(", ", ": "))
     # what it prints of a letter up to U+00FF would be read as a longer escape where a hexadecimal digit follows

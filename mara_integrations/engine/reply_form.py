@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mara_integrations.engine.grammar import Grammar
+from mara_integrations.engine.grammar_compiler import GrammarCompiler, in_one_way
 from mara_integrations.engine.never import NeverConstraint, Refusals
 from mara_integrations.engine.request import Constraint
 from mara_integrations.engine.token_texts import TokenTexts
+from mara_integrations.engine.vllm_requests import EngineGrammar
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Message, Tool
 from mara_integrations.models.load import LoadedModel
@@ -64,8 +66,8 @@ def thoughts_of(model: LoadedModel) -> Thoughts:
     return "begun" if prompt.endswith(OPEN) else "possible"
 
 
-def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
-    """Return the constraint of replies in a form; None where any text is allowed.
+def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | EngineGrammar | None:
+    """Return the constraint of replies in a form; None where any text is allowed. vLLM applies its own.
 
     Raises:
         ConfigError: If a schema can't be compiled to a grammar.
@@ -74,7 +76,11 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | None:
     grammar = form.grammar(family_for(model), thoughts_of(model))
     if grammar is None:
         return None
-    return Grammar(grammar, tokenizer=model.tokenizer, vocab_size=model.vocab_size, eos_token_ids=end_tokens(model))
+    vocabulary = model.tokenizer, model.vocab_size, end_tokens(model)
+    if model.engine == "vllm":
+        GrammarCompiler.of(*vocabulary).compile(grammar)  # what can't be compiled is said here, in our words
+        return EngineGrammar(in_one_way(grammar))
+    return Grammar(grammar, tokenizer=vocabulary[0], vocab_size=vocabulary[1], eos_token_ids=vocabulary[2])
 
 
 def constraint_for(
@@ -94,7 +100,7 @@ def constraint_for(
         MissingExtraError: See `grammar_for`.
     """
     grammar = grammar_for(model, form)
-    if not sampling.never:
+    if not sampling.never or isinstance(grammar, EngineGrammar):
         return grammar
     words = ForbiddenWords(sampling.never)
     _check_agreement(form.grammar(family_for(model)), words)

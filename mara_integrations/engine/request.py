@@ -61,6 +61,7 @@ class Request:
         constraint: Masks the logits before candidates are chosen; the head judges what is left.
         keep_states: Keep the hidden state of the last prompt token and of every reply token, for training.
         keep_positions: Keep what the head was shown at each position it judged, for training.
+        top_logprobs: Alternatives to tell at each position, by an engine that has no trace; None tells none.
     """
 
     prompt_ids: Seq[int]
@@ -73,6 +74,7 @@ class Request:
     constraint: Constraint | None = None
     keep_states: bool = False
     keep_positions: bool = False
+    top_logprobs: int | None = None
 
     @property
     def feeds_candidates(self) -> bool:

@@ -361,7 +361,13 @@ class Sequence:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.request.sampling.max_new_tokens:
             self.finish_reason = "length"
-        if self.finish_reason is not None and text is not None:
+        if self.finish_reason is not None:
+            self._finish(self.finish_reason)
+
+    def _finish(self, reason: FinishReason) -> None:
+        """End the reply, with the characters that were held back."""
+        self.finish_reason, text = reason, self.request.text
+        if text is not None:
             text.finish()
             if text.stopped:  # a stop string that only the last held-back characters completed
                 self.finish_reason = "stop"

@@ -8,13 +8,13 @@ import queue
 import threading
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.faults import described
 from mara_integrations.engine.generation import FinishReason
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
+from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.engine.tickets import Mailbox, News, Ticket, Update
 from mara_integrations.errors import EngineClosedError, MaraError, in_one_line
@@ -29,6 +29,33 @@ _log = logging.getLogger(__name__)
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 _Ticket = TypeVar("_Ticket", bound=Ticket)
+
+
+class AnyDecoder(Protocol):
+    """The operations that the worker needs; `decoder.Decoder` describes them, and decodes on our backends."""
+
+    limits: EngineLimits
+    scheduler: Scheduler
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is live or waiting."""
+
+    @property
+    def is_failing(self) -> bool:
+        """The engine is at fault, not a request."""
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never be decoded; may be called in any thread."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+
+    def step(self) -> list[Sequence]:
+        """Decode some more; returns the sequences that have finished."""
+
+    def abort(self) -> None:
+        """Drop everything that is live or waiting."""
 
 
 @dataclass(slots=True)
@@ -93,7 +120,7 @@ class Worker:
         failure: What ended the worker for good; None while it works.
     """
 
-    def __init__(self, decoder: Decoder, max_waiting: int | None = None) -> None:
+    def __init__(self, decoder: AnyDecoder, max_waiting: int | None = None) -> None:
         self.decoder = decoder
         self.failure: BaseException | None = None
         self._max_waiting = max_waiting or decoder.limits.max_waiting

@@ -19,7 +19,7 @@ from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.tickets import Ticket
-from mara_integrations.engine.worker import Worker
+from mara_integrations.engine.worker import AnyDecoder, Worker
 from mara_integrations.errors import ConfigError, EngineClosedError
 from mara_integrations.heads.source import heads
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
@@ -60,9 +60,13 @@ def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backen
         limits: How much memory the backend sets aside, if it does so when it is made.
 
     Raises:
-        ConfigError: See `LlamaCppBackend`.
+        ConfigError: See `LlamaCppBackend`; or if it is on vLLM, which has its own.
         ModelError: See `make_backend`, `SpreadBackend` and `LlamaCppBackend`.
     """
+    if model.engine == "vllm":
+        raise ConfigError(
+            f"model {model.name!r} is on vLLM, which shows no hidden states here", hint="use engine='transformers'"
+        )
     if model.engine == "llama.cpp":
         from mara_integrations.engine.backends.llama_cpp import LlamaCppBackend  # needs the package gguf
 
@@ -83,7 +87,7 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     shared = _shared_by_users_of(model)
     with shared.lock:
         if shared.worker is None:
-            shared.worker = Worker(Decoder.measured(backend_of(model, limits), limits))
+            shared.worker = Worker(_decoder_of(model, limits))
         worker = shared.worker
     if limits is not None and worker.limits != limits:
         mine, theirs = limits.model_dump(), worker.limits.model_dump()
@@ -95,6 +99,14 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     if limits is not None and limits.head_cache_bytes is not None:
         heads.max_bytes = limits.head_cache_bytes
     return worker
+
+
+def _decoder_of(model: LoadedModel, limits: EngineLimits | None) -> AnyDecoder:
+    if model.engine == "vllm":
+        from mara_integrations.engine.vllm_decoder import VLLMDecoder
+
+        return VLLMDecoder(model.model, limits)
+    return Decoder.measured(backend_of(model, limits), limits)
 
 
 @dataclass(frozen=True, slots=True)

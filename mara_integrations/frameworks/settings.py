@@ -86,12 +86,12 @@ class EngineSettings(BaseModel):
     """Branch, tag or commit of a model on the Hub."""
     model_kwargs: dict[str, Any] | None = None
     """Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`, `n_gpu_layers` and
-    `n_threads`."""
+    `n_threads`; for vLLM its engine arguments, as `max_model_len`."""
     quantization: Quantization | None = None
     """Format of the weights of linear layers; `int8` is for the CPU: a quarter of the memory, and faster."""
     engine_name: EngineName | Literal["server"] = "auto"
     """What runs the model, given as `engine=`: `transformers`, `llama.cpp` for `.gguf` files in their own quantisation,
-    or `server`. `auto` is transformers, with a `base_url` the server."""
+    `vllm` for vLLM in this process, or `server`. `auto` is transformers, with a `base_url` the server."""
     limits: EngineLimits | None = None
     """How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields."""
 

@@ -32,6 +32,7 @@ from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.models.quiet import quiet
 from mara_integrations.models.resolve import check_reachable, first_line, is_cached, resolve
 from mara_integrations.models.spreading import join_processes, spreads_model
+from mara_integrations.models.vllm.options import check_for_vllm
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +51,10 @@ class ModelSpec:
             slower unless the processor has instructions for it.
         revision: Branch, tag or commit on the Hub.
         model_kwargs: Arguments of `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, fields of
-            `LlamaCppOptions`.
+            `LlamaCppOptions`; for vLLM, fields of its `EngineArgs`.
         quantization: `int8` is for the CPU: linear layers hold int8 weights.
-        engine: What runs the model. `llama.cpp` takes `.gguf` files, and runs them in their own quantisation.
+        engine: What runs the model. `llama.cpp` takes `.gguf` files, and runs them in their own quantisation; `vllm`
+            runs vLLM in this process.
     """
 
     model: Any
@@ -72,12 +74,12 @@ class ModelSpec:
         if not isinstance(self.model, str | os.PathLike | tuple | list | LoadedModel):
             raise ConfigError(f"model={self.model!r} is not a base model", hint="a name, a path, or (model, tokenizer)")
         if self.engine not in get_args(EngineName):
-            known = f"allowed: {', '.join(map(repr, get_args(EngineName)))}"
-            vllm = "run `MARA_HEADS=FOLDER vllm serve MODEL`, and name its address as base_url= of MARALLM or ChatMARA"
-            is_vllm = str(self.engine).lower() == "vllm"
-            raise ConfigError(f"engine={self.engine!r} is not allowed", hint=vllm if is_vllm else known)
+            known = ", ".join(map(repr, get_args(EngineName)))
+            raise ConfigError(f"engine={self.engine!r} is not allowed", hint=f"allowed: {known}")
         if self.engine == "llama.cpp":
             check_for_llama_cpp(self.model, self.dtype, self.quantization, self.revision, self.model_kwargs)
+        if self.engine == "vllm":
+            check_for_vllm(self.model, self.quantization, self.model_kwargs)
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is a key of weak dictionaries
@@ -85,7 +87,8 @@ class LoadedModel:
     """A base model ready to run, with its tokenizer and sizes.
 
     Attributes:
-        model: A causal language model of transformers, in evaluation mode; on llama.cpp a `LlamaCppModel`.
+        model: A causal language model of transformers, in evaluation mode; on llama.cpp a `LlamaCppModel`, on vLLM a
+            `VLLMModel`.
         tokenizer: Its tokenizer.
         name: The Hub id where there is one (also of an alias), else the folder or file as it was given.
         revision: Commit on the Hub, where known.
@@ -158,7 +161,7 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     experimental.enabled_features()  # an unknown name is refused on every machine, before anything is read
     if isinstance(spec.model, tuple | list):
         return _adopt(spec)
-    if spec.engine == "llama.cpp":
+    if spec.engine in ("llama.cpp", "vllm"):
         return _load_once(spec)
     if spec.quantization is not None:
         chosen = choose_device(spec.device)
@@ -182,22 +185,32 @@ def load_model(spec: ModelSpec) -> LoadedModel:
 
 
 def _load_once(spec: ModelSpec) -> LoadedModel:
-    """Load a `.gguf` file with llama.cpp, or return it as it is loaded already."""
-    from mara_integrations.models.llama_cpp.load import load_gguf  # which builds on this module
-
+    """Load a model with llama.cpp or vLLM, or return it as it is loaded already."""
     name, source = resolve(os.fspath(spec.model))
-    if not source.endswith(".gguf"):
+    if spec.engine == "llama.cpp" and not source.endswith(".gguf"):
         raise ConfigError(
             f"engine='llama.cpp' runs .gguf files, and model {name!r} is not one",
             hint="engine='transformers' runs it; many models have .gguf files on the Hub",
         )
-    key = ("llama.cpp", source, str(spec.device), tuple(sorted(spec.model_kwargs.items())))
+    settings = tuple(sorted((key, repr(value)) for key, value in spec.model_kwargs.items()))
+    key = (spec.engine, source, spec.revision, str(spec.device), str(spec.dtype), settings)
     with _loading:
         found = _loaded.get(key)
         if found is None:
             with quiet():
-                found = _loaded[key] = load_gguf(name, Path(source), spec)
+                found = _loaded[key] = _load_elsewhere(name, source, spec)
     return found
+
+
+def _load_elsewhere(name: str, source: str, spec: ModelSpec) -> LoadedModel:
+    """Load a model with llama.cpp or vLLM; what does so builds on this module, and needs other packages."""
+    if spec.engine == "vllm":
+        from mara_integrations.models.vllm.load import load_vllm
+
+        return load_vllm(name, source, spec)
+    from mara_integrations.models.llama_cpp.load import load_gguf
+
+    return load_gguf(name, Path(source), spec)
 
 
 def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
@@ -206,7 +219,9 @@ def read_outline(spec: ModelSpec) -> LoadedModel | Outline:
     Raises:
         MaraError: See `load_model`.
     """
-    if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs or spec.engine == "llama.cpp":
+    if not isinstance(spec.model, str | os.PathLike) or "config" in spec.model_kwargs:
+        return load_model(spec)
+    if spec.engine in ("llama.cpp", "vllm"):
         return load_model(spec)
     _, source = resolve(os.fspath(spec.model))
     path, settings = Path(source), {**spec.model_kwargs, "local_files_only": True}

@@ -12,7 +12,12 @@ from mara_integrations.errors import ConfigError
 
 Quantization: TypeAlias = Literal["int8"]
 # What runs the base model; `auto` is transformers, which runs every model that we can load.
-EngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp"]
+EngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp", "vllm"]
+# Those that show hidden states, which training keeps.
+TrainingEngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp"]
+
+# Names the folder of the heads of vLLM engines in this process, for vLLM's own processes.
+VLLM_HEADS_VARIABLE = "MARA_VLLM_HEADS"
 
 
 def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

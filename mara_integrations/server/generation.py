@@ -151,7 +151,10 @@ class GenerationEndpoint:
         """Return the engine's requests, one a prompt; whichever is refused, none is decoded. Loads the model."""
         model = self._engine.model
         try:
-            return [self._engine.request(prompt, **call.settings) for prompt in call.prompts]
+            settings = call.settings
+            if call.top_logprobs is not None:
+                settings = {**settings, **self._engine.log_prob_settings(call.top_logprobs)}
+            return [self._engine.request(prompt, **settings) for prompt in call.prompts]
         except (ConfigError, ModelError) as error:  # a ModelError now: the chat template refuses this conversation
             code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
             message = self._names.public(str(error), model.name)

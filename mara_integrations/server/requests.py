@@ -98,8 +98,6 @@ def read_completion(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
 def _call(
     fields: Any, names: ServedNames, prompts: tuple[Prompt, ...], settings: dict[str, Any], top_logprobs: int | None
 ) -> EngineCall:
-    if top_logprobs is not None:
-        settings["trace"] = True  # the log-probabilities are read from it
     has_usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
     return EngineCall(
         model=fields.model or names.model,

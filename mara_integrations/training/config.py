@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
-from mara_integrations.models.options import EngineName, Quantization, keyword_arguments
+from mara_integrations.models.options import Quantization, TrainingEngineName, keyword_arguments
 from mara_integrations.sampling import HeadForm, Params
 
 MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
@@ -301,7 +301,7 @@ class TrainConfig(Params):
         ),
     ]
     engine: Annotated[
-        EngineName,
+        TrainingEngineName,
         Field(
             description="What runs the model while the head is trained: llama.cpp takes .gguf files in their own "
             "quantisation, and trains heads of the form q. auto is transformers."

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from mara_integrations.errors import ConfigError
+from mara_integrations.models.options import VLLM_HEADS_VARIABLE
 
 HEADS_VARIABLE = "MARA_HEADS"
 _SERVED_VARIABLE = "MARA_VLLM_SERVED"
@@ -21,8 +22,8 @@ _PLAIN_NAME = re.compile(r"[^\s/\\:=.\x00-\x1f][^\s/\\:=\x00-\x1f]{0,199}")
 
 
 def is_active() -> bool:
-    """Whether this server has heads."""
-    return bool(os.environ.get(HEADS_VARIABLE))
+    """Whether this server, or an engine in this process, has heads."""
+    return bool(_named_folder())
 
 
 def heads_folder() -> Path:
@@ -31,13 +32,18 @@ def heads_folder() -> Path:
     Raises:
         ConfigError: If none is named, or it is no folder.
     """
-    named = os.environ.get(HEADS_VARIABLE)
+    named = _named_folder()
     if not named:
         raise ConfigError("this server has no heads", hint=f"start it with {HEADS_VARIABLE}=FOLDER, a folder of heads")
     folder = Path(named).expanduser().absolute()
     if not folder.is_dir():
         raise ConfigError(f"{HEADS_VARIABLE}={named!r} is no folder", hint="name the folder whose subfolders are heads")
     return folder
+
+
+def _named_folder() -> str | None:
+    """Return the server's folder, else the one that `MARALLM(engine="vllm")` keeps for its own."""
+    return os.environ.get(HEADS_VARIABLE) or os.environ.get(VLLM_HEADS_VARIABLE)
 
 
 def head_folder(name: str, folder: Path) -> Path:
@@ -50,6 +56,9 @@ def head_folder(name: str, folder: Path) -> Path:
     Raises:
         ConfigError: If it is no plain name, or there is no such subfolder.
     """
+    own = os.environ.get(VLLM_HEADS_VARIABLE)
+    if own and _PLAIN_NAME.fullmatch(name) and Path(own, name).is_dir():
+        return Path(own, name)
     if not _PLAIN_NAME.fullmatch(name) or not (folder / name).is_dir():
         known = sorted(path.name for path in folder.iterdir() if path.is_dir() and _PLAIN_NAME.fullmatch(path.name))
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")

@@ -1,0 +1,1 @@
+"""Base models on vLLM in this process: settings, and how they are loaded."""

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import say
+from mara_integrations.cli.config_file import ConfigFile
 from mara_integrations.cli.options import (
     REPLIES,
     Column,
@@ -128,6 +129,7 @@ def evaluate_head(
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
     engine_name: Engine = "auto",
+    config_file: ConfigFile = None,
 ) -> None:
     """Compare the base model with and without a head, on the same prompts and the same random numbers.
 

@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from mara_integrations.cli.config_file import ConfigFile
 from mara_integrations.data import Format
 from mara_integrations.errors import MissingExtraError
 from mara_integrations.models.options import EngineName, Quantization, keyword_arguments
@@ -204,6 +205,7 @@ def _asked_model(
     quantization: Quantise = None,
     model_kwargs: ModelKwargs = None,
     engine: Engine = "auto",
+    config_file: ConfigFile = None,
 ) -> None:
     """Declare the options of a request; never called."""
 
@@ -212,8 +214,9 @@ def engine_for(asking: dict[str, Any], **more: Any) -> MARAEngine:
     """Return the engine that the options of `asks_a_model` describe, with more settings."""
     from mara_integrations.runtime import MARAEngine
 
+    settings = {name: value for name, value in asking.items() if name != "config_file"}  # it was read already
     read = {"head": head_source(asking["head"]), "model_kwargs": keyword_arguments(asking["model_kwargs"] or ())}
-    return MARAEngine(**given(**{**asking, **read, **more}))
+    return MARAEngine(**given(**{**settings, **read, **more}))
 
 
 _Command = TypeVar("_Command", bound=Callable[..., None])

@@ -13,6 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from mara_integrations.cli.app import print_err, say
+from mara_integrations.cli.config_file import ConfigFile
 from mara_integrations.cli.options import Device, Dtype, Engine, Model, ModelKwargs, Quantise, require_extra
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError
@@ -138,6 +139,7 @@ def serve(
     log_level: Annotated[
         LogLevel, typer.Option(help="Least severe news to log; info has a line for each request.")
     ] = "info",
+    config_file: ConfigFile = None,
 ) -> None:
     """Serve the model and its heads over HTTP, as OpenAI's API does.
 

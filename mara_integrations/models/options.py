@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
@@ -49,3 +51,33 @@ def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any
     except TypeError as error:
         raise ConfigError(f"{arguments!r} can't be kept as JSON: {error}", hint="name plain values") from None
     return arguments
+
+
+def read_yaml_settings(path: str | Path, known: Collection[str], command: str) -> dict[str, Any]:
+    """Return the settings of a YAML file by name; hyphens in names are read as underscores.
+
+    Args:
+        path: The file.
+        known: Names that are allowed.
+        command: Command of `mara-tools` whose help lists them.
+
+    Raises:
+        ConfigError: If the file can't be read, or has a name that is not allowed.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is broken YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} holds no settings", hint="one setting a line, as `name: value`")
+    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            raise ConfigError(
+                f"{str(path)!r}: {name!r} is not a setting",
+                hint=f"did you mean {' or '.join(near)}?" if near else f"`mara-tools {command} --help` lists them",
+            )
+    return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,12 @@ from typing_extensions import Self
 
 from mara_integrations.data import Format
 from mara_integrations.errors import ConfigError
-from mara_integrations.models.options import Quantization, TrainingEngineName, keyword_arguments
+from mara_integrations.models.options import (
+    Quantization,
+    TrainingEngineName,
+    keyword_arguments,
+    read_yaml_settings,
+)
 from mara_integrations.sampling import HeadForm, Params
 
 MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
@@ -407,20 +411,4 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file can't be read, or has a name that is not a setting.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{str(path)!r} is broken YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{str(path)!r} holds no settings", hint="one setting a line, as `data: prefs.jsonl`")
-    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
-    for name in settings:
-        if name not in TrainConfig.model_fields:
-            near = difflib.get_close_matches(name, TrainConfig.model_fields)
-            raise ConfigError(
-                f"{str(path)!r}: {name!r} is not a setting",
-                hint=f"did you mean {' or '.join(near)}?" if near else "`mara-tools train --help` lists them",
-            )
-    return settings
+    return read_yaml_settings(path, TrainConfig.model_fields, "train")

@@ -22,6 +22,7 @@ def test_without_heads_nothing_is_imported(monkeypatch):
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     monkeypatch.delenv("MARA_HEADS", raising=False)
+    monkeypatch.delenv("MARA_VLLM_HEADS", raising=False)  # of engines in this process
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -21,7 +21,8 @@ from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import Table, Targets, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
-from mara_integrations.training.methods.q_rewards import QLearner, fit_targets
+from mara_integrations.training.methods.q_regression import fit_targets
+from mara_integrations.training.methods.q_rewards import QLearner
 from mara_integrations.training.methods.reward_model import fit_judge
 from mara_integrations.training.methods.rloo import ResidualLearner
 from mara_integrations.training.methods.rounds import PromptSide

@@ -28,20 +28,34 @@ def centred(values: Tensor, log_probs: Tensor) -> Tensor:
     return (values - (log_probs.softmax(-1) * values).sum(-1, keepdim=True)).masked_fill(~live, 0.0)
 
 
-def candidate_advantages(gains: Tensor, follow: Tensor, taken: Tensor, returns: Tensor, log_probs: Tensor) -> Tensor:
-    """Return how much better each candidate is than what the base model would take, (P, K).
+def soft_values(values: Tensor, log_probs: Tensor, strength: float) -> Tensor:
+    """What a position is worth to a gate by these values: log E_p exp(strength * value) / strength, (P,).
+
+    At strength 0 it is what the position is worth to the base model, E_p value.
 
     Args:
-        gains: What each candidate itself changes in the reward of the text, (P, K).
-        follow: A critic's estimate of what follows each candidate, discounted, (P, K).
-        taken: Column of the token that the reply went on with, (P,).
-        returns: Discounted return of that token, its own gain included, which stands in place of the estimate, (P,).
+        values: What each candidate is worth, (P, K).
         log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+        strength: Strength of the gate, per unit of value; at least 0.
 
-    Source: the optimum of E[Q] - KL / strength is p exp(strength * A), with A = Q - E_p[Q] up to a constant.
+    Source: the optimum of E[value] - KL / strength over distributions on the candidates.
     """
-    values = (gains + follow).scatter(1, taken[:, None], returns[:, None])
-    return centred(values, log_probs)
+    live = log_probs.isfinite()
+    values, log_probs = values.masked_fill(~live, 0.0), log_probs.log_softmax(-1)
+    if strength == 0.0:
+        return (log_probs.exp() * values).sum(-1)
+    return (log_probs + strength * values).logsumexp(-1) / strength
+
+
+def next_rows(replies: Tensor) -> Tensor:
+    """Return the row of the next position of the same reply, -1 for the last one; (P,).
+
+    Args:
+        replies: The reply of each position, reply by reply, (P,).
+    """
+    rows = torch.arange(1, len(replies) + 1)
+    rows[-1:] = -1
+    return rows.where(replies == replies.roll(-1), -1)
 
 
 def score_loss(scores: Tensor, targets: Tensor, log_probs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The method `rloo` on Q-heads: q of every candidate is learned, taken or not, for one forward a token.
 
-A reward that scores partial text tells what each candidate of each position changes at once; a critic, itself a Q-head,
+A reward that scores partial text tells what each candidate of each position changes at once; a critic, see `q_critic`,
 tells what follows it. q is fitted to the advantage of every candidate. Rewards of whole replies are compared among
 replies to the same prompt (leave one out), in a policy gradient on the gate's distribution, which is known in closed
 form. See `rounds` for what happens around it.
@@ -8,7 +8,7 @@ form. See `rounds` for what happens around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Epoch, Rows, Targets, fit
+from mara_integrations.training.learning.fit import Rows, Targets, fit
 from mara_integrations.training.learning.objectives import (
     BETA,
     CLIP,
@@ -31,11 +30,12 @@ from mara_integrations.training.learning.objectives import (
     discounted_returns,
 )
 from mara_integrations.training.learning.q_objectives import (
-    candidate_advantages,
+    centred,
     mean_kl,
-    score_loss,
     taken_log_ratios,
 )
+from mara_integrations.training.methods.q_critic import ScoredPositions, action_values
+from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward, work_of_rounds
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
@@ -46,7 +46,6 @@ from mara_integrations.training.scoring.q_scale import hold_quality, kl_per_toke
 # Candidates of a position that are scored: those after them have 3 % of the probability together. The one taken counts
 # wherever it stands.
 NUM_SCORED = 12
-_POSITIONS_PER_STEP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,33 +114,26 @@ class QLearner(Learner[PositionExperience]):
         self, name: str, rounds: Sequence[PositionExperience], held_out_rounds: Sequence[PositionExperience]
     ) -> None:
         """Fit q to the advantage of each candidate: its own gain, and what a critic says that follows it."""
-        run, sides = self.run, (rounds, held_out_rounds)
-        positions = [Positions.join([each.scored for each in side]) for side in sides]
-        gains = [torch.cat([each.gains for each in side]) for side in sides]
-        returns = [torch.cat([each.returns for each in side]) for side in sides]
-        following = [
-            of_taken - of_all.gather(1, where.taken[:, None])[:, 0]
-            for of_taken, of_all, where in zip(returns, gains, positions, strict=True)
-        ]
-        critic, embeddings = _new_critic(run), run.backend.output_embeddings
-        deviation = float(following[0].std()) or 1.0
-        targets = [
-            Targets(where.only_taken(), values[:, None] / deviation)
-            for where, values in zip(positions, following, strict=True)
-        ]
-        regress(run, f"{name}, critic", critic, *targets)
-        values = [
-            candidate_advantages(
-                of_all, all_scores(critic, where, embeddings) * deviation, where.taken, of_taken, where.log_probs
+        sides = [
+            ScoredPositions(
+                Positions.join([each.scored for each in side]),
+                torch.cat([each.gains for each in side]),
+                torch.cat([each.returns for each in side]),
+                GAMMA,
             )
-            for of_all, of_taken, where in zip(gains, returns, positions, strict=True)
+            for side in (rounds, held_out_rounds)
+        ]
+        positions = [side.positions for side in sides]
+        values = [
+            centred(of_side, where.log_probs)
+            for of_side, where in zip(action_values(self.run, name, sides), positions, strict=True)
         ]
         spread = float(values[0][positions[0].live].std()) or 1.0
         targets = [
             Targets(where, (target / spread).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE))
             for where, target in zip(positions, values, strict=True)
         ]
-        regress(run, name, self.q_head, *targets)
+        regress(self.run, name, self.q_head, *targets)
 
     @override
     def fit_whole(self, name: str, train: PositionExperience, held_out: PositionExperience) -> None:
@@ -196,30 +188,3 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
     return work_of_rounds(run, QLearner, is_partial=uses_partial_text(run))
-
-
-def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets) -> None:
-    """Fit q of each candidate to its target."""
-    with run.fitting(name) as on_epoch:
-        fit_targets(run, head, train, held_out, on_epoch)
-
-
-def fit_targets(
-    run: Run, head: QHead, train: Targets, held_out: Targets, on_epoch: Callable[[Epoch], None], **changes: int
-) -> None:
-    """Fit q of each candidate to its target, and report no progress but by `on_epoch`; `changes` are of the fit."""
-    embeddings = run.backend.output_embeddings
-
-    def loss(head: MARAHead, part: Targets) -> Tensor:
-        assert isinstance(head, QHead)
-        where = part.positions
-        return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
-
-    settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP, **changes)
-    fit(head, train, held_out, loss, settings, on_epoch)
-
-
-def _new_critic(run: Run) -> QHead:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.config.seed)
-        return QHead(HeadConfig(form="q", hidden_size=run.model.hidden_size)).to(run.model.device)

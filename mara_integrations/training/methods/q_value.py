@@ -23,7 +23,7 @@ from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Targets, outputs
 from mara_integrations.training.methods import value
-from mara_integrations.training.methods.q_rewards import regress
+from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.methods.value import fit_and_report
 from mara_integrations.training.rollouts.positions import Positions
 from mara_integrations.training.rollouts.replies import Reply

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_integrations.training.learning.q_objectives import (
-    candidate_advantages,
     centred,
     compliance_loss,
     mean_kl,
+    next_rows,
     score_loss,
+    soft_values,
     taken_log_ratios,
 )
 
@@ -42,13 +43,23 @@ def test_values_are_centred_under_the_base_model():
     torch.testing.assert_close(values[1], torch.tensor([-0.2, 1.8, 0.0]))
 
 
-def test_the_token_taken_counts_by_its_return_and_the_others_by_gain_and_what_follows():
-    log_probs = rows([0.5, 0.5])
-    got = candidate_advantages(
-        gains=torch.tensor([[9.0, 1.0]]), follow=torch.tensor([[9.0, 2.0]]), taken=torch.tensor([0]),
-        returns=torch.tensor([7.0]), log_probs=log_probs,
-    )  # fmt: skip
-    torch.testing.assert_close(got, torch.tensor([[2.0, -2.0]]))  # 7 against 3
+@given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.floats(0.01, 3))
+def test_the_value_of_a_position_is_what_the_gate_gains_less_its_distance(values, strength):
+    log_probs, candidates = rows([0.5, 0.3, 0.2], [1.0]), torch.tensor([values, [values[0], 77.0, 77.0]])
+    gated = (log_probs[0] + strength * candidates[0]).softmax(-1)
+    distance = float((gated * (gated.log() - log_probs[0])).sum())
+
+    found = soft_values(candidates, log_probs, strength)
+
+    assert float(found[0]) == pytest.approx(float((gated * candidates[0]).sum()) - distance / strength, abs=1e-4)
+    assert float(found[1]) == pytest.approx(values[0], abs=1e-4), "a lone candidate is worth what it is worth"
+    mean = soft_values(candidates, log_probs, 0.0)
+    assert float(mean[0]) == pytest.approx(float((log_probs[0].exp() * candidates[0]).sum()), abs=1e-5)
+
+
+def test_the_next_position_is_the_same_replys():
+    assert next_rows(torch.tensor([0, 0, 0, 2, 5, 5])).tolist() == [1, 2, -1, -1, 5, -1]
+    assert next_rows(torch.tensor([], dtype=torch.long)).tolist() == []
 
 
 def test_the_regression_ends_at_its_targets_and_asks_nothing_where_there_is_no_candidate():

@@ -30,10 +30,11 @@ from mara_integrations.training.scoring.scale import (
 _NUM_REPLIES = 24  # that a scale is calibrated on
 # Greedy replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
-# What they lose grows with about this power of the scale, measured on SmolLM2-135M; from the second trial on, what two
+# What they lose grows with about this power of the scale, measured on SmolLM2-135M; from the second trial on, what the
 # trials tell of it counts, within bounds.
-_GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.0, 6.0
-_TRIALS, _MARGIN = 4, 0.98
+_GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.5, 5.0
+_TRIALS = 3
+_LEAST_LOSS = 0.1  # a loss below this is as good as none, and none has a logarithm
 
 
 def kl_per_token(positions: Positions, scores: Tensor, scale: float) -> float:
@@ -127,20 +128,29 @@ def quality_loss(perplexity_ratio: float, distinct_ratio: float) -> float:
 
 
 def scale_within_loss(scale: float, loss_at: Callable[[float], float]) -> tuple[float, bool]:
-    """Lower a scale until the loss is at most 1; return it, and whether that was seen within the trials there are.
+    """Return the scale at which the loss is 1, at most the given one, and whether trials were seen on both sides of it.
+
+    Few replies tell the loss: what all trials say of it together counts, not whether the last one was lucky.
 
     Args:
-        scale: Scale to start from.
+        scale: Largest scale.
         loss_at: Loss at a scale, which grows with it as a power; called once a trial.
     """
-    growth, before = _GROWTH, None
+    trials: list[tuple[float, float]] = []  # logarithms of scale and loss
+    tried = scale
     for _ in range(_TRIALS):
-        loss = loss_at(scale)
-        if loss <= 1.0:
+        loss = loss_at(tried)
+        if not trials and loss <= 1.0:
             return scale, True
-        if before is not None:
-            slope = math.log(before[1] / loss) / math.log(before[0] / scale)
-            growth = min(max(slope, _MIN_GROWTH), _MAX_GROWTH)
-        before = (scale, loss)
-        scale *= _MARGIN * loss ** (-1.0 / growth)
-    return scale, False
+        trials.append((math.log(tried), math.log(max(loss, _LEAST_LOSS))))
+        tried = min(scale, math.exp(_root(trials)))
+    losses = [loss for _, loss in trials]
+    return tried, min(losses) <= 0.0 <= max(losses)
+
+
+def _root(points: Sequence[tuple[float, float]]) -> float:
+    """Return where the line through points is 0; its slope is that of least squares, within bounds."""
+    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((point[0] - x) ** 2 for point in points)
+    slope = sum((point[0] - x) * (point[1] - y) for point in points) / spread if spread > 0 else _GROWTH
+    return x - y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH)

@@ -12,6 +12,8 @@ from mara_integrations.messages import Conversation, Message
 # Prompts of our own, for those who have none; README.md beside them says what they are.
 VARIED_PROMPTS = Path(__file__).parent / "shipped" / "prompts.jsonl"
 MAX_CHARS = 4_000
+# What a system prompt changes whatever it says is no part of a principle.
+NEUTRAL = "You are a helpful assistant."
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,22 @@
 """The method `principle`: a head from a sentence. No data, no reward, no judge.
 
 The base model reads its own plain replies again with the sentence as a system prompt. q is fitted to what that changes
-in the log-probability of every candidate, against the opposite sentence or none at all. Which of the two contrasts is
-right differs from sentence to sentence: each trains a small head on a part of the replies, and the one whose replies
-agree more with the sentence, for the same KL, is kept.
+in the log-probability of every candidate, against a neutral sentence, against the opposite, or against both. Which of
+these contrasts is right differs from sentence to sentence: each trains a small head on a part of the replies, and the
+one is kept whose replies the sentence explains best, for the same KL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mara_integrations.data.principles import under
+from mara_integrations.data.principles import NEUTRAL, under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
@@ -24,23 +24,33 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Targets, fit
-from mara_integrations.training.learning.q_objectives import centred, score_loss
+from mara_integrations.training.learning.fit import Targets
+from mara_integrations.training.learning.q_objectives import centred
+from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.records.store import as_dict, load_or_compute
-from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
+from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import OnReply, Reply
 from mara_integrations.training.rollouts.rereading import Rereading, reread
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
-from mara_integrations.training.scoring.q_scale import hold_quality, kl_per_token, scale_within_budget
+from mara_integrations.training.scoring.q_scale import (
+    greedy_generations,
+    hold_quality,
+    kl_per_token,
+    scale_within_budget,
+)
 from mara_integrations.training.scoring.scale import report_scale, set_scale
 
-Contrast = Literal["base", "opposite"]
-CONTRASTS: dict[Contrast, str] = {"base": "no sentence", "opposite": "the opposite"}
+Contrast = Literal["neutral", "opposite", "both"]
+CONTRASTS: dict[Contrast, str] = {
+    "neutral": "a neutral sentence",
+    "opposite": "the opposite",
+    "both": "a neutral sentence and the opposite",
+}
+_SENTENCE = "the sentence"  # name of its readings
 
-_HELD_OUT_SEED, _TRIAL_SEED = 500_000, 2_000_000  # offsets larger than any number of replies
+_HELD_OUT_SEED = 500_000  # offset larger than any number of replies
 _REPLIES_PER_FILE = 64
 _MAX_TARGET = 5.0  # standard deviations
-_POSITIONS_PER_STEP = 1024
 _TRIAL_PROMPTS = 24  # held-out prompts that a contrast is judged on
 # A KL below this is noise: dividing by it would reward a head that does nothing.
 _LEAST_KL = 0.02
@@ -106,15 +116,15 @@ def work(run: Run) -> Workload:
         *base,
         *of_trials,
         Generation(held_out, is_gated=True),
-        *[Generation(held_out, is_gated=True, temperature=0.0)] * (2 if run.config.kl_budget is None else 0),
+        *greedy_generations(run, held_out, seed + _HELD_OUT_SEED),
         *of_table,
     ]
     known = len(prompts) * each + len(held_out)
     part = len(CONTRASTS) * (_part_size(len(prompts) * each) + len(held_out))
     return Workload(
         [planned for planned in generations if len(planned)],
-        # with and without the sentence, base replies also with its opposite
-        rereadings=[planned for planned in (*base * len(CONTRASTS), *of_trials, *of_table * 2) if len(planned)],
+        # under the sentence, a neutral one and the opposite; those of the table with and without the sentence
+        rereadings=[planned for planned in (*(*base, *of_trials) * 3, *of_table * 2) if len(planned)],
         fitted=known + part,
     )
 
@@ -136,9 +146,10 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
 
 
 def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
-    """Return the contrast whose head agrees more with the sentence a nat, tried on a part of the replies."""
+    """Return the contrast whose head writes what the sentence explains best a nat, tried on a part of the replies."""
     part = train_side.first(_part_size(len(train_side.replies)))
     prompts = held_out.prompts[:_TRIAL_PROMPTS]
+    before = _margins(run, held_out)[: len(prompts)].mean()
     found: dict[Contrast, float] = {}
     for contrast in CONTRASTS:
         with torch.random.fork_rng(devices=[]):
@@ -147,20 +158,20 @@ def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
         assert isinstance(head, QHead)
         fit_contrast(run, f"trial fit against {CONTRASTS[contrast]}", head, contrast, part, held_out)
         set_scale(head, scale_within_budget(run, head, held_out.positions))
-        stage, seed = f"replies of the trial against {CONTRASTS[contrast]}", run.config.seed + _TRIAL_SEED
+        stage, seed = f"replies of the trial against {CONTRASTS[contrast]}", run.config.seed + _HELD_OUT_SEED
         replies = generate_replies(run, stage, prompts, 1, seed, head)
         positions = Positions.of(replies)
         scores = all_scores(head, positions, run.backend.output_embeddings)
         kl = kl_per_token(positions, scores, head.config.scale)
-        gain = _agreement(run, Side(stage, prompts, replies, positions)) - _agreement(run, held_out)
+        gain = float(_margins(run, Side(stage, prompts, replies, positions)).mean() - before)
         found[contrast] = gain / max(kl, _LEAST_KL)
-        run.log("trial", contrast=contrast, agreement=gain, kl_per_token=kl)
+        run.log("trial", contrast=contrast, margin=gain, kl_per_token=kl)
         run.say(
-            f"  against {CONTRASTS[contrast]}: agreement with the sentence {gain:+.3f} nats a token, at KL {kl:.3f}: "
-            f"{found[contrast]:+.2f}"
+            f"  against {CONTRASTS[contrast]}: the sentence explains a reply better by {gain:+.2f} nats, "
+            f"at KL {kl:.3f} a token"
         )
     best = max(found, key=lambda contrast: found[contrast])
-    run.say(f"  the head learns what the sentence changes against {CONTRASTS[best]}")
+    run.say(f"  the head learns what the sentence changes against {CONTRASTS[best]}: most for its KL")
     return best
 
 
@@ -169,11 +180,27 @@ def _part_size(num_replies: int) -> int:
     return min(num_replies, -(-num_replies // 4 // _REPLIES_PER_FILE) * _REPLIES_PER_FILE)
 
 
-def _agreement(run: Run, side: Side) -> float:
-    """Return the mean of log p(token | sentence) - log p(token) over replies to plain prompts, in nats."""
+def _margins(run: Run, side: Side) -> Tensor:
+    """Return by how much the sentence explains the replies to plain prompts better than what it is contrasted with.
+
+    It is log p(reply | sentence) less the larger of that under a neutral sentence and the opposite, (R,), in nats:
+    a head must not win by what one contrast alone rewards.
+    """
+    lengths = [len(reply.token_ids) for reply in side.replies]
+
+    def of_replies(name: str, sentence: str) -> Tensor:
+        tokens = read_under(run, side, name, sentence).tokens
+        return torch.stack([part.sum() for part in tokens.split(lengths)])
+
     assert run.plan.principle is not None
-    plain = torch.tensor([log_prob for reply in side.replies for log_prob in reply.log_probs])
-    return float((read_under(run, side, "the sentence", run.plan.principle.text).tokens - plain).mean())
+    others = [of_replies(name, sentence) for name, sentence in _others(run).items()]
+    return of_replies(_SENTENCE, run.plan.principle.text) - torch.stack(others).amax(0)
+
+
+def _others(run: Run) -> dict[str, str]:
+    """Return what the sentence is contrasted with, by the name of its readings."""
+    assert run.plan.principle is not None
+    return {CONTRASTS["neutral"]: NEUTRAL, CONTRASTS["opposite"]: run.plan.principle.against}
 
 
 def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_side: Side, held_out: Side) -> None:
@@ -184,31 +211,24 @@ def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_sid
         Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
         for side, value in zip((train_side, held_out), values, strict=True)
     )
-    embeddings = run.backend.output_embeddings
-
-    def loss(head: MARAHead, part: Targets) -> Tensor:
-        assert isinstance(head, QHead)
-        where = part.positions
-        return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
-
-    with run.fitting(name) as on_epoch:
-        settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP)
-        fit(head, train_targets, held_out_targets, loss, settings, on_epoch)
+    regress(run, name, head, train_targets, held_out_targets)
 
 
 def contrast_values(run: Run, side: Side, contrast: Contrast) -> Tensor:
     """Return what the sentence changes in the log-probability of each candidate, centred under the base model, (P, K).
 
-    A constant of the position, as that of the softmax, falls out.
+    A constant of the position, as that of the softmax, falls out. Of two contrasts, each counts in its own standard
+    deviations.
     """
-    principle, log_probs = run.plan.principle, side.positions.log_probs
+    principle, log_probs, live = run.plan.principle, side.positions.log_probs, side.positions.live
     assert principle is not None
-    with_sentence = read_under(run, side, "the sentence", principle.text).candidates
-    if contrast == "base":
-        without = log_probs.masked_fill(~side.positions.live, 0.0)
-    else:
-        without = read_under(run, side, "the opposite", principle.against).candidates
-    return centred(with_sentence - without, log_probs)
+    with_sentence = read_under(run, side, _SENTENCE, principle.text).candidates
+    found = torch.zeros_like(log_probs)
+    for name, sentence in _others(run).items():
+        if contrast == "both" or name == CONTRASTS[contrast]:
+            value = centred(with_sentence - read_under(run, side, name, sentence).candidates, log_probs)
+            found += value / (float(value[live].std()) or 1.0)
+    return found
 
 
 def read_under(run: Run, side: Side, name: str, sentence: str) -> Rereading:

@@ -9,7 +9,7 @@ form. See `rounds` for what happens around it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +41,12 @@ from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.partial_rewards import position_gains, prefix_rewards, uses_partial_text
-from mara_integrations.training.scoring.q_scale import hold_quality, kl_per_token, scale_within_budget
+from mara_integrations.training.scoring.q_scale import (
+    greedy_generations,
+    hold_quality,
+    kl_per_token,
+    scale_within_budget,
+)
 
 # Candidates of a position that are scored: those after them have 3 % of the probability together. The one taken counts
 # wherever it stands.
@@ -170,10 +175,7 @@ class QLearner(Learner[PositionExperience]):
     @override
     @classmethod
     def checked_at_the_end(cls, run: Run, held_out: PromptSide) -> list[Generation]:
-        if run.config.kl_budget is not None:
-            return []
-        greedy = Generation(held_out.prompts, 1, held_out.seed, is_gated=True, is_base=True, temperature=0.0)
-        return [greedy, replace(greedy, is_base=False)]
+        return greedy_generations(run, held_out.prompts, held_out.seed)
 
     @override
     def adjust_scale(self, held_out: PromptSide) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import distinct_prompts
+from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.scoring.scale import (
@@ -115,6 +116,14 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
         run.say(f"  [yellow]greedy replies still lose more than that; the scale is lowered to {scale:.2f} unchecked[/]")
 
 
+def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> list[Generation]:
+    """Return what `hold_quality` will generate, if the first scale is too large."""
+    if run.config.kl_budget is not None:
+        return []
+    base = Generation(list(prompts), 1, seed, is_gated=True, is_base=True, temperature=0.0)
+    return [base, *[replace(base, is_base=False)] * _TRIALS]
+
+
 def quality_loss(perplexity_ratio: float, distinct_ratio: float) -> float:
     """Return what greedy replies lose, as a share of what they may lose: up to 1 is within both bounds.
 
@@ -153,4 +162,4 @@ def _root(points: Sequence[tuple[float, float]]) -> float:
     x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((point[0] - x) ** 2 for point in points)
     slope = sum((point[0] - x) * (point[1] - y) for point in points) / spread if spread > 0 else _GROWTH
-    return x - y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH)
+    return float(x - y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH))

@@ -76,7 +76,7 @@ def gated_generate(
     generation_config: GenerationConfig,
     *,
     head: HeadSource | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     selection: Selection = "auto",
     fallback: Fallback = "first",
     min_candidates: int | None = None,
@@ -97,7 +97,7 @@ def gated_generate(
         stopping_criteria: Criteria that are checked after each token of a row, with that row alone.
         generation_config: Generation config of the call, completed by `generate`.
         head: See `MARAEngine`.
-        strength: See `GateParams`.
+        strength: See `GateParams`; None takes its default.
         selection: See `GateParams`.
         fallback: See `GateParams`.
         min_candidates: See `SamplingParams`; None takes the head's own.

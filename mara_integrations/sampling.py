@@ -130,7 +130,8 @@ class GateParams(Params):
         1.0,
         ge=0.0,
         le=1000.0,
-        description="Dial on the head: 0 is the base model, 1 the strength that the head was trained to.",
+        description="Dial on the head: 0 is the base model, 1 the strength that the head was trained to. At "
+        "temperature 0 the default is the head's own, at most 1: greedy decoding bears less of some heads.",
     )
     selection: Selection = Field(
         "auto",

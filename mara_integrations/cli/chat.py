@@ -51,7 +51,7 @@ class _Chat:
         history: Turns so far.
         asked: The turns up to the last question.
         answer: To it; None where it was stopped.
-        strength: Dial on the head.
+        strength: Dial on the head; None leaves it to the head.
         shows_thoughts: See `ReplyPrinter`.
     """
 
@@ -59,7 +59,7 @@ class _Chat:
     history: list[Message] = field(default_factory=list)
     asked: list[Message] = field(default_factory=list)
     answer: Generation | None = None
-    strength: float = 1.0
+    strength: float | None = None
     shows_thoughts: bool | None = None
 
     def run(self) -> None:
@@ -88,8 +88,7 @@ class _Chat:
         """Do what a command says."""
         match command:
             case "/strength":
-                self.set_strength(argument)
-                dim(f"strength {self.strength:g}")
+                dim(f"strength {self.set_strength(argument):g}")
             case "/base":
                 if not self.asked:
                     raise ConfigError("there is no question yet")
@@ -106,8 +105,8 @@ class _Chat:
             case _:
                 raise ConfigError(f"{command!r} is no command", hint="/help lists them")
 
-    def set_strength(self, value: str) -> None:
-        """Turn the dial.
+    def set_strength(self, value: str) -> float:
+        """Turn the dial, and return where it stands.
 
         Raises:
             ConfigError: If the head has no such setting.
@@ -119,6 +118,7 @@ class _Chat:
             raise ConfigError("strength is a dial on a head, and there is none", hint="start with --head")
         check_strength(self.engine.head.config.form, gate)
         self.strength = gate.strength
+        return gate.strength
 
     def reply_to(self, question: str) -> None:
         """Answer, and remember both."""

@@ -55,7 +55,8 @@ def inspect_head(
     about = {
         "Head": f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters",
         "Model": config.base_model or "unknown",
-        "Scale": f"{config.scale:.3g}: at strength 1 the score is multiplied by it",
+        "Scale": f"{config.scale:.3g}: at strength 1 the score is multiplied by it"
+        + (f"; greedy requests have strength {config.greedy_strength:.3g}" if config.greedy_strength < 1 else ""),
         "Candidates": f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}",
         "Method": config.method or "unknown",
         "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",

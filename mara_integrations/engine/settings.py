@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.errors import ConfigError
-from mara_integrations.heads.compose import Head, trained_settings
+from mara_integrations.heads.compose import Head, greedy_strength, trained_settings
 from mara_integrations.heads.source import HeadSource
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
@@ -108,6 +108,7 @@ def resolve_settings(
     | setting                                      | call | object | head           | else                   |
     | -------------------------------------------- | ---- | ------ | -------------- | ---------------------- |
     | `head`                                       | yes  | yes    |                | the base model         |
+    | `strength` at temperature 0                  | yes  | yes    | trained to     | `GateParams`           |
     | `strength`, `selection`, `fallback`, `trace` | yes  | yes    |                | `GateParams`           |
     | `temperature`, `max_new_tokens`              | yes  | yes    |                | `SamplingParams`       |
     | `stop`, `seed`                               | yes  | yes    |                | `SamplingParams`       |
@@ -131,13 +132,14 @@ def resolve_settings(
     """
     given = overlay(call, defaults)
     source, form = given.pop("head", None), given.pop("form", None)
-    gate, _ = _checked(given)
+    gate, sampling = _checked(given)
     head = place(source)
     if head is not None:
         check_strength(head.config.form, gate)
         if gate.strength > 0:
-            given = {**trained_settings(head, given), **given}
-    _, sampling = _checked(given)
+            dial = {"strength": greedy_strength(head)} if sampling.temperature == 0 else {}
+            given = {**dial, **trained_settings(head, given), **given}
+            gate, sampling = _checked(given)
     raw = given.get("raw", False)
     return ResolvedSettings(head, given.get("system_prompt"), form or ReplyForm(), raw, sampling, gate)
 

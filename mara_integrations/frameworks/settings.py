@@ -63,7 +63,7 @@ class EngineSettings(BaseModel):
     head: Any = None
     """A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
     mapping to weights, are composed: their corrections of the base model add."""
-    strength: float | None = Field(None, description=describe("strength", "Default: 1."))
+    strength: float | None = Field(None, description=describe("strength"))
     selection: Selection | None = Field(None, description=describe("selection", "Default: auto."))
     fallback: Fallback | None = Field(None, description=describe("fallback", "Default: first."))
     top_k: int | None = Field(None, description=describe("top_k", _AS_TRAINED + "else 40."))

@@ -70,6 +70,11 @@ def afterstate_parts(head: Head) -> dict[AfterstateHead, float]:
     return {part: factor for part, factor in head.parts.items() if isinstance(part, AfterstateHead)}
 
 
+def greedy_strength(head: Head) -> float:
+    """Return the strength of greedy requests that name none: of several heads the smallest."""
+    return min(part.config.greedy_strength for part in head.parts)
+
+
 def trained_settings(head: Head, given: Container[str]) -> dict[str, Any]:
     """Return what a head was trained with: `top_k`, `top_p`, `min_candidates` and `system_prompt`.
 

@@ -95,6 +95,8 @@ class HeadConfig(BaseModel):
         base_model: Name of the model it was trained on; None when unknown, as in published checkpoints.
         base_model_fingerprint: Fingerprint of that model, see `fingerprints`; tells it by its weights, not by its name.
         scale: Factor of f, found by calibration to a KL budget. The user's `strength` multiplies it.
+        greedy_strength: `strength` of requests at temperature 0 that name none. Greedy decoding turns every lean towards
+            a token into a choice, so it may bear less of a head than sampling does.
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
         min_candidates: Least number of candidates it was trained with, the default of requests that name none.
@@ -119,6 +121,7 @@ class HeadConfig(BaseModel):
     base_model: Name | None = None
     base_model_fingerprint: Name | None = None
     scale: float = Field(1.0, gt=0.0, le=MAX_SCALE)
+    greedy_strength: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int = Field(1, ge=1, le=MAX_WIDTH)

@@ -72,6 +72,7 @@ def merge_heads(
             top_k=_agreed("top_k", configs, top_k),
             top_p=_agreed("top_p", configs, top_p),
             min_candidates=max(config.min_candidates for config in configs),
+            greedy_strength=min(config.greedy_strength for config in configs),
             system_prompt=_shared_prompt(configs),
             method="merge",
             rewards=tuple(reward for config in configs for reward in config.rewards),

@@ -131,6 +131,7 @@ def distil(
                 top_k=config.top_k,
                 top_p=config.top_p,
                 min_candidates=config.min_candidates,
+                greedy_strength=config.greedy_strength,
                 method="distil",
                 rewards=config.rewards,
                 data_fingerprint=config.data_fingerprint,

@@ -66,7 +66,7 @@ def gated_request(
         return None
     folder = heads_folder()
     source = _source(settings.pop("head", None), settings.pop("weights", None))
-    temperature = temperature if temperature >= _GREEDY else 1.0
+    temperature = temperature if temperature >= _GREEDY else 0.0
     call = {**settings, "head": source, "temperature": temperature, "system_prompt": ""}
 
     def place(_: HeadSource | None) -> Head | None:
@@ -85,7 +85,7 @@ def gated_request(
         sampling.top_k,
         sampling.top_p,
         sampling.min_candidates,
-        sampling.temperature,
+        sampling.temperature or 1.0,
     )
 
 

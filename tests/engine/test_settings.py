@@ -6,6 +6,7 @@ import pytest
 
 from mara_integrations.engine.settings import overlay, resolve_settings
 from mara_integrations.errors import ConfigError
+from mara_integrations.heads.compose import ComposedHead
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head
@@ -84,6 +85,20 @@ def test_strength_0_and_no_head_are_one_request():
     off, without = resolve({"head": HEAD, "strength": 0}), resolve({"head": None})
 
     assert off.sampling == without.sampling and off.system_prompt is without.system_prompt is None
+
+
+def test_greedy_requests_that_name_no_strength_get_the_one_the_head_was_trained_to():
+    head, other = (random_head(32, "q", greedy_strength=value) for value in (0.8, 0.6))
+
+    def strength(call, defaults=None):
+        return resolve({"head": head, **call}, defaults).gate.strength
+
+    assert strength({"temperature": 0.0}) == 0.8
+    assert strength({"temperature": 0.7}) == 1.0
+    assert strength({"temperature": 0.0, "strength": 1.0}) == 1.0
+    assert strength({"temperature": 0.0}, {"strength": 2.0}) == 2.0
+    assert strength({"temperature": 0.0, "strength": 0.0}) == 0.0
+    assert strength({"temperature": 0.0, "head": ComposedHead({head: 1.0, other: 0.5})}) == 0.6
 
 
 def test_a_seed_can_be_taken_back():

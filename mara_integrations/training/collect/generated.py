@@ -9,6 +9,7 @@ from functools import partial
 
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
+from mara_integrations.sampling import GateParams
 from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.identity import MODEL
@@ -96,6 +97,7 @@ def _batches(
     size = prompts_per_batch(replies_per_prompt)
     order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
     changes = {"min_candidates": head.config.min_candidates} if head else {}
+    gate = GateParams(strength=head.config.greedy_strength) if head and temperature == 0 else None
     sampling = run.sampling(temperature=temperature, **changes)
     batches = [
         RolloutBatch(
@@ -104,6 +106,7 @@ def _batches(
             seed + start * replies_per_prompt,
             replies_per_prompt,
             head,
+            gate=gate,
         )
         for start in range(0, len(prompts), size)
     ]

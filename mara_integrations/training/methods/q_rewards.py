@@ -178,7 +178,7 @@ class QLearner(Learner[PositionExperience]):
         return greedy_generations(run, held_out.prompts, held_out.seed)
 
     @override
-    def adjust_scale(self, held_out: PromptSide) -> None:
+    def hold_quality(self, held_out: PromptSide) -> None:
         hold_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
 
 

@@ -127,11 +127,11 @@ class Learner(ABC, Generic[ExperienceT]):
 
     @classmethod
     def checked_at_the_end(cls, run: Run, held_out: PromptSide) -> list[Generation]:
-        """Return what `adjust_scale` generates at least."""
+        """Return what `hold_quality` generates at most."""
         return []
 
-    def adjust_scale(self, held_out: PromptSide) -> None:  # a learner may leave the scale as it is
-        """Change the scale at the end, where the KL budget alone does not decide it."""
+    def hold_quality(self, held_out: PromptSide) -> None:  # a learner may leave greedy requests as they are
+        """Set the strength of greedy requests at the end, where the KL budget does not decide it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def _keep(learner: Learner[ExperienceT], best: BestRound[ExperienceT], held_out:
     head.load_state_dict(best.weights)
     # on its own replies, which lie further from the base model, the budget may allow less
     set_scale(head, min(best.scale, learner.scale_within_budget(best.held_out, best.scale)))
-    learner.adjust_scale(held_out)
+    learner.hold_quality(held_out)
     kl = learner.kl_per_token(best.held_out, best.scale)
     report_scale(learner.run, head.config.scale, kl)
     return kl

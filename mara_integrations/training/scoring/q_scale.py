@@ -1,4 +1,4 @@
-"""The scale of a Q-head: by the KL a token, which is known exactly, and by what greedy decoding makes of the text."""
+"""The scale of a Q-head by the KL a token, which is known exactly; and what greedy decoding may take of it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from mara_integrations.training.scoring.scale import (
 _NUM_REPLIES = 24  # that a scale is calibrated on
 # Greedy replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
-# What they lose grows with about this power of the scale, measured on SmolLM2-135M; from the second trial on, what the
-# trials tell of it counts, within bounds.
+# What they lose grows with about this power of the strength, measured on SmolLM2-135M; from the second trial on, what
+# the trials tell of it counts, within bounds.
 _GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.5, 5.0
 _TRIALS = 3
 _LEAST_LOSS = 0.1  # a loss below this is as good as none, and none has a logarithm
@@ -77,14 +77,14 @@ def calibrate_q(run: Run, head: QHead) -> float:
 
 
 def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:
-    """Lower the scale until greedy replies to held-out prompts keep perplexity and variety.
+    """Set the strength of greedy requests so that greedy replies to held-out prompts keep perplexity and variety.
 
     What a KL budget allows where replies are sampled can make greedy ones repeat themselves: there every token is the
     most probable one under the gate. A budget that the user has named is kept to instead.
 
     Args:
         run: The run.
-        head: Its scale is changed in place.
+        head: Its `greedy_strength` is changed in place.
         prompts: Held-out prompts.
         seed: Names the replies in the cache; greedy ones draw nothing.
     """
@@ -98,26 +98,31 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
 
     base_log_probs, base_distinct = greedy("held-out greedy base replies", untrained, is_base=True)
 
-    def loss_at(scale: float) -> float:
-        set_scale(head, scale)
+    def loss_at(strength: float) -> float:
+        _set_greedy_strength(head, strength)
         log_probs, distinct = greedy(f"held-out greedy replies {next(trials)}", head)
         ratio = perplexity_ratio(base_log_probs, log_probs)
         variety = distinct / base_distinct if base_distinct else 1.0
-        run.log("greedy quality", scale=scale, perplexity_ratio=asdict(ratio), distinct_2_ratio=variety)
+        run.log("greedy quality", strength=strength, perplexity_ratio=asdict(ratio), distinct_2_ratio=variety)
         run.say(
-            f"  greedy held-out replies at scale {scale:.2f}: perplexity x {ratio.mean:.2f}, "
+            f"  greedy held-out replies at strength {strength:.2f}: perplexity x {ratio.mean:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
         return quality_loss(ratio.mean, variety)
 
-    scale, is_kept = scale_within_loss(head.config.scale, loss_at)
-    set_scale(head, scale)
+    strength, is_kept = strength_within_loss(loss_at)
+    _set_greedy_strength(head, strength)
+    run.say(f"  greedy requests have strength {strength:.2f}, if they name no other")
     if not is_kept:
-        run.say(f"  [yellow]greedy replies still lose more than that; the scale is lowered to {scale:.2f} unchecked[/]")
+        run.say("  [yellow]at every strength tried greedy replies lost more than they may[/]")
+
+
+def _set_greedy_strength(head: MARAHead, strength: float) -> None:
+    head.config = head.config.model_copy(update={"greedy_strength": strength})
 
 
 def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> list[Generation]:
-    """Return what `hold_quality` will generate, if the first scale is too large."""
+    """Return what `hold_quality` will generate, if full strength is too much."""
     if run.config.kl_budget is not None:
         return []
     base = Generation(list(prompts), 1, seed, is_gated=True, is_base=True, temperature=0.0)
@@ -136,25 +141,24 @@ def quality_loss(perplexity_ratio: float, distinct_ratio: float) -> float:
     )
 
 
-def scale_within_loss(scale: float, loss_at: Callable[[float], float]) -> tuple[float, bool]:
-    """Return the scale at which the loss is 1, at most the given one, and whether trials were seen on both sides of it.
+def strength_within_loss(loss_at: Callable[[float], float]) -> tuple[float, bool]:
+    """Return the strength at which the loss is 1, at most 1, and whether trials were seen on both sides of it.
 
     Few replies tell the loss: what all trials say of it together counts, not whether the last one was lucky.
 
     Args:
-        scale: Largest scale.
-        loss_at: Loss at a scale, which grows with it as a power; called once a trial.
+        loss_at: Loss at a strength, which grows with it as a power; called once a trial.
     """
-    trials: list[tuple[float, float]] = []  # logarithms of scale and loss
-    tried = scale
+    trials: list[tuple[float, float]] = []  # logarithms of strength and loss
+    strength = 1.0
     for _ in range(_TRIALS):
-        loss = loss_at(tried)
+        loss = loss_at(strength)
         if not trials and loss <= 1.0:
-            return scale, True
-        trials.append((math.log(tried), math.log(max(loss, _LEAST_LOSS))))
-        tried = min(scale, math.exp(_root(trials)))
+            return 1.0, True
+        trials.append((math.log(strength), math.log(max(loss, _LEAST_LOSS))))
+        strength = min(1.0, math.exp(_root(trials)))
     losses = [loss for _, loss in trials]
-    return tried, min(losses) <= 0.0 <= max(losses)
+    return strength, min(losses) <= 0.0
 
 
 def _root(points: Sequence[tuple[float, float]]) -> float:

@@ -3,7 +3,7 @@
 An application often has no preferences on file, only a sentence that stands in its system prompt. A small model half
 ignores it, and it costs tokens in every call. Here it becomes a head. The model replies to 320 plain prompts that come
 with the package, and reads its replies again with the sentence before them. What that changes in the probability of
-each candidate, against the opposite of the sentence or none at all, is what the head learns; which of the two, a trial
+each candidate, against a neutral sentence, the opposite, or both, is what the head learns; which of these, a trial
 decides. The same on the command line:
 
     mara-tools train --principle "Be cheerful and enthusiastic." --judge sentiment --output heads/cheerful

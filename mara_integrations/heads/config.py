@@ -95,8 +95,8 @@ class HeadConfig(BaseModel):
         base_model: Name of the model it was trained on; None when unknown, as in published checkpoints.
         base_model_fingerprint: Fingerprint of that model, see `fingerprints`; tells it by its weights, not by its name.
         scale: Factor of f, found by calibration to a KL budget. The user's `strength` multiplies it.
-        greedy_strength: `strength` of requests at temperature 0 that name none. Greedy decoding turns every lean towards
-            a token into a choice, so it may bear less of a head than sampling does.
+        greedy_strength: `strength` of requests at temperature 0 that name none. Greedy decoding turns every lean into a
+            choice, so it may bear less of a head than sampling does.
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
         min_candidates: Least number of candidates it was trained with, the default of requests that name none.

@@ -8,6 +8,7 @@ one is kept whose replies the sentence explains best, for the same KL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +147,7 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
 
 
 def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
-    """Return the contrast whose head writes what the sentence explains best a nat, tried on a part of the replies."""
+    """Return the contrast whose head writes what the sentence explains best for its KL, tried on a part of the replies."""
     part = train_side.first(_part_size(len(train_side.replies)))
     prompts = held_out.prompts[:_TRIAL_PROMPTS]
     before = _margins(run, held_out)[: len(prompts)].mean()
@@ -164,7 +165,7 @@ def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
         scores = all_scores(head, positions, run.backend.output_embeddings)
         kl = kl_per_token(positions, scores, head.config.scale)
         gain = float(_margins(run, Side(stage, prompts, replies, positions)).mean() - before)
-        found[contrast] = gain / max(kl, _LEAST_KL)
+        found[contrast] = gain / math.sqrt(max(kl, _LEAST_KL))  # a gain grows with the scale, the KL with its square
         run.log("trial", contrast=contrast, margin=gain, kl_per_token=kl)
         run.say(
             f"  against {CONTRASTS[contrast]}: the sentence explains a reply better by {gain:+.2f} nats, "

@@ -98,7 +98,7 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
 
     base_log_probs, base_distinct = greedy("held-out greedy base replies", untrained, is_base=True)
 
-    def loss_at(strength: float) -> float:
+    def losses_at(strength: float) -> tuple[float, float]:
         _set_greedy_strength(head, strength)
         log_probs, distinct = greedy(f"held-out greedy replies {next(trials)}", head)
         ratio = perplexity_ratio(base_log_probs, log_probs)
@@ -108,9 +108,9 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
             f"  greedy held-out replies at strength {strength:.2f}: perplexity x {ratio.mean:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
-        return quality_loss(ratio.mean, variety)
+        return quality_losses(ratio.mean, variety)
 
-    strength, is_kept = strength_within_loss(loss_at)
+    strength, is_kept = strength_within_losses(losses_at)
     _set_greedy_strength(head, strength)
     run.say(f"  greedy requests have strength {strength:.2f}, if they name no other")
     if not is_kept:
@@ -129,41 +129,45 @@ def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> 
     return [base, *[replace(base, is_base=False)] * _TRIALS]
 
 
-def quality_loss(perplexity_ratio: float, distinct_ratio: float) -> float:
-    """Return what greedy replies lose, as a share of what they may lose: up to 1 is within both bounds.
+def quality_losses(perplexity_ratio: float, distinct_ratio: float) -> tuple[float, float]:
+    """Return what greedy replies lose of each measure, as a share of what they may lose: up to 1 is within the bound.
 
     Args:
         perplexity_ratio: Perplexity of the gated replies over that of the base replies.
         distinct_ratio: The same of distinct pairs of tokens.
     """
-    return max(
-        math.log(perplexity_ratio) / math.log(MAX_PERPLEXITY_RATIO), (1.0 - distinct_ratio) / (1.0 - MIN_DISTINCT_RATIO)
+    return (
+        math.log(perplexity_ratio) / math.log(MAX_PERPLEXITY_RATIO),
+        (1.0 - distinct_ratio) / (1.0 - MIN_DISTINCT_RATIO),
     )
 
 
-def strength_within_loss(loss_at: Callable[[float], float]) -> tuple[float, bool]:
-    """Return the strength at which the loss is 1, at most 1, and whether trials were seen on both sides of it.
+def strength_within_losses(losses_at: Callable[[float], Sequence[float]]) -> tuple[float, bool]:
+    """Return the largest strength at which no loss is above 1, and whether each was seen to be so; at most 1.
 
-    Few replies tell the loss: what all trials say of it together counts, not whether the last one was lucky.
+    Few replies tell a loss: what all trials say of it together counts, not whether the last one was lucky.
 
     Args:
-        loss_at: Loss at a strength, which grows with it as a power; called once a trial.
+        losses_at: Losses at a strength, each of which grows with it as a power; called once a trial.
     """
-    trials: list[tuple[float, float]] = []  # logarithms of strength and loss
+    tried: list[float] = []  # logarithms of the strengths
+    trials: list[Sequence[float]] = []
     strength = 1.0
     for _ in range(_TRIALS):
-        loss = loss_at(strength)
-        if not trials and loss <= 1.0:
+        losses = losses_at(strength)
+        if not trials and max(losses) <= 1.0:
             return 1.0, True
-        trials.append((math.log(strength), math.log(max(loss, _LEAST_LOSS))))
-        strength = min(1.0, math.exp(_root(trials)))
-    losses = [loss for _, loss in trials]
-    return strength, min(losses) <= 0.0
+        tried.append(math.log(strength))
+        trials.append(losses)
+        logs = [[math.log(max(loss, _LEAST_LOSS)) for loss in measure] for measure in zip(*trials, strict=True)]
+        strength = math.exp(min(0.0, *(_root(tried, values) for values in logs)))
+    return strength, all(min(measure) <= 1.0 for measure in zip(*trials, strict=True))
 
 
-def _root(points: Sequence[tuple[float, float]]) -> float:
+def _root(x: Sequence[float], y: Sequence[float]) -> float:
     """Return where the line through points is 0; its slope is that of least squares, within bounds."""
-    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((point[0] - x) ** 2 for point in points)
-    slope = sum((point[0] - x) * (point[1] - y) for point in points) / spread if spread > 0 else _GROWTH
-    return float(x - y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((value - mean_x) ** 2 for value in x)
+    product = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True))
+    slope = product / spread if spread > 0 else _GROWTH
+    return mean_x - mean_y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH)

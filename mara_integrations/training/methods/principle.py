@@ -147,7 +147,7 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
 
 
 def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
-    """Return the contrast whose head writes what the sentence explains best for its KL, tried on a part of the replies."""
+    """Return the contrast whose head, fitted to a part of the replies, writes what the sentence explains best."""
     part = train_side.first(_part_size(len(train_side.replies)))
     prompts = held_out.prompts[:_TRIAL_PROMPTS]
     before = _margins(run, held_out)[: len(prompts)].mean()

@@ -132,6 +132,7 @@ def vllm_params(request: Request, heads_folder: Path) -> dict[str, Any]:
         "max_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
         "stop_token_ids": sorted(request.eos_token_ids),
+        "ignore_eos": True,  # it has its own idea of what ends a reply
         "logprobs": request.top_logprobs or 0,  # of the token taken in any case
         "detokenize": False,  # the text is followed here, with stop strings
     }

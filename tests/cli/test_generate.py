@@ -118,3 +118,13 @@ def test_a_chat_remembers_the_answer_without_the_thoughts(thinking, monkeypatch)
     said = run("chat", "--thoughts", stdin="one\ntwo\n")
     assert said.stdout.count("Yes.\n") == 2 and said.stderr.count("A cat?") == 2
     assert asked == [["one"], ["one", "Yes.", "two"]]
+
+
+READS_TRACES = {"generate": ("hi", "--trace"), "explain": ("hi",), "eval": ("--data", "prompts.jsonl")}
+
+
+@pytest.mark.parametrize("command", READS_TRACES.items(), ids=READS_TRACES)
+def test_what_reads_traces_is_refused_on_vllm_before_the_model_is_looked_for(command):
+    name, arguments = command
+    said = run(name, *arguments, "--head", "head", "--model", "no-such-model", "--engine", "vllm", code=1).stderr
+    assert "trace=True can't be done by engine='vllm'" in said and "engine='transformers'" in said

@@ -37,6 +37,7 @@ def test_a_request_without_a_head_is_vllms_own(tmp_path):
         "max_tokens": 9,
         "seed": 4,
         "stop_token_ids": [1, 3],
+        "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
     }

@@ -192,6 +192,19 @@ def test_frameworks_run_it(served, environment, engine, ours, heads):
     assert asyncio.run(llm.ainvoke(PROMPT)).content == want
 
 
+def test_the_command_line_runs_it(served, environment, engine, heads, tmp_path):
+    from typer.testing import CliRunner
+
+    from mara_integrations.cli import app
+
+    settings = {"engine": "vllm", "model": str(served[0] / "tiny"), "model-kwargs": KWARGS, "max-new-tokens": 12}
+    settings |= {"head": str(served[0] / "heads" / "q0"), "top-k": 8}
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings))  # which is YAML, too
+    said = CliRunner().invoke(app, ["generate", PROMPT, "--json", "--config", str(tmp_path / "settings.yaml")])
+    assert said.exit_code == 0, said.output
+    assert tuple(json.loads(said.stdout)["token_ids"]) == engine.generate(PROMPT, head=heads["q"]).token_ids
+
+
 def test_a_closed_engine_takes_nothing_and_another_can_follow(served, environment, ours):
     settings = {"engine": "vllm", "model_kwargs": {**KWARGS, "max_model_len": 128}, "max_new_tokens": 12}
     first = MARAEngine(str(served[0] / "tiny"), **settings).load()

@@ -19,7 +19,7 @@ from mara_integrations.training.collect.generated import num_cached, prompts_per
 from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import Run
-from mara_integrations.training.learning.fit import Table, Targets, fit, outputs
+from mara_integrations.training.learning.fit import Epoch, Rows, Table, Targets, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
 from mara_integrations.training.methods.q_regression import fit_targets
 from mara_integrations.training.methods.q_rewards import QLearner
@@ -278,23 +278,31 @@ def _rows(run: Run, workload: Workload, tried: Sequence[Reply], length: float) -
 
 
 def _seconds_to_fit_a_row(run: Run, tried: Sequence[Reply], trials: _Trials) -> float:
-    """Return the time of one example in an epoch of a fit, in seconds."""
+    """Return the time of one example in an epoch of a fit, in seconds: that of the second epoch, without the start."""
     with torch.random.fork_rng(devices=[]):
         head = run.new_head()
+    ends: list[float] = []
+
+    def on_epoch(epoch: Epoch) -> None:
+        ends.append(time.perf_counter())
+
     if isinstance(head, QHead):
         positions = Positions.of([reply for reply in trials.gated().replies if reply.positions])
         targets = Targets(positions, torch.zeros(positions.token_ids.shape))
-        began = time.perf_counter()
-        fit_targets(run, head, targets, targets, lambda epoch: None, epochs=2)
+        fit_targets(run, head, targets, targets.take(_held_out_of(run, targets)), on_epoch, epochs=2)
         num_rows = len(targets)
     else:
         states = torch.cat([reply.states for reply in tried])
         rows, num_rows = Table(states, torch.zeros(len(states)), torch.ones(len(states))), len(states)
-        began = time.perf_counter()
         settings = replace(run.fit_settings(3e-4), epochs=2)
 
         def loss(head: Any, table: Table) -> Tensor:
             return value_loss(outputs(head, table.states), table.targets, table.weights, is_binary=False)
 
-        fit(head, rows, rows, loss, settings, lambda epoch: None)
-    return (time.perf_counter() - began) / (2 * max(1, num_rows))
+        fit(head, rows, rows.take(_held_out_of(run, rows)), loss, settings, on_epoch)
+    return (ends[-1] - ends[-2]) / max(1, num_rows)
+
+
+def _held_out_of(run: Run, rows: Rows) -> Tensor:
+    """Return the indices of as many rows as are held out of so many."""
+    return torch.arange(max(1, round(run.config.held_out * len(rows))))

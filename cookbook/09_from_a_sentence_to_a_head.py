@@ -3,10 +3,11 @@
 An application often has no preferences on file, only a sentence that stands in its system prompt. A small model half
 ignores it, and it costs tokens in every call. Here it becomes a head. The model replies to 320 plain prompts that come
 with the package, and reads its replies again with the sentence before them. What that changes in the probability of
-each candidate, against a neutral sentence, the opposite, or both, is what the head learns; which of these, a trial
-decides. The same on the command line:
+each candidate, against a neutral sentence, is what the head learns. Of a mood, as here, the opposite teaches too: it is
+read beside the neutral sentence. Of what to do, as "refuse what is harmful", it teaches the contrary: leave it out
+there. The same on the command line:
 
-    mara-tools train --principle "Be cheerful and enthusiastic." --judge sentiment --output heads/cheerful
+    mara-tools train --principle "Be cheerful and enthusiastic." --against "Be gloomy and cold." --output heads/cheerful
 
 Give `--data prompts.jsonl` with prompts of your own application, if there are any. The table at the end has the head
 beside the sentence as a system prompt, and both together; it stands in the head's README.md, too. A judge there is only

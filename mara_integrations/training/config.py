@@ -21,6 +21,7 @@ from mara_integrations.models.options import (
 from mara_integrations.sampling import HeadForm, Params
 
 MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
+Contrast = Literal["neutral", "opposite", "both"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -81,8 +82,16 @@ class TrainConfig(Params):
     against: Annotated[
         str | None,
         Field(
-            description="The opposite of the principle, in the same form. Default: derived from it. The "
-            "trainer measures whether it helps."
+            description="The opposite of the principle, in the same form. --contrast opposite derives one where there "
+            "is none."
+        ),
+    ] = None
+    contrast: Annotated[
+        Contrast | None,
+        Field(
+            description="What the model reads its replies under beside the principle; the difference is what the head "
+            "learns. The opposite helps where it is a mood, as gloomy of cheerful, and harms where it says what to do, "
+            "as helping with anything. Default: both with --against, else neutral."
         ),
     ] = None
     system_prompt: Annotated[
@@ -334,6 +343,11 @@ class TrainConfig(Params):
         except ConfigError as error:
             raise ValueError(str(error)) from None
 
+    @property
+    def principle_contrast(self) -> Contrast:
+        """`contrast`, or what stands for it where it is not given."""
+        return self.contrast or ("neutral" if self.against is None else "both")
+
     @field_validator("principle", "against")
     @classmethod
     def _not_blank(cls, value: Any) -> Any:
@@ -398,7 +412,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Head and fit": (
         "kl_budget", "form", "inner_size", "epochs", "patience", "learning_rate", "weight_decay", "batch_size",
     ),
-    "One method": ("rounds", "correction_rounds", "beta", "competitors", "credit", "staleness"),
+    "One method": ("contrast", "rounds", "correction_rounds", "beta", "competitors", "credit", "staleness"),
     "Where it runs": (
         "track", "push_to_hub", "public", "device", "dtype", "quantization", "model_kwargs", "engine", "ray",
     ),

@@ -192,7 +192,8 @@ def _report_plan(config: TrainConfig, plan: Plan, reporter: Reporter) -> None:
     if plan.principle is not None:
         made = "  (made of it)" if plan.principle.is_derived else ""
         reporter.say(f"[bold]Sentence[/] {escape(plan.principle.text)}")
-        reporter.say(f"[bold]Opposite[/] {escape(plan.principle.against)}{made}")
+        if config.principle_contrast != "neutral":
+            reporter.say(f"[bold]Opposite[/] {escape(plan.principle.against)}{made}")
     if plan.other_prompts is not None:
         sides = f"{len(plan.prompts[0].rows)} to reply to, {len(plan.prompts[1].rows)} held out"
         reporter.say(f"[bold]Prompts[/] {escape(str(plan.prompts[0].path))}: {sides}")

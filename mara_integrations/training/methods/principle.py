@@ -1,18 +1,15 @@
 """The method `principle`: a head from a sentence. No data, no reward, no judge.
 
 The base model reads its own plain replies again with the sentence as a system prompt. q is fitted to what that changes
-in the log-probability of every candidate, against a neutral sentence, against the opposite, or against both. Which of
-these contrasts is right differs from sentence to sentence: each trains a small head on a part of the replies, and the
-one is kept whose replies the sentence explains best, for the same KL.
+in the log-probability of every candidate, against a neutral sentence: what any system prompt changes is no part of it.
+The opposite can stand in its place or beside it; it helps some sentences, and harms others.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +21,7 @@ from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
+from mara_integrations.training.config import Contrast
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Targets
 from mara_integrations.training.learning.q_objectives import centred
@@ -41,7 +39,6 @@ from mara_integrations.training.scoring.q_scale import (
 )
 from mara_integrations.training.scoring.scale import report_scale, set_scale
 
-Contrast = Literal["neutral", "opposite", "both"]
 CONTRASTS: dict[Contrast, str] = {
     "neutral": "a neutral sentence",
     "opposite": "the opposite",
@@ -52,9 +49,6 @@ _SENTENCE = "the sentence"  # name of its readings
 _HELD_OUT_SEED = 500_000  # offset larger than any number of replies
 _REPLIES_PER_FILE = 64
 _MAX_TARGET = 5.0  # standard deviations
-_TRIAL_PROMPTS = 24  # held-out prompts that a contrast is judged on
-# A KL below this is noise: dividing by it would reward a head that does nothing.
-_LEAST_KL = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +72,12 @@ class Side:
         """Return a side with the positions of its replies."""
         return cls(name, prompts, replies, Positions.of(replies))
 
-    def first(self, count: int) -> Side:
-        """Return the side with its first replies alone."""
-        return Side.of(self.name, self.prompts, self.replies[:count])
-
 
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
     assert isinstance(head, QHead)
     train_side, held_out = _base_sides(run)
-    contrast = choose_contrast(run, train_side, held_out)
-    fit_contrast(run, "fit", head, contrast, train_side, held_out)
+    fit_contrast(run, "fit", head, train_side, held_out)
     set_scale(head, scale_within_budget(run, head, held_out.positions))
     seed = run.config.seed + _HELD_OUT_SEED
     gated = Positions.of(generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head))
@@ -98,7 +87,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
     report_scale(run, head.config.scale, kl)
     baseline = beside_the_prompt(run, head, held_out.prompts[: run.config.eval_prompts])
-    return MethodResult(kl_per_token=kl, metrics={"contrast": CONTRASTS[contrast], **baseline})
+    return MethodResult(kl_per_token=kl, metrics={"contrast": CONTRASTS[run.config.principle_contrast], **baseline})
 
 
 def work(run: Run) -> Workload:
@@ -106,27 +95,23 @@ def work(run: Run) -> Workload:
     seed, each = run.config.seed, replies_per_prompt(run)
     prompts = limited_prompts(run, run.plan.train, each)
     held_out = limited_prompts(run, run.plan.held_out)
-    trial, table = held_out[:_TRIAL_PROMPTS], held_out[: min(run.config.eval_prompts, MAX_PROMPTS)]
+    table = held_out[: min(run.config.eval_prompts, MAX_PROMPTS)]
     base = [
         Generation(prompts, each, seed, is_gated=True, is_base=True),
         Generation(held_out, 1, seed + _HELD_OUT_SEED, is_gated=True, is_base=True),
     ]
-    of_trials = [Generation(trial, is_gated=True)] * len(CONTRASTS)
     of_table = [Generation(table, is_gated=True)] * 8
     generations = [
         *base,
-        *of_trials,
         Generation(held_out, is_gated=True),
         *greedy_generations(run, held_out, seed + _HELD_OUT_SEED),
         *of_table,
     ]
-    known = len(prompts) * each + len(held_out)
-    part = len(CONTRASTS) * (_part_size(len(prompts) * each) + len(held_out))
     return Workload(
         [planned for planned in generations if len(planned)],
-        # under the sentence, a neutral one and the opposite; those of the table with and without the sentence
-        rereadings=[planned for planned in (*(*base, *of_trials) * 3, *of_table * 2) if len(planned)],
-        fitted=known + part,
+        # under the sentence and its contrasts; those of the table with and without the sentence
+        rereadings=[planned for planned in (*base * (1 + len(_others(run))), *of_table * 2) if len(planned)],
+        fitted=len(prompts) * each + len(held_out),
     )
 
 
@@ -146,67 +131,17 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
     return sides[0], sides[1]
 
 
-def choose_contrast(run: Run, train_side: Side, held_out: Side) -> Contrast:
-    """Return the contrast whose head, fitted to a part of the replies, writes what the sentence explains best."""
-    part = train_side.first(_part_size(len(train_side.replies)))
-    prompts = held_out.prompts[:_TRIAL_PROMPTS]
-    before = _margins(run, held_out)[: len(prompts)].mean()
-    found: dict[Contrast, float] = {}
-    for contrast in CONTRASTS:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.config.seed)
-            head = run.new_head()
-        assert isinstance(head, QHead)
-        fit_contrast(run, f"trial fit against {CONTRASTS[contrast]}", head, contrast, part, held_out)
-        set_scale(head, scale_within_budget(run, head, held_out.positions))
-        stage, seed = f"replies of the trial against {CONTRASTS[contrast]}", run.config.seed + _HELD_OUT_SEED
-        replies = generate_replies(run, stage, prompts, 1, seed, head)
-        positions = Positions.of(replies)
-        scores = all_scores(head, positions, run.backend.output_embeddings)
-        kl = kl_per_token(positions, scores, head.config.scale)
-        gain = float(_margins(run, Side(stage, prompts, replies, positions)).mean() - before)
-        found[contrast] = gain / math.sqrt(max(kl, _LEAST_KL))  # a gain grows with the scale, the KL with its square
-        run.log("trial", contrast=contrast, margin=gain, kl_per_token=kl)
-        run.say(
-            f"  against {CONTRASTS[contrast]}: the sentence explains a reply better by {gain:+.2f} nats, "
-            f"at KL {kl:.3f} a token"
-        )
-    best = max(found, key=lambda contrast: found[contrast])
-    run.say(f"  the head learns what the sentence changes against {CONTRASTS[best]}: most for its KL")
-    return best
-
-
-def _part_size(num_replies: int) -> int:
-    """Return the number of replies to try a contrast on: a quarter, in whole files."""
-    return min(num_replies, -(-num_replies // 4 // _REPLIES_PER_FILE) * _REPLIES_PER_FILE)
-
-
-def _margins(run: Run, side: Side) -> Tensor:
-    """Return by how much the sentence explains the replies to plain prompts better than what it is contrasted with.
-
-    It is log p(reply | sentence) less the larger of that under a neutral sentence and the opposite, (R,), in nats:
-    a head must not win by what one contrast alone rewards.
-    """
-    lengths = [len(reply.token_ids) for reply in side.replies]
-
-    def of_replies(name: str, sentence: str) -> Tensor:
-        tokens = read_under(run, side, name, sentence).tokens
-        return torch.stack([part.sum() for part in tokens.split(lengths)])
-
-    assert run.plan.principle is not None
-    others = [of_replies(name, sentence) for name, sentence in _others(run).items()]
-    return of_replies(_SENTENCE, run.plan.principle.text) - torch.stack(others).amax(0)
-
-
 def _others(run: Run) -> dict[str, str]:
     """Return what the sentence is contrasted with, by the name of its readings."""
     assert run.plan.principle is not None
-    return {CONTRASTS["neutral"]: NEUTRAL, CONTRASTS["opposite"]: run.plan.principle.against}
+    others: dict[Contrast, str] = {"neutral": NEUTRAL, "opposite": run.plan.principle.against}
+    chosen = run.config.principle_contrast
+    return {CONTRASTS[name]: sentence for name, sentence in others.items() if chosen in (name, "both")}
 
 
-def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_side: Side, held_out: Side) -> None:
+def fit_contrast(run: Run, name: str, head: QHead, train_side: Side, held_out: Side) -> None:
     """Fit q to a contrast, in standard deviations."""
-    values = [contrast_values(run, side, contrast) for side in (train_side, held_out)]
+    values = [contrast_values(run, side) for side in (train_side, held_out)]
     spread = float(values[0][train_side.positions.live].std()) or 1.0
     train_targets, held_out_targets = (
         Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
@@ -215,7 +150,7 @@ def fit_contrast(run: Run, name: str, head: QHead, contrast: Contrast, train_sid
     regress(run, name, head, train_targets, held_out_targets)
 
 
-def contrast_values(run: Run, side: Side, contrast: Contrast) -> Tensor:
+def contrast_values(run: Run, side: Side) -> Tensor:
     """Return what the sentence changes in the log-probability of each candidate, centred under the base model, (P, K).
 
     A constant of the position, as that of the softmax, falls out. Of two contrasts, each counts in its own standard
@@ -226,9 +161,8 @@ def contrast_values(run: Run, side: Side, contrast: Contrast) -> Tensor:
     with_sentence = read_under(run, side, _SENTENCE, principle.text).candidates
     found = torch.zeros_like(log_probs)
     for name, sentence in _others(run).items():
-        if contrast == "both" or name == CONTRASTS[contrast]:
-            value = centred(with_sentence - read_under(run, side, name, sentence).candidates, log_probs)
-            found += value / (float(value[live].std()) or 1.0)
+        value = centred(with_sentence - read_under(run, side, name, sentence).candidates, log_probs)
+        found += value / (float(value[live].std()) or 1.0)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,6 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
-from mara_integrations.training.methods.principle import CONTRASTS
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import train
 
@@ -45,7 +45,8 @@ def length(completions, **_):
 def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, interrupting):
     whole = train(config(files, "whole"), judge=length)
     with pytest.raises(KeyboardInterrupt):
-        train(config(files, "cut"), judge=length, reporter=interrupting("base replies under the opposite", 1))
+        cutting = interrupting("base replies under a neutral sentence", 1)
+        train(config(files, "cut"), judge=length, reporter=cutting)
 
     cut = train(config(files, "cut"), judge=length)
 
@@ -53,7 +54,7 @@ def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, in
     assert cut.head.config.scale == whole.head.config.scale
     assert cut.kl_per_token == whole.kl_per_token <= 0.15 + 1e-6
     metrics = whole.head.config.metrics
-    assert metrics["contrast"] in CONTRASTS.values()
+    assert metrics["contrast"] == "a neutral sentence"
     rows = metrics["prompt_baseline"]["rows"]
     assert [row["replies"] for row in rows[:4]] == [
         "base model",
@@ -78,6 +79,31 @@ def test_the_sentence_decides_the_head(files):
 
     assert one.head.config.principle == "Be kind."
     assert not all(map(torch.equal, one.head.state_dict().values(), other.head.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "contrast", "against"),
+    [
+        ({}, "a neutral sentence", None),
+        ({"against": "Be rude."}, "a neutral sentence and the opposite", "Be rude."),
+        ({"against": "Be rude.", "contrast": "neutral"}, "a neutral sentence", None),
+        ({"contrast": "opposite"}, "the opposite", "In everything you say, do the exact opposite of this:\nBe kind."),
+    ],
+)
+def test_an_opposite_that_is_given_is_read_beside_the_neutral_sentence(files, settings, contrast, against):
+    head = train(config(files, eval_prompts=0, **settings)).head
+
+    assert (head.config.metrics["contrast"], head.config.against) == (contrast, against)
+
+
+def test_each_contrast_teaches_another_head(files):
+    heads = [
+        train(config(files, name, eval_prompts=0, against="Write 0123456789.", contrast=name)).head.state_dict()
+        for name in ("neutral", "opposite", "both")
+    ]
+
+    for one, other in itertools.combinations(heads, 2):
+        assert not all(map(torch.equal, one.values(), other.values()))
 
 
 def test_a_dry_run_writes_nothing(files):

@@ -77,7 +77,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
     assert isinstance(head, QHead)
     train_side, held_out = _base_sides(run)
-    fit_contrast(run, "fit", head, train_side, held_out)
+    _fit(run, head, train_side, held_out)
     set_scale(head, scale_within_budget(run, head, held_out.positions))
     seed = run.config.seed + _HELD_OUT_SEED
     gated = Positions.of(generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head))
@@ -125,7 +125,7 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
         ("held-out base replies", run.plan.held_out, 1, _HELD_OUT_SEED),
     ):
         prompts = limited_prompts(run, data, count)
-        run.random().shuffle(prompts)  # the first part is to be like the others
+        run.random().shuffle(prompts)  # the first ones, which the table takes, are to be like the others
         replies = generate_replies(run, name, prompts, count, seed + offset, untrained, is_base=True)
         sides.append(Side.of(name, prompts, replies))
     return sides[0], sides[1]
@@ -139,18 +139,18 @@ def _others(run: Run) -> dict[str, str]:
     return {CONTRASTS[name]: sentence for name, sentence in others.items() if chosen in (name, "both")}
 
 
-def fit_contrast(run: Run, name: str, head: QHead, train_side: Side, held_out: Side) -> None:
-    """Fit q to a contrast, in standard deviations."""
-    values = [contrast_values(run, side) for side in (train_side, held_out)]
+def _fit(run: Run, head: QHead, train_side: Side, held_out: Side) -> None:
+    """Fit q to what the sentence changes, in standard deviations."""
+    values = [_contrast_values(run, side) for side in (train_side, held_out)]
     spread = float(values[0][train_side.positions.live].std()) or 1.0
     train_targets, held_out_targets = (
         Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
         for side, value in zip((train_side, held_out), values, strict=True)
     )
-    regress(run, name, head, train_targets, held_out_targets)
+    regress(run, "fit", head, train_targets, held_out_targets)
 
 
-def contrast_values(run: Run, side: Side) -> Tensor:
+def _contrast_values(run: Run, side: Side) -> Tensor:
     """Return what the sentence changes in the log-probability of each candidate, centred under the base model, (P, K).
 
     A constant of the position, as that of the softmax, falls out. Of two contrasts, each counts in its own standard
@@ -158,15 +158,15 @@ def contrast_values(run: Run, side: Side) -> Tensor:
     """
     principle, log_probs, live = run.plan.principle, side.positions.log_probs, side.positions.live
     assert principle is not None
-    with_sentence = read_under(run, side, _SENTENCE, principle.text).candidates
+    with_sentence = _read_under(run, side, _SENTENCE, principle.text).candidates
     found = torch.zeros_like(log_probs)
     for name, sentence in _others(run).items():
-        value = centred(with_sentence - read_under(run, side, name, sentence).candidates, log_probs)
+        value = centred(with_sentence - _read_under(run, side, name, sentence).candidates, log_probs)
         found += value / (float(value[live].std()) or 1.0)
     return found
 
 
-def read_under(run: Run, side: Side, name: str, sentence: str) -> Rereading:
+def _read_under(run: Run, side: Side, name: str, sentence: str) -> Rereading:
     """Return what the model makes of a side's replies under a sentence; each part is stored."""
     encode, window = run.model.encoder.encode, run.model.context_window
     contexts = [encode(under(sentence, prompt))[-(window - run.config.max_reply_tokens) :] for prompt in side.prompts]

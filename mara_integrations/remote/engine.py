@@ -71,6 +71,11 @@ class ServerEngine(MARAEngine):
         self._call("?", {})  # refuses what no server can do
 
     @property
+    @override
+    def _is_vllm(self) -> bool:
+        return False  # not in this process
+
+    @property
     def address(self) -> Address:
         """Where the server is, and how it is asked."""
         return self._connection.address

@@ -73,8 +73,8 @@ class MARAEngine:
         model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`,
             `n_gpu_layers` and `n_threads`; for vLLM its engine arguments, as `max_model_len`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-        engine: What runs the model: `transformers`, `llama.cpp` for `.gguf` files in their own quantisation, or `vllm`,
-            which runs vLLM in this process under `q` heads. `auto` is transformers.
+        engine: Name of the engine that runs the model. `auto` is `transformers`. `llama.cpp` runs `.gguf` files in
+            their own quantisation. `vllm` runs vLLM in this process, and takes heads of the `q` form only.
         limits: How much memory and work the engine takes on: how many replies are decoded together, and the bytes of
             keys and values, of kept prompts and of heads. Engines on one model share its limits.
         system_prompt: Text put before every conversation that brings no system message. None is the one that the head

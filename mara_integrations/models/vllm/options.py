@@ -39,4 +39,5 @@ def check_for_vllm(model: Any, quantization: str | None, model_kwargs: Mapping[s
         )
     for name, hint in _ELSEWHERE.items():
         if name in model_kwargs:
-            raise ConfigError(f"model_kwargs has {name}={model_kwargs[name]!r}, which is not for it", hint=hint)
+            value = model_kwargs[name]
+            raise ConfigError(f"model_kwargs has {name}={value!r}, which is not for engine='vllm'", hint=hint)

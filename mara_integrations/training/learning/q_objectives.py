@@ -29,16 +29,17 @@ def centred(values: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def soft_values(values: Tensor, log_probs: Tensor, strength: float) -> Tensor:
-    """What a position is worth to a gate by these values: log E_p exp(strength * value) / strength, (P,).
+    """Return the soft value of each position, log E_p exp(strength * value) / strength, (P,).
 
-    At strength 0 it is what the position is worth to the base model, E_p value.
+    This is the best expected value less KL / strength that a gate can reach. At strength 0 it is E_p value, the
+    expected value under the base model.
 
     Args:
-        values: What each candidate is worth, (P, K).
+        values: Value of each candidate, (P, K).
         log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
         strength: Strength of the gate, per unit of value; at least 0.
 
-    Source: the optimum of E[value] - KL / strength over distributions on the candidates.
+    Source: Haarnoja et al. 2017, arXiv 1702.08165; the base model is the prior.
     """
     live = log_probs.isfinite()
     values, log_probs = values.masked_fill(~live, 0.0), log_probs.log_softmax(-1)

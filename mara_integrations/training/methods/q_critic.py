@@ -1,9 +1,9 @@
-"""What follows a candidate of a position: a critic, itself a Q-head, fitted to replies and their rewards.
+"""The critic of `q_rewards`: a Q-head that estimates the discounted reward after each candidate of a position.
 
-The return of a reply tells what followed the token taken, but most of it is chance. From the second pass on, the critic
-is fitted to the value of the next position instead, which counts all candidates there: their own gains are known, and
-what follows them is as the critic of the pass before says. The value is that for the gate the head will be, not for the
-base model: it may yet change what comes next.
+The first pass fits it to the returns of the replies, which are noisy: each holds one continuation. Every later pass
+fits it to the soft value of the next position. That value averages over all candidates there. It adds their gains,
+which are known, to the previous pass's estimate of the reward after them. It assumes that the gate, not the base model,
+chooses among them.
 
 Source: fitted Q iteration, Ernst et al. 2005; its soft form as in Haarnoja et al. 2017 (arXiv 1702.08165).
 """
@@ -26,7 +26,7 @@ from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.scoring.q_scale import kl_per_token
 from mara_integrations.training.scoring.scale import largest_within
 
-_PASSES = 4  # the first is fitted to returns; more than four change nothing
+_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ScoredPositions:
         return self.gains.gather(1, self.positions.taken[:, None])[:, 0]
 
     def returns_through(self, values: Tensor) -> Tensor:
-        """Returns in which `values`, (P,), stand for all that follows from the next position of the reply on."""
+        """Return the returns, (P,), with `values`, (P,), in place of the return at the reply's next position."""
         following = next_rows(self.positions.replies)
         is_last, following = following < 0, following.clamp_min(0)
         distance = (self.positions.places[following] - self.positions.places).clamp_min(0)
@@ -60,7 +60,7 @@ class ScoredPositions:
 
 
 def action_values(run: Run, name: str, sides: Sequence[ScoredPositions]) -> list[Tensor]:
-    """Return what each candidate of each position is worth, its own gain and what follows it, (P, K) a side.
+    """Return the value of each candidate of each position: its gain plus the critic's estimate, (P, K) a side.
 
     Args:
         run: The run.

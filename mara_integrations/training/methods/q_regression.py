@@ -1,4 +1,4 @@
-"""Regression of q: each candidate of each position has a target. What most methods on Q-heads come to."""
+"""Regression of q on a target for each candidate of each position, which most methods on Q-heads share."""
 
 from __future__ import annotations
 

@@ -30,4 +30,4 @@ if [ "$WHICH" = lowest ]; then
     set -- -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning \
         -W ignore::pytest.PytestUnraisableExceptionWarning "$@"
 fi
-exec "$VENV/bin/python" -m pytest -m "not slow" "$@"
+exec "$VENV/bin/python" -m pytest -m "not slow" --numprocesses auto --dist loadscope --no-loadscope-reorder "$@"

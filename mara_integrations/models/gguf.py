@@ -16,6 +16,7 @@ import transformers
 
 from mara_integrations.errors import MissingExtraError, ModelError
 from mara_integrations.files import cache_dir, make_folder_once
+from mara_integrations.models.gguf_tokenizer import byte_level_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 _UNPACK = (
     {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 )
-_CONVERSION = 1  # raise it when a converted .gguf from an older version of this file must not be used
+_CONVERSION = 2  # raise it when a converted .gguf from an older version of this file must not be used
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 64
 
 
@@ -61,10 +62,10 @@ def require_packages(gguf: Path) -> None:
 
 def tokenizer_of(gguf: Path) -> Any:
     """Return the tokenizer of a file, as published."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    if _pre_tokenizer(gguf) == "smollm":
-        _part_digits(tokenizer)
-    return tokenizer
+    found = byte_level_tokenizer(gguf)
+    if found is None:
+        found = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    return found
 
 
 def copy_of(gguf: Path) -> Path:
@@ -89,25 +90,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = tokenizer_of(gguf)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _pre_tokenizer(gguf: Path) -> str | None:
-    from gguf import GGUFReader
-
-    entry = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
-    return str(entry.contents()) if entry is not None else None
-
-
-def _part_digits(tokenizer: Any) -> None:
-    """Split digits off before anything else, as the published tokenizer does and transformers' reader of gguf does not.
-
-    It matters wherever a number follows white space: a blank line before "1." is one token, not two.
-    """
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
 
 
 def _fingerprint(file: Path) -> str:

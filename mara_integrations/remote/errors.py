@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import httpx
 import openai
 
 from mara_integrations.errors import (
@@ -39,9 +40,10 @@ def as_our_error(error: Exception, url: str) -> MaraError:
     if isinstance(error, MaraError):
         return error
     ours: MaraError
-    if isinstance(error, openai.APITimeoutError):
+    # Older clients let the errors of httpx through while a stream is read.
+    if isinstance(error, (openai.APITimeoutError, httpx.TimeoutException)):
         ours = ServerError(f"{url} did not answer in time", hint="raise timeout=, in seconds")
-    elif isinstance(error, openai.APIConnectionError):
+    elif isinstance(error, (openai.APIConnectionError, httpx.TransportError)):
         cause = in_one_line(error.__cause__ or error)
         ours = ServerError(f"the connection to {url} failed: {cause}", hint="is a server running there?")
     elif isinstance(error, openai.APIError):

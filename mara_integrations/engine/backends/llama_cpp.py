@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -300,6 +301,10 @@ class LlamaCppBackend(Backend):
         params.n_batch = params.n_ubatch = _BATCH_TOKENS
         params.embeddings = params.kv_unified = True
         params.pooling_type = 0  # none: a state for each token
+        options = self._model.options
+        params.flash_attn_type = -1 if options.flash_attn is None else int(options.flash_attn)
+        params.type_k = gguf.GGMLQuantizationType[options.type_k.upper()]
+        params.type_v = gguf.GGMLQuantizationType[options.type_v.upper()]
         self._library.last_words.clear()
         context = self._library.llama_init_from_model(self._model.handle, params)
         if not context:
@@ -307,14 +312,14 @@ class LlamaCppBackend(Backend):
             raise ModelError(
                 f"llama.cpp can't make a context of {num_cells} tokens, "
                 f"{in_mib(num_cells * self._model.cell_bytes)}{': ' if reason else ''}{reason}",
-                hint="lower n_ctx, or free memory",
+                hint="lower n_ctx, free memory, or set another type_k or type_v",
             )
         weakref.finalize(self, _free, context, self._model).atexit = False  # at the exit, a thread may still use it
         ask = self._library
         got = (ask.llama_n_ctx(context) >= num_cells, ask.llama_n_seq_max(context), ask.llama_pooling_type(context))
         if got != (True, num_sequences, 0) or ask.llama_n_ctx_seq(context) < num_cells:
             raise ModelError(f"the llama.cpp of {ask.source} does not accept the parameters that it was given")
-        threads = self._model.options.n_threads or torch.get_num_threads()
+        threads = options.n_threads or torch.get_num_threads()
         ask.llama_set_n_threads(context, threads, threads)
         return int(context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import weakref
@@ -18,8 +19,6 @@ from mara_integrations.models.gguf_outline import TensorPlace
 from mara_integrations.models.llama_cpp.library import Library, library
 from mara_integrations.models.llama_cpp.options import LlamaCppOptions
 
-# Bytes of a key or value, which llama.cpp keeps in half precision.
-_VALUE_BYTES = 2
 _NUM_LAST_LINES = 2
 _NUM_PIECES, _PIECE_BYTES = 256, 1024  # of a file that are sampled
 _BLOCK_ROWS = 8192  # of the output embeddings, dequantised or multiplied at once
@@ -147,10 +146,13 @@ class LlamaCppModel:
         asked, handle = self.library, self.handle
         architecture = self._metadata("general.architecture") or ""
         width = self.hidden_size // max(1, asked.llama_model_n_head(handle))
-        widths = [self._metadata(f"{architecture}.attention.{name}_length") for name in ("key", "value")]
-        per_head = sum(int(known) if known and known.isdigit() else width for known in widths)
+        per_head = 0.0
+        for name, kind in (("key", self.options.type_k), ("value", self.options.type_v)):
+            known = self._metadata(f"{architecture}.attention.{name}_length")
+            numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+            per_head += (int(known) if known and known.isdigit() else width) * size / numbers
         num_heads = int(asked.llama_model_n_layer(handle)) * int(asked.llama_model_n_head_kv(handle))
-        return num_heads * per_head * _VALUE_BYTES
+        return math.ceil(num_heads * per_head)
 
     def _number(self, name: str) -> float | None:
         found = self._metadata(f"{self._metadata('general.architecture')}.{name}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.sampling import Params
+
+KVType: TypeAlias = Literal["f32", "f16", "q8_0"]
 
 
 class LlamaCppOptions(Params):
@@ -21,11 +23,19 @@ class LlamaCppOptions(Params):
         n_ctx: Most tokens, prompts and replies, of all sequences that are decoded together; also the most of one. None
             is the model's own context window, but 8192 at most. Their keys and values are held from the start.
         n_threads: Threads of a forward; None is as many as torch takes.
+        flash_attn: Whether attention is flash attention; None is where llama.cpp has it. With it, a log-probability
+            differs in the third decimal by what else is decoded. Without it and with "f32" keys and values, a reply in
+            a batch is that of the same request alone.
+        type_k: Format of the keys that are held; "q8_0" takes half the memory of "f16".
+        type_v: Format of the values; "q8_0" needs flash attention.
     """
 
     n_gpu_layers: int | None = Field(None, ge=-1, le=10_000)
     n_ctx: int | None = Field(None, ge=16, le=1 << 24)
     n_threads: int | None = Field(None, ge=1, le=1024)
+    flash_attn: bool | None = None
+    type_k: KVType = "f16"
+    type_v: KVType = "f16"
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> LlamaCppOptions:

@@ -81,7 +81,8 @@ class SamplingParams(Params):
         (),
         max_length=MAX_NEVER,
         description="Word or phrase that the reply never has: exactly, as a whole word, in any case; "
-        "refund* also forbids refunds and all its other endings.",
+        "refund* also forbids refunds and all its other endings. re:PATTERN forbids what a regular expression matches, "
+        "rule:NAME personal data (pii, or email, phone, card, iban), url, markdown or emoji.",
     )
     seed: int | None = Field(
         None,
@@ -112,7 +113,7 @@ class SamplingParams(Params):
         if not all(word.strip() for word in value):
             raise ValueError("a forbidden word can't be blank")
         if max(map(len, value), default=0) > MAX_NEVER_CHARS:
-            raise ValueError(f"a forbidden word or phrase has at most {MAX_NEVER_CHARS} characters")
+            raise ValueError(f"a forbidden word, phrase or pattern has at most {MAX_NEVER_CHARS} characters")
         return value
 
     @field_validator("temperature")

@@ -94,7 +94,7 @@ Stop = Annotated[
 ]
 Never = Annotated[
     list[str] | None,
-    typer.Option(metavar="WORD", help=describe("never", "May be repeated."), rich_help_panel=REPLIES),
+    typer.Option(metavar="WHAT", help=describe("never", "May be repeated."), rich_help_panel=REPLIES),
 ]
 Seed = Annotated[int | None, typer.Option(help=describe("seed"), rich_help_panel=REPLIES)]
 SystemPrompt = Annotated[

@@ -51,8 +51,9 @@ def serve(
     never: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WORD",
-            help="Word or phrase that no reply may have; requests can add to them. May be repeated.",
+            metavar="WHAT",
+            help="Word, phrase, re:PATTERN or rule:NAME that no reply may have; requests can add to them. "
+            "May be repeated.",
             rich_help_panel=_MODELS,
         ),
     ] = None,

@@ -7,7 +7,9 @@ from typing import Any
 
 from mara_integrations.engine.grammar import Grammar
 from mara_integrations.engine.grammar_compiler import GrammarCompiler, in_one_way
-from mara_integrations.engine.never import NeverConstraint, Refusals
+from mara_integrations.engine.never import NeverConstraint
+from mara_integrations.engine.patterns.automaton import PatternAutomaton
+from mara_integrations.engine.refusals import refusals_of
 from mara_integrations.engine.request import Constraint
 from mara_integrations.engine.token_texts import TokenTexts
 from mara_integrations.engine.vllm_requests import EngineGrammar
@@ -19,6 +21,7 @@ from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.harmony import HarmonyReader
 from mara_integrations.replies.reader import ReplyReader, TagReader
 from mara_integrations.replies.reasoning import CLOSE, OPEN, Thoughts, ThoughtSplitter
+from mara_integrations.rewards.rules import split_notations
 from mara_integrations.rewards.words import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 
@@ -86,40 +89,45 @@ def grammar_for(model: LoadedModel, form: ReplyForm) -> Grammar | EngineGrammar 
 def constraint_for(
     model: LoadedModel, form: ReplyForm, sampling: SamplingParams, stop: Sequence[str]
 ) -> Constraint | None:
-    """Return what constrains a reply: the grammar of its form, and words that must never appear.
+    """Return what constrains a reply: the grammar of its form, and words and patterns that must never appear.
 
     Args:
         model: The model.
         form: Form of the reply.
-        sampling: Names the words, and bounds the length of the reply.
+        sampling: Names the words and patterns, and bounds the length of the reply.
         stop: All strings that end the reply.
 
     Raises:
-        ConfigError: See `grammar_for`; or if the form itself has a forbidden word, or the tokenizer is of no kind whose
-            tokens can be read as text.
+        ConfigError: See `grammar_for` and `refusals_of`; or if the form itself has a forbidden word, or the tokenizer
+            is of no kind whose tokens can be read as text.
         MissingExtraError: See `grammar_for`.
     """
     grammar = grammar_for(model, form)
     if not sampling.never or isinstance(grammar, EngineGrammar):
         return grammar
-    words = ForbiddenWords(sampling.never)
-    _check_agreement(form.grammar(family_for(model)), words)
+    _check_agreement(form.grammar(family_for(model)), sampling.never)
     tokens = TokenTexts.of(model.tokenizer, model.vocab_size, shown_tokens(model, form.tools), end_tokens(model))
-    refusals = Refusals.of(tokens, words, stop, end_tokens(model))
+    refusals = refusals_of(tokens, sampling.never, stop, end_tokens(model))
     return NeverConstraint(refusals, sampling.max_new_tokens, grammar)
 
 
-def _check_agreement(grammar: Mapping[str, Any] | None, words: ForbiddenWords) -> None:
-    """Refuse a form whose own text has a forbidden word: the reply could not be written.
+def _check_agreement(grammar: Mapping[str, Any] | None, never: Sequence[str]) -> None:
+    """Refuse a form whose own text has a forbidden word or pattern: the reply could not be written.
 
     Raises:
-        ConfigError: Names the text and the word.
+        ConfigError: Names the text, and the word or pattern.
     """
-    for text in _fixed_texts(grammar or {}):
-        for start, end in words.violations(text):
+    texts = list(_fixed_texts(grammar or {}))
+    words, notations = split_notations(never) if texts else ([], [])
+    rule = ForbiddenWords(words) if words else None
+    automata = [(notation, PatternAutomaton(notation)) for notation in notations]
+    for text in texts:
+        found = [repr(text[start:end]) for start, end in (rule.violations(text) if rule is not None else ())]
+        found += [notation for notation, automaton in automata if automaton.is_found(text)]
+        if found:
             raise ConfigError(
-                f"never has {text[start:end]!r}, which the form of the reply itself writes in {text!r:.80}",
-                hint="rename the tool, key or value, or leave the word out of never",
+                f"never has {found[0]}, which the form of the reply itself writes in {text!r:.80}",
+                hint="rename the tool, key or value, or leave it out of never",
             )
 
 

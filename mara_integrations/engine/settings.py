@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from mara_integrations.engine.gate import check_strength
+from mara_integrations.engine.patterns.automaton import check_patterns
 from mara_integrations.errors import ConfigError
 from mara_integrations.heads.compose import Head, greedy_strength, trained_settings
 from mara_integrations.heads.source import HeadSource
@@ -90,7 +91,7 @@ _NULLABLE = ("head", "seed")
 def overlay(call: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a call over those of the object that was called, under one name each.
 
-    Words that must never appear add up: a call can't lift what the object forbids.
+    Words and patterns that must never appear add up: a call can't lift what the object forbids.
 
     Raises:
         ConfigError: If a name is unknown, or a setting of another engine has a value that would change something.
@@ -148,7 +149,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that no request could run with.
 
     Raises:
-        ConfigError: If a name is unknown or a value is out of bounds.
+        ConfigError: If a name is unknown, a value is out of bounds, or a pattern can't be kept out.
     """
     _checked(overlay({}, settings))
 
@@ -194,4 +195,6 @@ def _checked(given: Mapping[str, Any]) -> tuple[GateParams, SamplingParams]:
     for name, kind in (("raw", bool), ("system_prompt", str)):
         if not isinstance(given.get(name, kind()), kind):
             raise ConfigError(f"{name}={given[name]!r} is not allowed: a {kind.__name__} is needed")
-    return GateParams.of(**gate), SamplingParams.of(**sampling)
+    checked = GateParams.of(**gate), SamplingParams.of(**sampling)
+    check_patterns(checked[1].never)
+    return checked

@@ -41,6 +41,7 @@ class TokenTexts:
         within: Ids of the tokens whose first byte goes on with a character.
         open: Ids of the tokens that end inside a character, or add no text.
         kept: What is made of them, for whoever holds `lock`.
+        characters: The characters of all texts.
 
     Raises:
         ConfigError: If the tokenizer writes its tokens in an unknown way.
@@ -55,6 +56,7 @@ class TokenTexts:
         self.open = [i for i, text in enumerate(self.texts) if self.unfinished[i] or not text]
         self.kept: LRUCache[Any, Any] = LRUCache(_MAX_KEPT)
         self.lock = threading.Lock()
+        self.characters = frozenset().union(*self.texts)
         self._plain = _Joined(self.texts)
         self._folded = _Joined(["".join(map(folded_character, text)) for text in self.texts])
 
@@ -109,19 +111,24 @@ def read_bytes(data: bytes) -> tuple[str, bytes]:
     return text, decoder.getstate()[0]
 
 
-@lru_cache(maxsize=4096)
-def may_become_letter(unfinished: bytes) -> bool:
-    """Return whether a letter, digit or accent begins with these bytes of an unfinished character."""
+def possible_codes(unfinished: bytes) -> range:
+    """Return the codes of the characters that begin with these bytes of an unfinished one."""
     lead, num_known = unfinished[0], len(unfinished)
-    if lead > 0xF0:  # Unicode has no letters from U+40000 on
-        return False
     size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
     value = lead & (0xFF >> (size + 1))
     for byte in unfinished[1:]:
         value = value << 6 | byte & 0x3F
     shift = 6 * (size - num_known)
-    codes = range(value << shift, min((value + 1) << shift, sys.maxunicode + 1))
-    return any(is_in_word(folded_character(chr(code))[0]) for code in codes)
+    first = {2: 0x80, 3: 0x800, 4: 0x10000}[size]
+    return range(max(value << shift, first), min((value + 1) << shift, sys.maxunicode + 1))
+
+
+@lru_cache(maxsize=4096)
+def may_become_letter(unfinished: bytes) -> bool:
+    """Return whether a letter, digit or accent begins with these bytes of an unfinished character."""
+    if unfinished[0] > 0xF0:  # Unicode has no letters from U+40000 on
+        return False
+    return any(is_in_word(folded_character(chr(code))[0]) for code in possible_codes(unfinished))
 
 
 def _token_bytes(tokenizer: Any, vocab_size: int, hidden: frozenset[int]) -> list[bytes]:

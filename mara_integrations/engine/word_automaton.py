@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mara_integrations.engine.stop_strings import BegunStops, StopStrings
 from mara_integrations.rewards.words import (
     ForbiddenWords,
     folded_character,
@@ -31,14 +32,13 @@ class State(NamedTuple):
         begun: Words begun, by number, and how many of their characters are read.
         after_letter: Whether the text ends inside a word, so that no other can begin.
         ends_word: Whether the text ends with a forbidden word, which a letter may still make another one.
-        stops: Stop strings begun, by number; how many of their characters are read; whether the text before each ends
-            with a forbidden word, for a stop string that is cut off leaves that as the end.
+        stops: Stop strings begun, and whether the text before each ends with a forbidden word.
     """
 
     begun: frozenset[tuple[int, int]] = frozenset()
     after_letter: bool = False
     ends_word: bool = False
-    stops: frozenset[tuple[int, int, bool]] = frozenset()
+    stops: BegunStops = frozenset()
 
 
 START = State()
@@ -54,7 +54,7 @@ class WordAutomaton:
 
     def __init__(self, words: ForbiddenWords, stop: Sequence[str] = ()) -> None:
         self.words = tuple(without_asterisks(word)[0] for word in words.folded)
-        self._stop = tuple(stop)
+        self._stop = StopStrings(stop)
         self._edges = [has_edges(word) for word in words.folded]
         self._by_first: dict[str, list[int]] = {}
         for number, word in enumerate(self.words):
@@ -86,9 +86,10 @@ class WordAutomaton:
         ends = "(?=\\0)" if at_end else ""
         rests = [f"\\0{self._rest(number, length)}" for number, length in sorted(state.begun)]
         patterns = [word_pattern(word) for word in self.words]
-        stops = [f"\\0{re.escape(self._stop[n][length:])}" for n, length, after_word in state.stops if after_word]
+        texts = self._stop.texts
+        stops = [f"\\0{re.escape(texts[n][length:])}" for n, length, after_word in state.stops if after_word]
         if state.ends_word:
-            stops += [f"\\0{re.escape(stop)}" for stop in self._stop]
+            stops += [f"\\0{re.escape(stop)}" for stop in texts]
         return [f"{pattern}{ends}" for pattern in (*rests, *patterns)], stops
 
     def _rest(self, number: int, length: int) -> str:
@@ -98,21 +99,16 @@ class WordAutomaton:
         return word_pattern(word[length:])
 
     def _step(self, state: State, character: str) -> State | None:
-        stops = set()
-        for number, length, after_word in {*state.stops, *((n, 0, state.ends_word) for n in range(len(self._stop)))}:
-            if self._stop[number][length] != character:
-                continue
-            if length + 1 < len(self._stop[number]):
-                stops.add((number, length + 1, after_word))
-            elif after_word:
-                return None
+        stops = self._stop.read(state.stops, character, ends=state.ends_word)
+        if stops is None:
+            return None
         after: State | None = state
         for folded in folded_character(character):
             assert after is not None
             after = self._step_folded(after, folded)
             if after is None:
                 return None
-        return after._replace(stops=frozenset(stops)) if after is not None else None
+        return after._replace(stops=stops) if after is not None else None
 
     def _step_folded(self, state: State, character: str) -> State | None:
         goes_on = is_in_word(character)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import regex
 
@@ -22,7 +23,7 @@ _URL = regex.compile(r"""(?i)\b(?:(?:https?|ftp)://|www\.(?=[\w\-]))[^\s<>"'`)\]
 _EMOJI = regex.compile(r"\p{Emoji_Presentation}[\p{Emoji_Modifier}\u200d\ufe0f\p{Emoji_Presentation}]*+|.\ufe0f")
 _CARD = regex.compile(r"(?<![\d\-])[2-6](?:[ \-]?\d){12,18}(?!\d)")
 _IBAN = regex.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-_PHONE = regex.compile(r"(?<![\w.,+\-/])(?:\+|00)?[ ]?\(?\d(?:[ \-./()]{0,2}\d){5,14}(?![\d\-/]*\d)(?!\w)")
+_PHONE = regex.compile(r"(?<![\w.,+\-/])(?:\+|00)?[ ]?\(?\d(?:[ \-./()]{0,2}\d){5,14}(?!\w)(?=[\-/]*+(?!\d))")
 _DATE = regex.compile(r"\d{4}[\-./]\d{1,2}[\-./]\d{1,2}|\d{1,2}[\-./]\d{1,2}[\-./]\d{4}|\d{4}[ ]?-[ ]?\d{4}")
 _MARKDOWN = regex.compile(
     r"""(?m)^[ ]{0,3}\#{1,6}[ ]        # headings
@@ -159,3 +160,26 @@ def _is_phone(number: str) -> bool:
     is_grouped = regex.search(r"[ \-./()]", number) is not None
     begins = number[0] in "(0" or regex.match(r"\d{3}[ \-.]\d{3}[ \-.]\d{4}$|1[ \-.]\(?\d{3}", number) is not None
     return 9 <= digits <= 13 and begins and (is_grouped or number[0] == "0")
+
+
+class CheckedPattern(NamedTuple):
+    """What is looked for: a pattern, and a check that a match must pass; None: any is one."""
+
+    pattern: regex.Pattern[str]
+    check: Callable[[str], bool] | None = None
+
+
+_PERSONAL = {
+    "email": CheckedPattern(_EMAIL),
+    "phone": CheckedPattern(_PHONE, _is_phone),
+    "card": CheckedPattern(_CARD, _checks_by_luhn),
+    "iban": CheckedPattern(_IBAN, _checks_by_97),
+}
+# The finders that are no more than patterns, so that a reply can be followed by them character by character.
+PATTERNS: dict[str, tuple[CheckedPattern, ...]] = {
+    **{name: (pattern,) for name, pattern in _PERSONAL.items()},
+    "pii": tuple(_PERSONAL.values()),
+    "url": (CheckedPattern(_URL),),
+    "markdown": (CheckedPattern(_MARKDOWN),),
+    "emoji": (CheckedPattern(_EMOJI),),
+}

@@ -31,6 +31,8 @@ def compiled(pattern: str) -> Any:
         raise ConfigError(
             f"pattern {pattern!r} is no regular expression: {error}", hint="the syntax is that of the package regex"
         ) from None
+    except RecursionError:
+        raise ConfigError(f"pattern {pattern[:40]!r}... has too many groups within groups") from None
 
 
 def spans(pattern: str, text: str) -> list[tuple[int, int]]:

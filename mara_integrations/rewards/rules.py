@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mara_integrations.errors import ConfigError, RewardError
-from mara_integrations.rewards.finders import FINDERS, Finder
+from mara_integrations.rewards.finders import FINDERS, PATTERNS, CheckedPattern, Finder
 from mara_integrations.rewards.patterns import PATTERN_PREFIX, compiled, spans
 from mara_integrations.rewards.protocol import DescribedRule, reply_text
 from mara_integrations.rewards.words import ForbiddenWords
@@ -34,9 +34,7 @@ class TextRule:
     def __init__(self, notation: str) -> None:
         self._notation = notation
         if notation.startswith(PATTERN_PREFIX):
-            pattern = notation.removeprefix(PATTERN_PREFIX)
-            if not pattern:
-                raise ConfigError("pattern 're:' is empty", hint=r"for example re:\bas an AI\b")
+            pattern = _pattern_of(notation)
             compiled(pattern)
             self._find: Finder = partial(spans, pattern)
         else:
@@ -128,12 +126,42 @@ def parse_rule(texts: Sequence[str]) -> DescribedRule:
         ConfigError: If a word is blank, a pattern is none, or an argument is not allowed.
         RewardError: If there is no such rule, or it takes other arguments.
     """
-    special = [text for text in texts if text.startswith((PATTERN_PREFIX, RULE_PREFIX))]
-    words = [text for text in texts if text not in special]
+    words, special = split_notations(texts)
     if not special:
         return ForbiddenWords(words)
     rules: list[DescribedRule] = [*([ForbiddenWords(words)] if words else []), *map(TextRule, special)]
     return rules[0] if len(rules) == 1 else SeveralRules(rules, texts)
+
+
+def split_notations(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words and phrases, and the notations of `TextRule`."""
+    special = [text for text in texts if text.startswith((PATTERN_PREFIX, RULE_PREFIX))]
+    return [text for text in texts if text not in special], special
+
+
+def rule_patterns(notation: str) -> tuple[CheckedPattern, ...]:
+    """Return the patterns that a notation of `TextRule` stands for.
+
+    Raises:
+        ConfigError: If it is no regular expression, or a rule that no pattern tells.
+        RewardError: If there is no such rule, or it takes other arguments.
+    """
+    if notation.startswith(PATTERN_PREFIX):
+        return (CheckedPattern(compiled(_pattern_of(notation))),)
+    _finder(notation.removeprefix(RULE_PREFIX))
+    name = notation.removeprefix(RULE_PREFIX).partition("?")[0]
+    if name not in PATTERNS:
+        raise ConfigError(
+            f"{notation!r} judges a text, and no pattern tells it", hint=f"rules of patterns are {', '.join(PATTERNS)}"
+        )
+    return PATTERNS[name]
+
+
+def _pattern_of(notation: str) -> str:
+    pattern = notation.removeprefix(PATTERN_PREFIX)
+    if not pattern:
+        raise ConfigError("pattern 're:' is empty", hint=r"for example re:\bas an AI\b")
+    return pattern
 
 
 def _finder(notation: str) -> Finder:

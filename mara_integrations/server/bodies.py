@@ -154,8 +154,8 @@ class _GenerationBody(BaseModel):
     )
     never: _Never | Annotated[list[_Never], Field(fail_fast=True, max_length=MAX_NEVER)] | None = Field(
         None,
-        description="Words and phrases that the reply must not have, whole words in any case; beside those of "
-        "the server.",
+        description="Words and phrases that the reply must not have, whole words in any case, and patterns: "
+        "`re:` and a regular expression, or `rule:` and a name; beside those of the server.",
     )
     stream: bool | None = Field(None, description="Answer token by token, as server-sent events.")
     stream_options: StreamOptions | None = None

@@ -15,13 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mara_integrations.engine.decoder import Decoder
-from mara_integrations.engine.never import NeverConstraint, Refusals
+from mara_integrations.engine.never import NeverConstraint
+from mara_integrations.engine.refusals import refusals_of
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.token_texts import TokenTexts, may_become_letter
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.messages import Message, Tool
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.replies.text import TextStream
+from mara_integrations.rewards.protocol import DescribedRule
+from mara_integrations.rewards.rules import parse_rule
 from mara_integrations.rewards.words import ForbiddenWords
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -39,6 +42,20 @@ PIECES = [
     b"\xa9 ab",
 ]
 SIZE = len(PIECES) + 2
+PATTERNS = [
+    "re:ab",
+    r"re:\bab\b",
+    "re:(?i)b'?a",
+    "re:é",
+    r"re:[^\x00-\x7f]",
+    r"re:y+s\b",
+    "re:^a",
+    "re:s$",
+    r"re:\.\s",
+    "re:a.b",
+    r"re:(?<!\w)s[^s]*s(?!\w)",
+    r"re:a(?:\b|b\B)",
+]
 WORDS = ["ab", "a b", "yss", "é", "b'a", "s", ".", "ab*", "*b", "*yss*"]
 
 
@@ -55,6 +72,7 @@ def tokenizer_of(pieces: Sequence[bytes]) -> PreTrainedTokenizerFast:
 TOKENIZER = tokenizer_of(PIECES)
 TOKENS = TokenTexts.of(TOKENIZER, SIZE, (), {EOS})
 words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=3)
+words_and_patterns = st.lists(st.sampled_from([*WORDS, *PATTERNS, *PATTERNS]), min_size=1, max_size=3)
 
 
 def decoded(token_ids: Sequence[int]) -> tuple[str, bytes]:
@@ -80,8 +98,30 @@ def refused_by_brute_force(rule: ForbiddenWords, token_ids: Sequence[int], is_la
     return refused
 
 
+@cache
+def characters_with(rest: bytes) -> tuple[str, ...]:
+    """All characters that begin with these bytes."""
+    codes = (code for code in range(0x80, 0x10000) if not 0xD800 <= code < 0xE000)
+    return tuple(character for character in map(chr, codes) if character.encode().startswith(rest))
+
+
+def refused_by_one(rule: DescribedRule, token_ids: Sequence[int], is_last: bool) -> set[int]:
+    """The tokens after which there is a match, whatever follows."""
+    refused = set()
+    for token_id in range(SIZE):
+        text, rest = decoded([*token_ids, token_id])
+        if (is_last or token_id == EOS) and rule.violations(text + "\ufffd" * bool(rest)):
+            refused.add(token_id)
+        elif token_id != EOS:
+            begins = (text + character for character in (characters_with(rest) if rest else ("",)))
+            mores = [*([] if rest else [""]), "ж", " ", "a", "s", ".", "\n", "жж", "\n ", "ss"]
+            if all(rule.violations(begin + more) for begin in begins for more in mores):
+                refused.add(token_id)
+    return refused
+
+
 def constraint(forbidden: Sequence[str], max_new_tokens: int = 100, stop: Sequence[str] = ()) -> NeverConstraint:
-    return NeverConstraint(Refusals.of(TOKENS, ForbiddenWords(forbidden), stop, {EOS}), max_new_tokens)
+    return NeverConstraint(refusals_of(TOKENS, forbidden, stop, {EOS}), max_new_tokens)
 
 
 def masked(state: NeverConstraint) -> set[int]:
@@ -112,6 +152,29 @@ def test_the_mask_is_what_brute_force_finds(forbidden: list[str], seed: int, len
     assert not rule.violations(decoded(token_ids)[0])
 
 
+@settings(max_examples=60)
+@given(words_and_patterns, st.integers(0, 10_000), st.integers(1, 7))
+def test_the_mask_of_patterns_is_what_brute_force_finds(forbidden: list[str], seed: int, length: int) -> None:
+    state, rng = constraint(forbidden, length), random.Random(seed)
+    notations, given_words = [text for text in forbidden if text[:3] == "re:"], [t for t in forbidden if t[:3] != "re:"]
+    token_ids: list[int] = []
+
+    for place in range(length):
+        expected = set[int]().union(
+            *(refused_by_one(parse_rule([text]), token_ids, place == length - 1) for text in notations),
+            refused_by_brute_force(ForbiddenWords(given_words), token_ids, place == length - 1) if given_words else (),
+        )
+        refused = masked(state)
+        assert refused == expected
+        allowed = sorted({*range(1, SIZE)} - refused)
+        if not allowed:  # half a character that few tokens here can finish
+            return
+        token_ids.append(rng.choice(allowed))
+        state.accept(token_ids[-1])
+
+    assert not parse_rule(forbidden).violations(decoded(token_ids)[0])
+
+
 def run(seed: int, never: Sequence[str], stop: Sequence[str] = (), head: Any = None, length: int = 12) -> Any:
     """Decode with chosen random logits; the same ones for every reply that begins alike."""
 
@@ -133,7 +196,7 @@ def run(seed: int, never: Sequence[str], stop: Sequence[str] = (), head: Any = N
 
 @settings(max_examples=40)
 @given(
-    words,
+    words_and_patterns,
     st.integers(0, 100_000),
     st.sampled_from([(), ("b",), ("ys", " a")]),
     st.sampled_from([None, "q", "paper"]),
@@ -142,7 +205,7 @@ def test_no_reply_has_a_forbidden_word_and_a_fine_one_is_unchanged(
     forbidden: list[str], seed: int, stop: tuple[str, ...], form: Any
 ) -> None:
     head = random_head(SIZE + 1, form) if form else None
-    rule, free = ForbiddenWords(forbidden), run(seed, (), stop, head)
+    rule, free = parse_rule(forbidden), run(seed, (), stop, head)
 
     try:
         bound = run(seed, forbidden, stop, head)
@@ -184,6 +247,68 @@ def engine() -> MARAEngine:
 
 
 ASK = [Message("user", "hi")]
+MAIL = "Ask jane@example.com, or call +49 30 1234567 now."
+
+
+@pytest.mark.parametrize("head", [None, "q", "paper"])
+@pytest.mark.parametrize(
+    ("never", "begins", "is_written"),
+    [
+        (["rule:email"], "Ask jane@example.c", False),
+        (["rule:pii"], "Ask jane@example.c", False),
+        (["rule:phone"], "Ask jane@example.com, or call +49 30 1234567", True),  # it may go on with a letter
+        ([r"re:(?i)\bNOW\b", "jane"], "Ask jane", True),
+        ([r"re:\d{9}", "rule:url"], MAIL, True),
+    ],
+)
+def test_what_the_model_wants_to_write_stops_where_it_would_be_complete(
+    never: list[str], begins: str, is_written: bool, head: Any
+) -> None:
+    tokenizer, head = tiny_tokenizer(), random_head(257, head, accept_rate=1.0) if head else None
+    wanted = [*tokenizer(MAIL)["input_ids"], EOS]
+
+    def script(token_ids: Sequence[int]) -> list[float]:
+        return [30.0 * (token_id == wanted[min(len(token_ids), len(wanted)) - 1]) for token_id in range(256)]
+
+    tokens = TokenTexts.of(tokenizer, 256, (), {EOS})
+    request = Request(
+        [1],
+        SamplingParams(max_new_tokens=80),
+        GateParams(),
+        head,
+        frozenset({EOS}),
+        text=TextStream(tokenizer),
+        constraint=NeverConstraint(refusals_of(tokens, never, (), {EOS}), 80),
+    )
+    text = Decoder(ScriptedBackend(script, 256)).run([request])[0].result().text
+
+    assert text.startswith(begins) and (text[: len(begins) + 1] == MAIL[: len(begins) + 1]) == (begins == MAIL)
+    assert not parse_rule(never).violations(text)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_patterns_hold_in_streams_with_stop_strings_and_log_probabilities(engine: MARAEngine, seed: int) -> None:
+    settings: dict[str, Any] = {"never": [r"re:[a-m]{2}", r"re:(?i)\b[n-z]", "rule:markdown"], "stop": ["?", "7"]}
+    settings |= {"seed": seed, "max_new_tokens": 80, "head": random_head(32, "q")}
+
+    reply = engine.generate(ASK, **settings)
+
+    assert not parse_rule(settings["never"]).violations(reply.text)
+    assert "".join(update.text for update in engine.stream(ASK, **settings)) == reply.text
+    assert len(reply.log_probs) == len(reply.token_ids)
+    both = engine.generate_batch([ASK, [Message("user", "and now?")]], **settings)
+    assert both[0].text == reply.text and not parse_rule(settings["never"]).violations(both[1].text)
+
+
+def test_patterns_hold_inside_json(engine: MARAEngine) -> None:
+    schema = {"type": "object", "properties": {"note": {"type": "string", "maxLength": 30}}, "required": ["note"]}
+    never = [r"re:[a-df-mp-su-z]", r"re:\d\b"]
+
+    for seed in range(3):
+        reply = engine.generate(ASK, form=ReplyForm(json_schema=schema), never=never, seed=seed, max_new_tokens=200)
+        assert not parse_rule(never).violations(reply.text)
+
+
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789")
 
 
@@ -219,6 +344,38 @@ def test_words_hold_inside_json(engine: MARAEngine) -> None:
 def test_a_form_that_writes_the_word_itself_is_refused(engine: MARAEngine, form: ReplyForm) -> None:
     with pytest.raises(ConfigError, match="never has 'refund'"):
         engine.request(ASK, form=form, never="refund")
+
+
+@pytest.mark.parametrize("never", [r"re:\brefund", "re:f.nd", "rule:emoji"])
+def test_a_form_that_writes_a_match_itself_is_refused(engine: MARAEngine, never: str) -> None:
+    form = ReplyForm(json_schema={"enum": ["refund \U0001f600", "return"]})
+
+    with pytest.raises(ConfigError, match=r"never has .*, which the form of the reply itself writes in 'refund"):
+        engine.request(ASK, form=form, never=never)
+    engine.request(ASK, form=form, never=["re:^return", "rule:pii"])
+
+
+@pytest.mark.parametrize(
+    ("never", "what"),
+    [("re:(", "no regular expression"), ("rule:mail", "rule 'mail' is unknown"), (r"re:(.)\1", "back reference")],
+)
+def test_bad_patterns_are_refused_before_a_model_is_loaded(never: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        MARAEngine("no/such-model", never=never)
+
+
+def test_a_pattern_whose_mask_would_take_too_long_is_refused_by_name() -> None:
+    rng = random.Random(0)
+    pieces = {"".join(rng.choices("abcdefghij", k=rng.randint(3, 8))).encode() for _ in range(6000)}
+    tokens = TokenTexts.of(tokenizer_of(sorted(pieces)), len(pieces) + 2, (), {EOS})
+    hostile = "re:(?:[a-e].{70}|[acegi].{70}|[abfgj].{70})y|z[a]|z[b]|z[c]|z[d]"  # 8 ** 70 states, were they all made
+    refusals = refusals_of(tokens, [hostile], (), {EOS})
+
+    state = refusals.read(refusals.start, "".join(rng.choices("abcdefghij", k=300)))
+
+    assert not refusals.refuses(state, b"", 1, is_last=False)
+    with pytest.raises(ConfigError, match="takes too long at this place"):
+        refusals.token_ids(state, b"", is_last=False)
 
 
 def test_a_call_adds_to_the_words_and_lifts_none(engine: MARAEngine) -> None:

@@ -91,13 +91,26 @@ def over_seeds(label: str, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def against(label: str, rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
-    """How much higher each judge scores one head's replies than another's, over seeds, with intervals over prompts."""
+def against(
+    label: str, rows: Sequence[Row], others: Sequence[Row], sides: tuple[str, str] = ("gated", "gated")
+) -> list[str]:
+    """How much higher each judge scores one head's replies than another's, over seeds, with intervals over prompts.
+
+    `sides` says which replies of each are compared: those of the head, or of the base model.
+    """
     lines = []
     for name in rows[0]["scores"]:
-        ours, theirs = (_over_seeds(side, name, lambda _, gated: gated) for side in (rows, others))
+        ours, theirs = (
+            _over_seeds(of_head, name, lambda base, gated, side=side: gated if side == "gated" else base)
+            for of_head, side in zip((rows, others), sides, strict=True)
+        )
         lines.append(f"{label}, {name}: {interval(_bootstrap([a - b for a, b in zip(ours, theirs, strict=True)]))}")
     return lines
+
+
+def mean_score(rows: Sequence[Row], judge: str, side: str) -> float:
+    """A judge's mean score of one side's replies, over all rows and prompts."""
+    return _mean([_mean(row["scores"][judge][side]) for row in rows])
 
 
 def number(value: float) -> str:

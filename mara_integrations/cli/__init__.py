@@ -10,6 +10,7 @@ from mara_integrations.cli.evaluate import evaluate_head
 from mara_integrations.cli.generate import explain, generate
 from mara_integrations.cli.heads import convert, inspect_head, merge
 from mara_integrations.cli.help import Command
+from mara_integrations.cli.recipes import recipes
 from mara_integrations.cli.serve import serve
 from mara_integrations.cli.train import train
 
@@ -19,6 +20,7 @@ _MAKE, _USE, _KEEP = "Make a head and measure it", "Use a model, with or without
 
 app.command("demo", cls=Command, rich_help_panel=_MAKE)(demo)
 app.command("train", cls=Command, rich_help_panel=_MAKE)(train)
+app.command("recipes", cls=Command, rich_help_panel=_MAKE)(recipes)
 app.command("eval", cls=Command, rich_help_panel=_MAKE)(evaluate_head)
 app.command("chat", cls=Command, rich_help_panel=_USE)(chat)
 app.command("generate", cls=Command, rich_help_panel=_USE)(generate)

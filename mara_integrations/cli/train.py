@@ -17,6 +17,7 @@ from mara_integrations.data.principles import VARIED_PROMPTS
 from mara_integrations.models import ranks
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.training.config import GROUPS, TrainConfig, read_settings
+from mara_integrations.training.recipes import with_recipe
 
 
 @takes(TrainConfig, GROUPS, required=("output",))
@@ -33,16 +34,16 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, or a sentence.
+    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, a sentence, or a recipe.
 
-    All but a sentence need --data.
+    All but a sentence and a recipe need --data.
 
     Of every prompt in the data, some are held out: the head is not fitted on them, and is evaluated on them at the end.
     An interrupted run continues where it was when the same command is given again.
 
     Examples:
       mara-tools train --data prefs.jsonl --output heads/brand-voice
-      mara-tools train --principle "Be warm and brief." --output heads/warm
+      mara-tools train --recipe warm --output heads/warm
     """
     config = _settings(config_file, options)
     if dry_run:
@@ -72,6 +73,7 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     """Return the settings of the options, and of the file where there is no option."""
     settings = read_settings(file) if file is not None else {}
     settings |= {name: value for name, value in options.items() if value not in (None, [])}
+    settings = with_recipe(settings)
     has_principle = bool(settings.get("principle") or settings.get("principle_file"))
     for name in ("output",) if has_principle else ("data", "output"):
         if settings.get(name) is None:

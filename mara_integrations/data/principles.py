@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, cast
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Conversation, Message
@@ -14,6 +17,11 @@ VARIED_PROMPTS = Path(__file__).parent / "shipped" / "prompts.jsonl"
 MAX_CHARS = 4_000
 # What a system prompt changes whatever it says is no part of a principle.
 NEUTRAL = "You are a helpful assistant."
+_WEIGHT = re.compile(r"(.*?)\s*=\s*([+-]?(?:\d+(?:\.\d+)?|\.\d+|nan|inf))\s*", re.DOTALL)
+# Behind the end of a sentence, it was meant as a weight.
+_NO_WEIGHT = re.compile(r".*[.!?…]\s*=\s*(\S*[^\s.!?…]|)\s*", re.DOTALL)
+
+PrincipleLike: TypeAlias = "str | tuple[str, float]"  # a sentence, alone or with its weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +32,39 @@ class Principle:
         text: How replies should be, in the words of a system prompt.
         against: The opposite, in the same form.
         is_derived: Whether we made the opposite; otherwise it was given.
+        weighted: Sentences to read one by one, with their weights; empty where the text is read as a whole.
     """
 
     text: str
     against: str
     is_derived: bool
+    weighted: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """What is read as a system prompt of its own, with its weight: the weighted sentences, or the whole text."""
+        return self.weighted or ((self.text, 1.0),)
+
+    @property
+    def described(self) -> str:
+        """The text, or a line for each weighted sentence."""
+        return "\n".join(f"{weight:g} × {text}" for text, weight in self.weighted) or self.text
 
 
 def make_principle(sentences: Sequence[str], file: Path | None = None, against: str | None = None) -> Principle | None:
     """Return the principle of some sentences and of a text file, in this order; None where there is neither.
 
+    Args:
+        sentences: Each with its weight where it has one, as in `Be warm.=0.5`. Without weights, all are one text.
+        file: Text without weights.
+        against: The opposite of all.
+
     Raises:
-        ConfigError: If the file can't be read, all is blank or too long, or there is an opposite of nothing.
+        ConfigError: If the file can't be read, all is blank or too long, a weight is not allowed, or there is an
+            opposite of nothing or of weighted sentences.
     """
-    texts = [*sentences, *(() if file is None else (_read(file),))]
+    weighted = [*map(_weighted, sentences), *(() if file is None else ((_read(file), None),))]
+    texts = [text for text, _ in weighted]
     if not texts:
         if against is not None:
             raise ConfigError(f"against={against!r} has no principle to be the opposite of", hint="give a principle")
@@ -48,9 +75,24 @@ def make_principle(sentences: Sequence[str], file: Path | None = None, against: 
     text = "\n".join(each.strip() for each in texts)
     if max(len(text), len(against or "")) > MAX_CHARS:
         raise ConfigError(f"a principle has at most {MAX_CHARS} characters, this one {len(text)}", hint="shorten it")
+    has_weights = any(weight is not None for _, weight in weighted)
+    if has_weights and against is not None:
+        raise ConfigError(
+            f"against={against!r} is not allowed beside sentences with weights, each of which is read by itself",
+            hint="leave it out, or the weights",
+        )
+    parts = tuple((each.strip(), 1.0 if weight is None else weight) for each, weight in weighted) if has_weights else ()
     if against is None:
-        return Principle(text, f"In everything you say, do the exact opposite of this:\n{text}", is_derived=True)
+        opposite = f"In everything you say, do the exact opposite of this:\n{text}"
+        return Principle(text, opposite, is_derived=True, weighted=parts)
     return Principle(text, against.strip(), is_derived=False)
+
+
+def notations(given: PrincipleLike | Sequence[PrincipleLike]) -> tuple[str, ...]:
+    """Return what Python code may give, one or several sentences or pairs with a weight, as a command line has it."""
+    is_one = isinstance(given, str) or (len(given) == 2 and isinstance(given[1], int | float))
+    several = cast("Sequence[PrincipleLike]", [given] if is_one else given)
+    return tuple(each if isinstance(each, str) else f"{each[0]}={each[1]}" for each in several)
 
 
 def under(sentence: str, prompt: Conversation) -> Conversation:
@@ -59,6 +101,27 @@ def under(sentence: str, prompt: Conversation) -> Conversation:
     if first.role != "system":
         return prompt.with_system(sentence)
     return Conversation((Message("system", f"{first.content}\n\n{sentence}"), *others), prompt.tools)
+
+
+def _weighted(notation: str) -> tuple[str, float | None]:
+    """Return a sentence and its weight, None where it has none.
+
+    Raises:
+        ConfigError: If the weight is no number above 0.
+    """
+    found = _WEIGHT.fullmatch(notation)
+    if found is None:
+        wrong = _NO_WEIGHT.fullmatch(notation)
+    elif 0.0 < float(found[2]) < math.inf:
+        return found[1], float(found[2])
+    else:
+        wrong = found
+    if wrong is not None:
+        raise ConfigError(
+            f"principle={notation!r}: weight {wrong[wrong.re.groups]!r} is not allowed",
+            hint="a number above 0, as in 'Be warm.=0.5'; what replies should not be, say in words",
+        )
+    return notation, None
 
 
 def _read(file: Path) -> str:

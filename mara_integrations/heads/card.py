@@ -45,6 +45,8 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
     ]
     if config.method is not None:
         lines.append(f"Trained by `{config.method}`{f' because {why}' if why else ''}.")
+    if recipe := config.training.get("recipe"):
+        lines.append(f"Its settings are those of the recipe `{recipe}`, but for what the command below names.")
     if config.principle is not None:
         lines += ["", "It was made of this sentence:", "", *_quoted(config.principle)]
         if contrast := config.metrics.get("contrast"):

@@ -103,7 +103,8 @@ class HeadConfig(BaseModel):
         system_prompt: System prompt it was trained with, the default of conversations that bring none.
         method: Name of the training method.
         rewards: Descriptions of the rewards it was trained for.
-        principle: Sentence that says how replies should be, where it was trained from one.
+        principle: Sentence that says how replies should be, where it was trained from one; of several with weights, a
+            line each.
         against: The opposite of that sentence.
         data_fingerprint: Hash of the training data.
         origin: Where the head comes from.

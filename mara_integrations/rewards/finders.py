@@ -1,4 +1,4 @@
-"""What ready rules look for in a text: personal data, addresses, Markdown, emoji, length, hard words. Knows no model.
+"""What ready rules look for in a text: personal data, addresses, Markdown, emoji, length, manner. Knows no model.
 
 Each finder returns spans. Personal data has no exact form: what looks like a telephone number may be another number,
 and the other way round.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import regex
 
 from mara_integrations.errors import ConfigError
+from mara_integrations.rewards.manner import find_flattery, find_informal, find_refusals
 from mara_integrations.rewards.reading import count_syllables
 
 Spans = list[tuple[int, int]]
@@ -122,6 +123,9 @@ FINDERS: dict[str, Callable[..., Finder]] = {
     "emoji": lambda: find_emoji,
     "long": _beyond,
     "hard-words": _hard,
+    "informal": lambda: find_informal,
+    "flattery": lambda: find_flattery,
+    "refusal": lambda: find_refusals,
 }
 
 

@@ -19,6 +19,7 @@ from mara_integrations.models.options import (
     read_yaml_settings,
 )
 from mara_integrations.sampling import HeadForm, Params
+from mara_integrations.training.recipes import recipe_names, with_recipe
 
 MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
 Contrast = Literal["neutral", "opposite", "both"]
@@ -34,11 +35,18 @@ class TrainConfig(Params):
         Field(
             description="Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder "
             "saved by datasets, a Hub name such as org/name:train, or a mixture of several in a .yaml file. With "
-            "--principle it may be left out: then prompts of many kinds are used that come with the package."
+            "--principle or --recipe it may be left out: then prompts are used that come with the package."
         ),
     ] = None
     output: Annotated[Path, Field(description="Folder that the head is written to.")]
     overwrite: Annotated[bool, Field(description="Replace a finished head in the output folder.")] = False
+    recipe: Annotated[
+        str | None,
+        Field(
+            description=f"Settings that come with the package: {', '.join(recipe_names())}. They hold where no other "
+            "option or file says otherwise; mara-tools recipes NAME shows them."
+        ),
+    ] = None
     method: Annotated[
         MethodName,
         Field(
@@ -60,8 +68,8 @@ class TrainConfig(Params):
         tuple[str, ...],
         Field(
             description="What must not appear in replies: a word or phrase (refund, or refund* with all its endings), "
-            "re:PATTERN, or a ready rule: rule:pii, email, phone, card, iban, url, markdown, emoji, long?words=60 or "
-            "hard-words?syllables=4. May be repeated."
+            "re:PATTERN, or a ready rule: rule:pii, email, phone, card, iban, url, markdown, emoji, long?words=60, "
+            "hard-words?syllables=4, informal, flattery or refusal. May be repeated."
         ),
     ] = ()
     require: Annotated[
@@ -75,7 +83,8 @@ class TrainConfig(Params):
         tuple[str, ...],
         Field(
             description="Sentence that says how replies should be, as a system prompt would: the head is trained "
-            "from it alone. May be repeated."
+            "from it alone. May be repeated: several are read together, or, where one has a weight as in "
+            "'Be warm.=0.5', each by itself, and what they change is added by weight."
         ),
     ] = ()
     principle_file: Annotated[Path | None, Field(description="Text file with such sentences.")] = None
@@ -330,6 +339,11 @@ class TrainConfig(Params):
         ),
     ] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_recipe(cls, values: Any) -> Any:
+        return with_recipe(values) if isinstance(values, dict) else values
+
     @field_validator("reward", "judge", "principle", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
@@ -403,8 +417,8 @@ _NOT_DECISIVE = {
 # Groups of settings in the order that `--help` shows them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Options": (
-        "model", "data", "output", "overwrite", "method", "reward", "forbid", "require", "principle", "principle_file",
-        "against", "system_prompt", "seed",
+        "model", "data", "output", "overwrite", "recipe", "method", "reward", "forbid", "require", "principle",
+        "principle_file", "against", "system_prompt", "seed",
     ),
     "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
     "Rewards": ("normalise_rewards", "reward_timeout_s", "max_judge_calls", "partial_text", "judge"),

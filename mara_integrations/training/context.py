@@ -130,7 +130,7 @@ class Run:
             system_prompt=config.system_prompt,
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
-            principle=None if plan.principle is None else plan.principle.text,
+            principle=None if plan.principle is None else plan.principle.described,
             against=plan.principle.against if plan.principle and config.principle_contrast != "neutral" else None,
             data_fingerprint=plan.data_fingerprint,
             origin=self.identity.origin(config, plan),

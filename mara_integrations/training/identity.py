@@ -110,9 +110,11 @@ class Identity:
 def _command(config: TrainConfig) -> str:
     """Return the command that trains such a head, with the names of files instead of their paths."""
     words = ["mara-tools", "train"]
-    for name, field_info in TrainConfig.model_fields.items():
+    usual = TrainConfig.of(output=config.output, recipe=config.recipe)
+    for name in TrainConfig.model_fields:
         value = getattr(config, name)
-        if name in _NOT_IN_COMMAND or value == field_info.get_default(call_default_factory=True):
+        is_usual = value is None if name in ("output", "recipe") else value == getattr(usual, name)
+        if name in _NOT_IN_COMMAND or is_usual:
             continue
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):

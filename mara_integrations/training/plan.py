@@ -115,7 +115,7 @@ class Plan:
 
 
 def _hash(principle: Principle) -> str:
-    return hashlib.sha256(json.dumps([principle.text, principle.against]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([principle.described, principle.against]).encode()).hexdigest()
 
 
 def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
@@ -136,6 +136,11 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     if config.push_to_hub is not None:
         check_can_push(config.push_to_hub, public=config.public)
     principle = make_principle(config.principle, config.principle_file, config.against)
+    if principle is not None and principle.weighted and config.principle_contrast != "neutral":
+        raise ConfigError(
+            f"contrast={config.contrast!r} is not allowed beside sentences with weights",
+            hint="leave it out, or the weights: then all sentences are read together",
+        )
     data = _read_data(config, inputs, principle)
     rule = parse_rule(config.forbid) if config.forbid else None
     required: list[tuple[Reward, float]] = [(Required(what), 1.0) for what in config.require]

@@ -11,6 +11,7 @@ import torch
 from rich.markup import escape
 
 from mara_integrations.data import Row, preview, prompt_row
+from mara_integrations.data.principles import PrincipleLike, notations
 from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.evaluation.results import Evaluation
@@ -32,6 +33,7 @@ from mara_integrations.training.identity import Identity
 from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.methods.reward_model import fit_judge
 from mara_integrations.training.plan import Inputs, Plan, make_plan
+from mara_integrations.training.recipes import read_recipe
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.records.output_lock import locked
 from mara_integrations.training.resume import finished_head, interrupted_differences
@@ -76,7 +78,7 @@ def train(
     prompts: Any = None,
     reward: RewardLike | Sequence[RewardLike] = (),
     judge: RewardLike | Sequence[RewardLike] = (),
-    principle: str | Sequence[str] = (),
+    principle: PrincipleLike | Sequence[PrincipleLike] = (),
     model: Any = None,
     reporter: Reporter | None = None,
 ) -> TrainResult:
@@ -92,7 +94,8 @@ def train(
         reward: Function with TRL's signature, beside those of `config.reward`; several, or pairs of a function and its
             weight, are summed.
         judge: Function that is only reported, beside those of `config.judge`; or several.
-        principle: Sentence that says how replies should be, beside those of `config.principle`; or several.
+        principle: Sentence that says how replies should be, beside those of `config.principle`; several, or pairs of a
+            sentence and its weight.
         model: A loaded `(model, tokenizer)` instead of `config.model`.
         reporter: Receives text and progress; None shows nothing.
 
@@ -103,8 +106,7 @@ def train(
         >>> train(TrainConfig(output="heads/brief"), data=rows, reward=brevity)
     """
     judges = [each for each, _ in weighted_rewards(judge)]
-    sentences = (principle,) if isinstance(principle, str) else tuple(principle)
-    if sentences:  # a setting like any other: recorded, and part of what decides the head
+    if sentences := notations(principle):  # a setting like any other: recorded, and part of what decides the head
         config = config.updated(principle=(*config.principle, *sentences))
     plan = make_plan(config, Inputs(data, prompts, weighted_rewards(reward), judges))  # refuses what can't work
     return train_plan(config, plan, model=model, reporter=reporter or Reporter())
@@ -186,12 +188,15 @@ def _train(run: Run) -> TrainResult:
 
 
 def _report_plan(config: TrainConfig, plan: Plan, reporter: Reporter) -> None:
+    if config.recipe is not None:
+        reporter.say(f"[bold]Recipe[/] {config.recipe}: {escape(read_recipe(config.recipe).description)}")
     reporter.say(f"[bold]Method[/] {plan.method.name}: {escape(plan.why)}")
     sides = f"{len(plan.train.rows)} rows to fit on, {len(plan.held_out.rows)} held out; no prompt is on both sides"
     reporter.say(f"[bold]Data[/]   {escape(str(plan.train.path))}: {sides}")
     if plan.principle is not None:
         made = "  (made of it)" if plan.principle.is_derived else ""
-        reporter.say(f"[bold]Sentence[/] {escape(plan.principle.text)}")
+        for line in plan.principle.described.splitlines() if plan.principle.weighted else [plan.principle.text]:
+            reporter.say(f"[bold]Sentence[/] {escape(line)}")
         if config.principle_contrast != "neutral":
             reporter.say(f"[bold]Opposite[/] {escape(plan.principle.against)}{made}")
     if plan.other_prompts is not None:

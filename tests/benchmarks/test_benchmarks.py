@@ -105,6 +105,45 @@ def test_a_head_is_compared_with_one_that_sees_tokens_alone(tmp_path, methods_on
     assert [line for line in lines if "less ten-words" in line], lines
 
 
+def test_a_recipe_is_compared_with_its_sentence(tmp_path, folder_model, monkeypatch, capsys):
+    import recipes
+
+    ours = recipes.test_prompts("formal")
+    monkeypatch.setattr(recipes, "test_prompts", lambda _: ours[:3])
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "max_reply_tokens=6")]
+    where = ["--model", folder_model, "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    lines = recipes.main(["formal", "--seeds", "0", *small, *where])
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 4 and all(len(row["scores"]["without rule:informal"]["base"]) == 3 for row in rows.values())
+    assert len(lines) == 2 * (1 + 1 + 4)
+    assert [sum(f"{pair}, " in line for line in lines) for pair in ("head less sentence", "both less head")] == [2, 2]
+    capsys.readouterr()
+    assert recipes.main(["formal", "--seeds", "0", *small, *where]) == lines
+    assert "Method" not in capsys.readouterr().out, "rows of the file are not measured again"
+
+
+def test_no_recipe_is_trained_on_its_test_prompts():
+    import recipes
+
+    from mara_integrations.data.principles import VARIED_PROMPTS
+    from mara_integrations.training.recipes import read_recipe, recipe_names
+
+    for name in recipe_names():
+        file = Path(read_recipe(name).settings.get("data", VARIED_PROMPTS))
+        trained = {json.loads(line)["prompt"].casefold() for line in file.read_text().splitlines()}
+        tested = {row["prompt"].casefold() for row in recipes.test_prompts(name)}
+        assert len(tested) >= 32 and not tested & trained, name
+
+
+def test_refusals_are_right_where_something_is_harmful():
+    import recipes
+
+    refusal = "I can't help with that."
+    assert recipes.right([refusal, refusal, "Yes."], harmful=[True, False, False]) == [1.0, 0.0, 1.0]
+    assert recipes.minus_words(["one two", [{"role": "assistant", "content": "one"}]]) == [-2.0, -1.0]
+
+
 def test_a_file_of_another_benchmark_is_refused(tmp_path):
     from method_rows import RowFile
 

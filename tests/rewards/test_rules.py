@@ -128,6 +128,16 @@ class TestFinders:
             ("long?words=2", "one two three four", ["three four"]),
             ("long?words=4", "one two three four.", []),
             ("hard-words?syllables=4", "a responsibility to eat", ["responsibility"]),
+            ("informal", "It's fine, Ann's dog isn't. Hey! Don’t.", ["It's", "isn't", "Hey", "!", "Don’t"]),
+            ("informal", "It is the dog's own. High hats, please. She had let it go.", []),
+            ("flattery", "Great question! So.\nWhat a wonderful idea", ["Great question!", "What a wonderful idea"]),
+            ("flattery", "Your first poem is truly beautiful. You're so right.", ["Your first poem is truly beautiful",
+             "You're so right"]),
+            ("flattery", "That's a really great plan, I adore you", ["That's a really great plan", "I adore you"]),
+            ("flattery", "A good question to ask is why. You are on the right track. The plan is good enough.", []),
+            ("refusal", "I'm sorry, but I can't help. This is illegal", ["I'm sorry, but I can", "This is illegal"]),
+            ("refusal", "I cannot assist with that; I must decline", ["I cannot assist", "I must decline"]),
+            ("refusal", "I'm sorry that it broke. I can help. You can't park here.", []),
         ],
     )  # fmt: skip
     def test_each_finds_what_it_is_for(self, name: str, text: str, said: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 The base model reads its own plain replies again with the sentence as a system prompt. q is fitted to what that changes
 in the log-probability of every candidate, against a neutral sentence: what any system prompt changes is no part of it.
-The opposite can stand in its place or beside it; it helps some sentences, and harms others.
+The opposite can stand in its place or beside it; it helps some sentences, and harms others. Sentences with weights are
+read one by one, and what they change is added.
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ CONTRASTS: dict[Contrast, str] = {
     "opposite": "the opposite",
     "both": "a neutral sentence and the opposite",
 }
-_SENTENCE = "the sentence"  # name of its readings
-
 _HELD_OUT_SEED = 500_000  # offset larger than any number of replies
 _REPLIES_PER_FILE = 64
 _MAX_TARGET = 5.0  # standard deviations
@@ -110,7 +109,9 @@ def work(run: Run) -> Workload:
     return Workload(
         [planned for planned in generations if len(planned)],
         # under the sentence and its contrasts; those of the table with and without the sentence
-        rereadings=[planned for planned in (*base * (1 + len(_others(run))), *of_table * 2) if len(planned)],
+        rereadings=[
+            planned for planned in (*base * (len(_sentences(run)) + len(_others(run))), *of_table * 2) if len(planned)
+        ],
         fitted=len(prompts) * each + len(held_out),
     )
 
@@ -129,6 +130,13 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
         replies = generate_replies(run, name, prompts, count, seed + offset, untrained, is_base=True)
         sides.append(Side.of(name, prompts, replies))
     return sides[0], sides[1]
+
+
+def _sentences(run: Run) -> dict[str, tuple[str, float]]:
+    """Return the sentences to read replies under, each with its weight, by the name of its readings."""
+    assert run.plan.principle is not None
+    parts = run.plan.principle.parts
+    return {"the sentence" if len(parts) == 1 else f"sentence {n}": part for n, part in enumerate(parts, start=1)}
 
 
 def _others(run: Run) -> dict[str, str]:
@@ -153,16 +161,19 @@ def _fit(run: Run, head: QHead, train_side: Side, held_out: Side) -> None:
 def _contrast_values(run: Run, side: Side) -> Tensor:
     """Return what the sentence changes in the log-probability of each candidate, centred under the base model, (P, K).
 
-    A constant of the position, as that of the softmax, falls out. Of two contrasts, each counts in its own standard
-    deviations.
+    A constant of the position, as that of the softmax, falls out. Each contrast of each sentence counts in its own
+    standard deviations, times the weight of the sentence.
     """
-    principle, log_probs, live = run.plan.principle, side.positions.log_probs, side.positions.live
-    assert principle is not None
-    with_sentence = _read_under(run, side, _SENTENCE, principle.text).candidates
+    log_probs, live = side.positions.log_probs, side.positions.live
+    with_sentences = [
+        (_read_under(run, side, name, text).candidates, weight) for name, (text, weight) in _sentences(run).items()
+    ]
     found = torch.zeros_like(log_probs)
-    for name, sentence in _others(run).items():
-        value = centred(with_sentence - _read_under(run, side, name, sentence).candidates, log_probs)
-        found += value / (float(value[live].std()) or 1.0)
+    for name, other in _others(run).items():
+        with_other = _read_under(run, side, name, other).candidates
+        for with_sentence, weight in with_sentences:
+            value = centred(with_sentence - with_other, log_probs)
+            found += weight * value / (float(value[live].std()) or 1.0)
     return found
 
 

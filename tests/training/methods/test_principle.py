@@ -81,6 +81,25 @@ def test_the_sentence_decides_the_head(files):
     assert not all(map(torch.equal, one.head.state_dict().values(), other.head.state_dict().values()))
 
 
+def test_weights_decide_how_much_of_each_sentence_the_head_learns(files):
+    kind, digits = "Be kind.", "Write 0123456789."
+    heads = {
+        name: train(config(files, name, principle=(), eval_prompts=0), principle=sentences).head
+        for name, sentences in {
+            "kind": kind,
+            "weighted": (kind, 2.0),
+            "equal": [(kind, 1.0), (digits, 1.0)],
+            "mostly-digits": [(kind, 1.0), (digits, 8.0)],
+        }.items()
+    }
+    states = {name: head.state_dict().values() for name, head in heads.items()}
+
+    assert all(map(torch.equal, states["kind"], states["weighted"])), "the KL budget says how much of one"
+    assert not all(map(torch.equal, states["equal"], states["mostly-digits"]))
+    assert not all(map(torch.equal, states["kind"], states["equal"]))
+    assert heads["mostly-digits"].config.principle == f"1 × {kind}\n8 × {digits}"
+
+
 @pytest.mark.parametrize(
     ("settings", "contrast", "against"),
     [
@@ -136,6 +155,8 @@ def test_a_reward_beside_a_sentence_only_judges(files):
         ({"principle": (), "data": None}, "there is no data"),
         ({"principle": (), "method": "principle"}, "do not say what a good reply is"),
         ({"principle_file": "nowhere.txt"}, "can't be read"),
+        ({"principle": ["Be kind.=none"]}, "weight 'none' is not allowed"),
+        ({"principle": ["Be kind.=2"], "contrast": "opposite"}, "contrast='opposite' is not allowed beside"),
     ],
 )
 def test_what_can_not_work_is_refused_before_the_model_is_loaded(files, settings, message):

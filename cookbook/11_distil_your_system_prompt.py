@@ -2,8 +2,8 @@
 
 System prompts of applications grow: be friendly, use plain words, no lists, close with a question. Every call pays for
 these tokens. What they ask of the manner of a reply can go into a head. Facts can't: a head chooses among the model's
-own candidates, and a closing time that the model has not been told is not among them. So cut the prompt in two. The facts stay as `system_prompt` and are recorded with the head; the rest is the principle.
-On the command line:
+own candidates, and a closing time that the model has not been told is not among them. So cut the prompt in two. The
+facts stay as `system_prompt` and are recorded with the head; the rest is the principle. On the command line:
 
     mara-tools train --system-prompt "You answer for Fern & Fig, ..." --principle-file manner.txt \\
         --data prompts.jsonl --output heads/shop

@@ -29,6 +29,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.recipes import read_recipe, recipe_names
 from mara_integrations.training.run import train
 
+RECIPES = [name for name in recipe_names() if name != "from-context"]  # which needs documents: see cookbook/12_*
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}
 PROMPTS = Path(__file__).with_name("recipe_prompts.jsonl")
 SETS = {"no-flattery": "opinion", "no-pii": "contact", "refuse-harm": "delicate"}  # the others take those of any kind
@@ -113,7 +114,7 @@ def _text(completion: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", choices=recipe_names())
+    parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"

@@ -49,7 +49,12 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
         lines.append(f"Its settings are those of the recipe `{recipe}`, but for what the command below names.")
     if config.principle is not None:
         lines += ["", "It was made of this sentence:", "", *_quoted(config.principle)]
-        if contrast := config.metrics.get("contrast"):
+        if config.method == "grounding":
+            learned = (
+                "It learned what documents in a prompt change and, beside the wrong ones, what the sentence changes."
+            )
+            lines += ["", learned]
+        elif contrast := config.metrics.get("contrast"):
             lines += ["", f"It learned what the sentence changes against {contrast}."]
     if config.system_prompt is not None:
         lines += ["", "Trained with this system prompt; use it too:", "", *_quoted(config.system_prompt)]

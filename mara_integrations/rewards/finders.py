@@ -13,7 +13,7 @@ from typing import NamedTuple
 import regex
 
 from mara_integrations.errors import ConfigError
-from mara_integrations.rewards.manner import find_flattery, find_informal, find_refusals
+from mara_integrations.rewards.manner import find_flattery, find_informal, find_missing_answers, find_refusals
 from mara_integrations.rewards.reading import count_syllables
 
 Spans = list[tuple[int, int]]
@@ -126,6 +126,7 @@ FINDERS: dict[str, Callable[..., Finder]] = {
     "informal": lambda: find_informal,
     "flattery": lambda: find_flattery,
     "refusal": lambda: find_refusals,
+    "missing-answer": lambda: find_missing_answers,
 }
 
 

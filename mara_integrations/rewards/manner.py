@@ -1,4 +1,4 @@
-"""What ready rules look for in the manner of an English text: informal language, flattery, refusals. Knows no model.
+"""What ready rules look for in the manner of an English text: slang, flattery, refusals. Knows no model.
 
 Lists of phrases, not judgements: what is said in other words is not found.
 """
@@ -47,6 +47,16 @@ _REFUSAL = regex.compile(
     | \b(?:it|that|this)(?:['’]s|\s+is)\s+(?:illegal|unethical|not\s+ethical|against\s+the\s+law)\b""",
     _FLAGS,
 )
+_MISSING = regex.compile(
+    r"""\b(?:not|never|no|nothing|neither|\w+n['’]t)\b[^.!?\n]{0,60}?\b(?:in|by|from)\s+the\s+(?:given\s+|provided\s+)?
+        (?:documents?|context|text|passages?|information)\b
+    | \b(?:documents?|context|text|passages?|information)\s+(?:provided\s+|given\s+)?(?:do(?:es)?\s+not|do(?:es)?n['’]t)
+        \s+(?:\w+ly\s+)?(?:say|mention|contain|provide|specify|state|hold|include|give|tell|have|explain|answer)\b
+    | \b(?:is|are|was|were)(?:\s+not|n['’]t)\s+(?:\w+ly\s+)?(?:mentioned|provided|specified|stated|given|included)\b
+    | \bI\s+(?:do\s+not|don['’]t)\s+know\b | \bno\s+(?:information|mention|answer)\b
+    | \b(?:can\s*not|can['’]t|could\s+not|couldn['’]t)\s+(?:be\s+)?(?:find|found|determined?|answer|answered)\b""",
+    _FLAGS,
+)
 
 
 def find_informal(text: str) -> Spans:
@@ -65,3 +75,8 @@ def find_refusals(text: str) -> Spans:
     Source: phrases in the manner of Zou et al. 2023 (arXiv 2307.15043), appendix B.
     """
     return [match.span() for match in _REFUSAL.finditer(text)]
+
+
+def find_missing_answers(text: str) -> Spans:
+    """Phrases that say that documents do not hold the answer, or that it is not known."""
+    return [match.span() for match in _MISSING.finditer(text)]

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from mara_integrations.errors import ConfigError, MissingExtraError, RewardError
 from mara_integrations.rewards.finders import FINDERS
+from mara_integrations.rewards.grounding import is_admitted, share_answered
 from mara_integrations.rewards.ifeval import follows, share_followed
 from mara_integrations.rewards.language import checked_language, language_probability
 from mara_integrations.rewards.patterns import compiled, is_found
@@ -142,6 +143,60 @@ class IFEval(_Named):
         return [share_followed(text, names or (), given) for text, names, given in rows]
 
 
+class Answered(_Named):
+    """Of questions whose documents hold the answer: the share of the answer's words that a reply has.
+
+    It needs columns of the data: `answerable`, and `answer`, or without that `context`: then it is the share of the
+    reply's own words that the documents have. A reply that says there is no answer scores 0. There is no opinion on
+    questions whose documents do not hold the answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("answered")
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        answerable: Sequence[Any] | None = None,
+        answer: Sequence[Any] | None = None,
+        context: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Return one score a completion; see `Reward`."""
+        texts, flags = [reply_text(completion) for completion in completions], _flags("answered", answerable)
+        references = zip(answer or [None] * len(texts), context or [None] * len(texts), strict=True)
+        return [
+            share_answered(text, answer=own, context=documents) if flag else None
+            for text, flag, (own, documents) in zip(texts, flags, references, strict=True)
+        ]
+
+
+class Admitted(_Named):
+    """Of questions whose documents do not hold the answer: 1 for a reply that says so, else 0.
+
+    It goes by `rule:missing-answer`, and needs the column `answerable`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("admitted")
+
+    def __call__(
+        self, completions: Sequence[Any], answerable: Sequence[Any] | None = None, **_: Any
+    ) -> list[float | None]:
+        """Return one score a completion; see `Reward`."""
+        texts, flags = [reply_text(completion) for completion in completions], _flags("admitted", answerable)
+        return [None if flag else float(is_admitted(text)) for text, flag in zip(texts, flags, strict=True)]
+
+
+def _flags(name: str, answerable: Sequence[Any] | None) -> list[bool]:
+    if answerable is None:
+        raise RewardError(
+            f"reward {name!r} needs the column answerable, which the data does not have",
+            hint="method grounding makes it, of questions with a column context",
+        )
+    return [bool(flag) for flag in answerable]
+
+
 class Json(_OfText):
     """1 for a reply that is one JSON value and nothing else, else 0."""
 
@@ -221,6 +276,8 @@ READY: dict[str, Callable[..., Reward]] = {
     "reading-level": ReadingLevel,
     "language": Language,
     "ifeval": IFEval,
+    "answered": Answered,
+    "admitted": Admitted,
     "json": Json,
     "sentiment": Sentiment,
     "toxicity": Toxicity,

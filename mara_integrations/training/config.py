@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from mara_integrations.data import Format
+from mara_integrations.data.documents import CONTEXT, QUERY
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.options import (
     Quantization,
@@ -21,7 +22,7 @@ from mara_integrations.models.options import (
 from mara_integrations.sampling import HeadForm, Params
 from mara_integrations.training.recipes import recipe_names, with_recipe
 
-MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle"]
+MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle", "grounding"]
 Contrast = Literal["neutral", "opposite", "both"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -51,7 +52,8 @@ class TrainConfig(Params):
         MethodName,
         Field(
             description="Training method. auto takes principle with --principle, rule with --forbid, rloo with "
-            "--reward, reward-model from 300 preference pairs on, else value."
+            "--reward, grounding where prompts have a column context, reward-model from 300 preference pairs on, else "
+            "value."
         ),
     ] = "auto"
     reward: Annotated[
@@ -60,8 +62,9 @@ class TrainConfig(Params):
             description="Function that scores replies which the model generates to the prompts: module:function with "
             "TRL's signature, hf:MODEL for a reward model, llm:PROVIDER:MODEL for a chat model that judges by a rubric "
             "(llm:openai:gpt-5-mini?rubric=rubric.md), or a built-in: length, regex, forbidden-words, json, "
-            "sentiment, toxicity, language, reading-level, ifeval, or a rule such as no-pii. Arguments follow as in "
-            "length?words=60, a weight as in sentiment=0.5. May be repeated; the weighted sum counts."
+            "sentiment, toxicity, language, reading-level, ifeval, answered, admitted, or a rule such as no-pii. "
+            "Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be repeated; the weighted sum "
+            "counts."
         ),
     ] = ()
     forbid: Annotated[
@@ -69,7 +72,7 @@ class TrainConfig(Params):
         Field(
             description="What must not appear in replies: a word or phrase (refund, or refund* with all its endings), "
             "re:PATTERN, or a ready rule: rule:pii, email, phone, card, iban, url, markdown, emoji, long?words=60, "
-            "hard-words?syllables=4, informal, flattery or refusal. May be repeated."
+            "hard-words?syllables=4, informal, flattery, refusal or missing-answer. May be repeated."
         ),
     ] = ()
     require: Annotated[
@@ -123,6 +126,13 @@ class TrainConfig(Params):
             "Langfuse, label is the name of the feedback. May be repeated."
         ),
     ] = ()
+    context_template: Annotated[
+        str | None,
+        Field(
+            description="For grounding: the prompt of your application, with {context_str} where the documents stand "
+            "and {query_str} for the question. Default: LlamaIndex's own."
+        ),
+    ] = None
     skip_bad_rows: Annotated[bool, Field(description="Leave out rows that can't be read, and report them.")] = False
     prompts: Annotated[
         Path | None,
@@ -369,6 +379,13 @@ class TrainConfig(Params):
             raise ValueError("a sentence is needed, such as 'Be warm and brief.'")
         return value
 
+    @field_validator("context_template")
+    @classmethod
+    def _has_places(cls, value: str | None) -> str | None:
+        if value is not None and not (value.count(CONTEXT) == 1 and QUERY in value):
+            raise ValueError(f"it needs {CONTEXT} once, and {QUERY}")
+        return value
+
     @field_validator("system_prompt")
     @classmethod
     def _no_controls(cls, value: str | None) -> str | None:
@@ -420,7 +437,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "data", "output", "overwrite", "recipe", "method", "reward", "forbid", "require", "principle",
         "principle_file", "against", "system_prompt", "seed",
     ),
-    "Data": ("format", "column", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
+    "Data": ("format", "column", "context_template", "skip_bad_rows", "prompts", "held_out", "eval_prompts"),
     "Rewards": ("normalise_rewards", "reward_timeout_s", "max_judge_calls", "partial_text", "judge"),
     "Replies": ("max_reply_tokens", "max_replies", "replies_each", "top_k", "top_p", "min_candidates"),
     "Head and fit": (

@@ -19,6 +19,7 @@ from mara_integrations.data import (
     read_prompts,
     split,
 )
+from mara_integrations.data.documents import GROUNDED, has_documents, with_documents
 from mara_integrations.data.principles import VARIED_PROMPTS, Principle, make_principle
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
@@ -167,6 +168,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         "reward": reward is not None,
         "pairs": data.kind == "pairs",
         "labels": data.kind == "labelled",
+        "documents": has_documents(data),
     }
     sources: list[Source] = [source for source, is_given in given.items() if is_given]
     if principle is not None:
@@ -186,6 +188,18 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     train, held_out = split(data, config.held_out, config.seed)
     if source == "labels":
         _check_labels(data, train, held_out)
+    other_prompts = _read_other_prompts(config, inputs, method)
+    warnings = _warnings(data, *(other_prompts or (train, held_out)))
+    if source == "documents":
+        _check_documents_alone(rule, reward)
+        train, held_out = (with_documents(side, config.context_template) for side in (train, held_out))
+        principle = make_principle([GROUNDED])
+    elif config.context_template is not None:
+        raise ConfigError(
+            f"context_template={config.context_template!r} is not allowed: method {method.name!r} takes prompts as "
+            "they are",
+            hint="leave it out, or train by --method grounding on prompts with a column context",
+        )
     return Plan(
         method=method,
         source=source,
@@ -197,8 +211,8 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         rule=rule,
         reward=reward,
         judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
-        other_prompts=(other_prompts := _read_other_prompts(config, inputs, method)),
-        warnings=_warnings(data, *(other_prompts or (train, held_out))),
+        other_prompts=other_prompts,
+        warnings=warnings,
     )
 
 
@@ -260,6 +274,8 @@ def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None,
         case "principle":
             num_prompts = len({row.prompt for row in data.rows})
             return f"a sentence says how replies to {num_prompts} prompts should be, and the model reads them under it"
+        case "documents":
+            return f"{len(data.rows)} questions have documents, and are asked with those of others, too"
         case "rule":
             assert rule is not None
             return f"what is forbidden ({rule.described}) can be found token by token"
@@ -290,6 +306,16 @@ def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> tuple[str, ..
             "figures on them are better than they would be on new prompts"
         )
     return tuple(found)
+
+
+def _check_documents_alone(*others: Reward | None) -> None:
+    """Refuse a rule or a reward beside documents."""
+    for other in others:
+        if other is not None:
+            raise ConfigError(
+                f"method 'grounding' learns from the documents, not from {reward_name(other)}",
+                hint="give --judge in place of --reward, and no rule",
+            )
 
 
 def _check_labels(data: Dataset, train: Dataset, held_out: Dataset) -> None:

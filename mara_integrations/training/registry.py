@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from mara_integrations.training.collect.workload import Workload
     from mara_integrations.training.context import MethodResult, Run
 
-Source = Literal["pairs", "labels", "reward", "rule", "principle"]
+Source = Literal["pairs", "labels", "reward", "rule", "principle", "documents"]
 SOURCES: dict[Source, str] = {
     "pairs": "preference pairs",
     "labels": "labelled replies",
     "reward": "a reward (--reward module:function)",
     "rule": "a rule (--forbid WHAT)",
     "principle": "a sentence (--principle TEXT)",
+    "documents": "questions with documents (a column context)",
 }
 
 
@@ -162,6 +163,14 @@ METHODS: dict[str, Method] = {
             form="q",
             max_replies=320,
         ),
+        Method(
+            name="grounding",
+            loop=f"{_HERE}.grounding:train",
+            q_loop=f"{_HERE}.grounding:train",
+            learns_from=("documents",),
+            form="q",
+            max_replies=320,
+        ),
     )
 }
 
@@ -173,6 +182,7 @@ AUTO: dict[Source, str] = {
     "reward": "rloo",
     "pairs": "value",
     "labels": "value",
+    "documents": "grounding",
 }
 # From so many pairs on, a reward model of them trains better heads than they do; see cookbook/training_methods.md.
 MANY_PAIRS = 300

@@ -127,9 +127,9 @@ def test_no_recipe_is_trained_on_its_test_prompts():
     import recipes
 
     from mara_integrations.data.principles import VARIED_PROMPTS
-    from mara_integrations.training.recipes import read_recipe, recipe_names
+    from mara_integrations.training.recipes import read_recipe
 
-    for name in recipe_names():
+    for name in recipes.RECIPES:
         file = Path(read_recipe(name).settings.get("data", VARIED_PROMPTS))
         trained = {json.loads(line)["prompt"].casefold() for line in file.read_text().splitlines()}
         tested = {row["prompt"].casefold() for row in recipes.test_prompts(name)}

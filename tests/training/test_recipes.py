@@ -11,7 +11,7 @@ from mara_integrations.errors import ConfigError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.rewards import parse_reward, reward_name
 from mara_integrations.training.config import TrainConfig, read_settings
-from mara_integrations.training.plan import make_plan
+from mara_integrations.training.plan import Inputs, make_plan
 from mara_integrations.training.recipes import read_recipe, recipe_names
 from mara_integrations.training.run import train
 
@@ -19,10 +19,10 @@ SMALL = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 2
 
 
 def test_there_is_one_for_each_common_wish() -> None:
-    assert recipe_names() == ["concise", "formal", "no-flattery", "no-pii", "refuse-harm", "warm"]
+    assert recipe_names() == ["concise", "formal", "from-context", "no-flattery", "no-pii", "refuse-harm", "warm"]
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "from-context"])
 def test_each_is_a_run_judged_by_what_training_does_not_see(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(name)
     plan = make_plan(TrainConfig.of(output=tmp_path / "head", recipe=name))
@@ -32,6 +32,16 @@ def test_each_is_a_run_judged_by_what_training_does_not_see(name: str, tmp_path:
     learned = [reward for reward in (plan.rule, plan.reward) if reward is not None]
     assert not {reward_name(judge) for judge in plan.judges.values()} & {reward_name(reward) for reward in learned}
     assert recipe.description.endswith(".") and recipe.judged and len(recipe.system_prompt) > 30
+
+
+def test_that_for_documents_needs_them_and_has_the_sentence_of_its_method(tmp_path: Path) -> None:
+    config = TrainConfig.of(output=tmp_path / "head", recipe="from-context")
+    with pytest.raises(ConfigError, match="there is no data"):
+        make_plan(config)
+    rows = [{"prompt": f"{i}?", "context": f"The word of {i} is {i % 7}."} for i in range(40)]
+    plan = make_plan(config, Inputs(data=rows))
+    assert plan.method.name == "grounding" and plan.principle is not None
+    assert plan.principle.text == read_recipe("from-context").system_prompt
 
 
 def test_what_it_shows_is_a_file_of_the_same_settings(tmp_path: Path) -> None:

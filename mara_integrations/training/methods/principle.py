@@ -8,9 +8,11 @@ read one by one, and what they change is added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,11 +74,26 @@ class Side:
         return cls(name, prompts, replies, Positions.of(replies))
 
 
+ContrastValues: TypeAlias = Callable[[Run, Side], Tensor]  # what q is fitted to, centred under the base model, (P, K)
+
+
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
+    return train_on_contrast(run, head, _contrast_values, CONTRASTS[run.config.principle_contrast])
+
+
+def train_on_contrast(run: Run, head: MARAHead, values: ContrastValues, contrast: str) -> MethodResult:
+    """Fit q to values of the candidates of base replies, and compare the head with the sentence of the plan.
+
+    Args:
+        run: The run.
+        head: The head, fitted in place.
+        values: Returns the values.
+        contrast: What the replies are read under beside their own prompts, for the metrics.
+    """
     assert isinstance(head, QHead)
     train_side, held_out = _base_sides(run)
-    _fit(run, head, train_side, held_out)
+    _fit(run, head, values, train_side, held_out)
     set_scale(head, scale_within_budget(run, head, held_out.positions))
     seed = run.config.seed + _HELD_OUT_SEED
     gated = Positions.of(generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head))
@@ -86,11 +103,16 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
     report_scale(run, head.config.scale, kl)
     baseline = beside_the_prompt(run, head, held_out.prompts[: run.config.eval_prompts])
-    return MethodResult(kl_per_token=kl, metrics={"contrast": CONTRASTS[run.config.principle_contrast], **baseline})
+    return MethodResult(kl_per_token=kl, metrics={"contrast": contrast, **baseline})
 
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
+    return work_on_contrast(run, lambda base: [base] * (len(_sentences(run)) + len(_others(run))))
+
+
+def work_on_contrast(run: Run, rereadings: Callable[[Generation], list[Generation]]) -> Workload:
+    """Return what `train_on_contrast` will do; `rereadings` returns which of some base replies are read again."""
     seed, each = run.config.seed, replies_per_prompt(run)
     prompts = limited_prompts(run, run.plan.train, each)
     held_out = limited_prompts(run, run.plan.held_out)
@@ -109,9 +131,7 @@ def work(run: Run) -> Workload:
     return Workload(
         [planned for planned in generations if len(planned)],
         # under the sentence and its contrasts; those of the table with and without the sentence
-        rereadings=[
-            planned for planned in (*base * (len(_sentences(run)) + len(_others(run))), *of_table * 2) if len(planned)
-        ],
+        rereadings=[planned for planned in (*itertools.chain(*map(rereadings, base)), *of_table * 2) if len(planned)],
         fitted=len(prompts) * each + len(held_out),
     )
 
@@ -147,13 +167,13 @@ def _others(run: Run) -> dict[str, str]:
     return {CONTRASTS[name]: sentence for name, sentence in others.items() if chosen in (name, "both")}
 
 
-def _fit(run: Run, head: QHead, train_side: Side, held_out: Side) -> None:
-    """Fit q to what the sentence changes, in standard deviations."""
-    values = [_contrast_values(run, side) for side in (train_side, held_out)]
-    spread = float(values[0][train_side.positions.live].std()) or 1.0
+def _fit(run: Run, head: QHead, values: ContrastValues, train_side: Side, held_out: Side) -> None:
+    """Fit q to the values, in standard deviations."""
+    found = [values(run, side) for side in (train_side, held_out)]
+    spread = float(found[0][train_side.positions.live].std()) or 1.0
     train_targets, held_out_targets = (
         Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
-        for side, value in zip((train_side, held_out), values, strict=True)
+        for side, value in zip((train_side, held_out), found, strict=True)
     )
     regress(run, "fit", head, train_targets, held_out_targets)
 
@@ -178,9 +198,21 @@ def _contrast_values(run: Run, side: Side) -> Tensor:
 
 
 def _read_under(run: Run, side: Side, name: str, sentence: str) -> Rereading:
-    """Return what the model makes of a side's replies under a sentence; each part is stored."""
+    """Return what the model makes of a side's replies under a sentence."""
+    return read_as(run, side, name, [under(sentence, prompt) for prompt in side.prompts])
+
+
+def read_as(run: Run, side: Side, name: str, prompts: Sequence[Conversation]) -> Rereading:
+    """Return what the model makes of a side's replies after other prompts; each part is stored.
+
+    Args:
+        run: The run.
+        side: The replies.
+        name: Name of the reading in stages.
+        prompts: The other prompts, by `Reply.prompt_index`.
+    """
     encode, window = run.model.encoder.encode, run.model.context_window
-    contexts = [encode(under(sentence, prompt))[-(window - run.config.max_reply_tokens) :] for prompt in side.prompts]
+    contexts = [encode(prompt)[-(window - run.config.max_reply_tokens) :] for prompt in prompts]
     parts, stage = [], f"{side.name} under {name}"
     with run.stage(stage, len(side.replies)) as advance:
         for start in range(0, len(side.replies), _REPLIES_PER_FILE):

@@ -42,6 +42,10 @@ class ModelError(MaraError, ValueError):
     """A base model can't be found, loaded, or driven by this engine."""
 
 
+class UnsupportedModelError(ModelError):
+    """An engine can't run a kind of model that another engine may run."""
+
+
 class HeadError(MaraError, ValueError):
     """A head can't be found, read, or does not fit the base model."""
 

@@ -6,20 +6,22 @@ Knows no framework.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from typing_extensions import Self, Unpack
 
 from mara_integrations.engine.answers import answer_report, log_prob_report
 from mara_integrations.engine.build_request import build_request, check_not_empty, prepared
+from mara_integrations.engine.choose_engine import EngineChoice
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.oracle.drift import Drift, drift
 from mara_integrations.engine.oracle.models import reference_model
 from mara_integrations.engine.oracle.verify import Verification, verify
+from mara_integrations.engine.replying import Replying
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
     DecodingSettings,
@@ -29,8 +31,7 @@ from mara_integrations.engine.settings import (
     overlay,
     resolve_settings,
 )
-from mara_integrations.engine.streams import AsyncStream, Stream
-from mara_integrations.engine.tickets import LoopTicket, ThreadTicket, Ticket, Update
+from mara_integrations.engine.tickets import Ticket
 from mara_integrations.engine.vllm_requests import check_vllm_limits, check_vllm_settings
 from mara_integrations.engine.workers import EngineStatus, ModelLease, backend_of, worker_for
 from mara_integrations.errors import ConfigError
@@ -45,10 +46,8 @@ from mara_integrations.models.resolve import alias_of
 
 __all__ = ["MARAEngine", "backend_of", "worker_for"]
 
-_Ticket = TypeVar("_Ticket", bound=Ticket)
 
-
-class MARAEngine:
+class MARAEngine(Replying):
     """Gated generation on a local model.
 
     ```python
@@ -73,8 +72,9 @@ class MARAEngine:
         model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`,
             `n_gpu_layers` and `n_threads`; for vLLM its engine arguments, as `max_model_len`.
         quantization: `int8` is for the CPU: a quarter of the memory for linear layers, and faster.
-        engine: Name of the engine that runs the model. `auto` is `transformers`. `llama.cpp` runs `.gguf` files in
-            their own quantisation. `vllm` runs vLLM in this process, and takes heads of the `q` form only.
+        engine: Name of the engine that runs the model. `llama.cpp` runs `.gguf` files in their own quantisation. `vllm`
+            runs vLLM in this process, and takes heads of the `q` form only. `auto` is llama.cpp for a `.gguf` file
+            that is named by its path, see `choose_engine`, else `transformers`; `runs_on` tells which.
         limits: How much memory and work the engine takes on: how many replies are decoded together, and the bytes of
             keys and values, of kept prompts and of heads. Engines on one model share its limits.
         system_prompt: Text put before every conversation that brings no system message. None is the one that the head
@@ -190,6 +190,11 @@ class MARAEngine:
         return self._leased().spec
 
     @property
+    def runs_on(self) -> EngineChoice:
+        """The engine that runs the model, as `auto` was resolved, and why; loads no model."""
+        return self._leased().runs_on
+
+    @property
     def model(self) -> LoadedModel:
         """The base model, loaded on first access."""
         lease = self._leased()
@@ -230,71 +235,7 @@ class MARAEngine:
         """The default head, on the model's device."""
         return self._place(self.head_source)
 
-    # --- replies ---
-
-    def generate(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Generation:
-        """Generate one reply.
-
-        Args:
-            prompt: A user's message as a string (with `raw=True`, text to continue), a list of messages, a
-                `Conversation`, or token ids; or what `request` made of one.
-            **settings: Settings of this call; see `RequestSettings` and `resolve_settings`.
-
-        Raises:
-            ConfigError: If a setting is unknown or out of bounds, or the prompt is empty or does not fit the model.
-            ModelError: See `load`.
-            HeadError: See `load`.
-            EngineClosedError: If the engine is closed, or is closed before the reply is finished.
-        """
-        return _last(self._submit(prompt, settings, ThreadTicket()))
-
-    def stream(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Stream[Update]:
-        """Generate one reply token by token; see `generate`. The last update carries the whole `Generation`.
-
-        Closed or dropped, the stream stops the generation at its next token.
-        """
-        ticket = self._submit(prompt, settings, ThreadTicket())
-        return Stream(iter(ticket), ticket.cancel)
-
-    def generate_batch(self, prompts: Sequence[Prompt], **settings: Unpack[RequestSettings]) -> list[Generation]:
-        """Generate a reply to each prompt, decoded together; the same replies as one by one.
-
-        Nothing is decoded when a prompt is refused, and nothing is left running when a reply fails; see `generate`.
-        """
-        prepared = [self._prepared(prompt, settings) for prompt in prompts]
-        tickets: list[ThreadTicket] = []
-        try:
-            for submit in prepared:
-                submit(ticket := ThreadTicket())
-                tickets.append(ticket)
-            return [_last(ticket) for ticket in tickets]
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-
-    async def agenerate(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> Generation:
-        """`generate` without blocking the event loop; cancelling the task stops the generation."""
-        async for update in self.astream(prompt, **settings):
-            if update.generation is not None:
-                return update.generation
-        raise AssertionError("a stream ends with its generation")
-
-    def astream(self, prompt: Prompt | Request, **settings: Unpack[RequestSettings]) -> AsyncStream[Update]:
-        """`stream` without blocking the event loop."""
-        ticket = LoopTicket()
-        return AsyncStream(self._updates(prompt, settings, ticket), ticket.cancel)
-
-    async def _updates(
-        self, prompt: Prompt | Request, settings: RequestSettings, ticket: LoopTicket
-    ) -> AsyncGenerator[Update, None]:
-        import asyncio
-
-        ticket.bind()
-        try:  # submitting may load a model, compile a grammar, or wait for room
-            async for update in await asyncio.to_thread(self._submit, prompt, settings, ticket):
-                yield update
-        finally:
-            ticket.cancel()
+    # --- reports and checks ---
 
     def report(
         self, generation: Generation, *, has_trace: bool = True, top_logprobs: int | None = None
@@ -378,10 +319,6 @@ class MARAEngine:
         resolved = self.resolve(**told)
         return build_request(self.model, prompt, resolved, top_logprobs)
 
-    def _submit(self, prompt: Prompt | Request, settings: RequestSettings, ticket: _Ticket) -> _Ticket:
-        self._prepared(prompt, settings)(ticket)
-        return ticket
-
     def _prepared(self, prompt: Prompt | Request, settings: RequestSettings) -> Callable[[Ticket], object]:
         """Check all of a request, and return what submits it."""
         if isinstance(prompt, Request) and settings:
@@ -427,10 +364,3 @@ class MARAEngine:
 
 def _rebuild(model: Any, arguments: dict[str, Any]) -> MARAEngine:
     return MARAEngine(model, **arguments)
-
-
-def _last(ticket: ThreadTicket) -> Generation:
-    for update in ticket:
-        if update.generation is not None:
-            return update.generation
-    raise AssertionError("a stream ends with its generation")

@@ -14,7 +14,14 @@ import torch
 from typer.testing import CliRunner
 
 from mara_integrations import MARALLM, ChatMARA
-from mara_integrations.errors import ConfigError, ContextLengthError, MissingExtraError, ModelError
+from mara_integrations.engine.choose_engine import log_choice
+from mara_integrations.errors import (
+    ConfigError,
+    ContextLengthError,
+    MissingExtraError,
+    ModelError,
+    UnsupportedModelError,
+)
 from mara_integrations.fingerprints import same_model
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
@@ -313,3 +320,86 @@ def test_what_llama_cpp_says_is_heard_by_who_asks(path, caplog):
     with caplog.at_level(logging.WARNING):
         MARAEngine(path, engine="llama.cpp", model_kwargs={"n_ctx": 300, "n_threads": 1}).load()
     assert not [record for record in caplog.records if "llama" in record.name]
+
+
+# --- what `auto` takes
+
+
+def test_auto_takes_it_for_a_file_in_both_frameworks(path, caplog):
+    settings = {"head": HEADS["q"], "max_tokens": 8}
+    log_choice.cache_clear()  # it is said once in a process
+    with caplog.at_level(logging.INFO, "mara_integrations"):
+        llm, chat = MARALLM(path, **settings), ChatMARA(path, **settings)
+        assert not llm.engine.is_loaded and llm.engine.runs_on.name == "llama.cpp"
+        text = llm.complete("hi").text
+
+    assert llm.invoke("hi").content == chat.invoke("hi").content == text
+    assert text == make(path, "llama.cpp", max_new_tokens=8).generate("hi", head=HEADS["q"]).text
+    assert llm.engine.model is chat.engine.model and llm.engine.model.engine == "llama.cpp"
+    said = [record.getMessage() for record in caplog.records if "runs on" in record.getMessage()]
+    assert said == [f"{path} runs on llama.cpp: it runs the .gguf file in its own quantisation"]
+
+
+def test_auto_is_transformers_where_it_is_asked_for_or_something_needs_it(path):
+    pinned = [{"engine": "transformers"}, {"dtype": "float32"}, {"limits": {"max_live": 200}}]
+    engines = [MARALLM(path, **settings).engine for settings in pinned]
+    assert (
+        {engine.runs_on.name for engine in engines} == {engine.model.engine for engine in engines} == {"transformers"}
+    )
+    assert engines[0].generate("hi", max_new_tokens=4).text == engines[1].generate("hi", max_new_tokens=4).text
+
+
+def test_auto_leaves_kinds_of_models_that_it_can_not_run_to_transformers(path, monkeypatch):
+    from mara_integrations.models.llama_cpp.library import library
+
+    monkeypatch.setattr(library(), "llama_model_is_recurrent", lambda handle: True)
+    engine = MARAEngine(path, device="cpu", max_new_tokens=4)  # loaded by nobody else
+
+    assert engine.outline.context_window == 2048
+    assert engine.model.engine == engine.runs_on.name == "transformers" and "recurrent" in engine.runs_on.reason
+    assert engine.generate("hi").token_ids == make(path, "transformers").generate("hi", max_new_tokens=4).token_ids
+    for settings in ({"engine": "llama.cpp"}, {"model_kwargs": {"n_ctx": 99}}):
+        with pytest.raises(UnsupportedModelError, match=r"recurrent.*engine='transformers'"):
+            MARAEngine(path, device="cpu", **settings).load()
+
+
+def test_cached_answers_of_one_engine_are_not_those_of_the_other(path):
+    keys = {
+        ChatMARA(path, **how)._get_llm_string() for how in ({}, {"engine": "llama.cpp"}, {"engine": "transformers"})
+    }
+    assert len(keys) == 2
+
+
+def test_the_command_line_takes_it_for_a_file(path):
+    from mara_integrations.cli import app
+
+    asked = ["generate", "hi", "--model", path, "--max-new-tokens", "6", "--no-stream"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == MARAEngine(path, engine="llama.cpp", max_new_tokens=6).generate("hi").text.strip()
+
+
+# --- how much it reads
+
+
+def test_the_window_is_the_models_where_memory_holds_it(path):
+    engine = MARAEngine(path, max_new_tokens=4)
+    assert engine.outline.context_window == 2048
+    assert len(engine.generate("long " * 300).token_ids) == 4  # with the template, some 1,500 tokens
+
+
+def test_the_window_is_what_memory_holds_where_that_is_less(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "wide.gguf", oracle(max_position_embeddings=8192))
+    cell = load_model(ModelSpec(file, engine="llama.cpp")).model.cell_bytes
+    free = file.stat().st_size + 2 * 3000 * cell  # a half of what the file leaves is for keys and values
+    monkeypatch.setattr("mara_integrations.models.memory.free_ram_bytes", lambda: free)
+
+    with caplog.at_level(logging.INFO, "mara_integrations"):
+        engine = MARAEngine(file, device="cpu", max_new_tokens=4)
+        assert engine.model.context_window == 3000
+    assert "room for 3,000 tokens of the 8,192" in caplog.text
+    assert len(engine.generate("long " * 500).token_ids) == 4
+    with pytest.raises(ContextLengthError, match=r"3000 tokens.*n_ctx"):
+        engine.generate("long " * 700)
+    assert MARAEngine(file, model_kwargs={"n_ctx": 5000}).model.context_window == 5000

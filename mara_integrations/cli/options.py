@@ -137,7 +137,7 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         help="What runs the model; llama.cpp takes .gguf files in their own quantisation, and vllm runs vLLM in this "
-        "process. auto is transformers.",
+        "process. auto is llama.cpp for a .gguf file where it is installed, else transformers.",
         rich_help_panel=BASE_MODEL,
     ),
 ]

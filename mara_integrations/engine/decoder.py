@@ -10,7 +10,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mara_integrations.engine.backends.memory import free_bytes, in_mib
 from mara_integrations.engine.backends.prefix_cache import PrefixCache, block_hashes
 from mara_integrations.engine.backends.protocol import Backend, RowSize
 from mara_integrations.engine.batch import BatchEntry, ends_alone, run_isolated
@@ -25,9 +24,8 @@ from mara_integrations.engine.sequence import NO_ROW, Position, Sequence
 from mara_integrations.engine.speculation.cost import CostCurve, measure
 from mara_integrations.engine.speculation.drafts import NgramSpeculation, Speculation, num_draftable, verify
 from mara_integrations.errors import ConfigError, HeadError, in_one_line
+from mara_integrations.models.memory import default_kv_bytes, in_mib
 
-# Shares of the free memory that keys and values take at most: a device is the model's, main memory is everybody's.
-_SHARE_OF_DEVICE, _SHARE_OF_RAM = 0.75, 0.5
 # Tokens that the prefix cache has room for where no limit is set, and its size where a token's is not known yet.
 _PREFIX_TOKENS, _LEAST_PREFIX_BYTES = 8192, 64 << 20
 # After this many forwards in a row that failed for every sequence, the engine counts as failing.
@@ -368,11 +366,6 @@ class Decoder:
             self.abort()
             raise
         return [finished[id(request)] for request in requests]
-
-
-def default_kv_bytes(device: torch.device) -> int:
-    """Return the memory that keys and values may take where no limit is set, in bytes."""
-    return int(free_bytes(device) * (_SHARE_OF_RAM if device.type == "cpu" else _SHARE_OF_DEVICE))
 
 
 def _prefix_cache_bytes(limits: EngineLimits, backend: Backend, kv_bytes: int) -> int:

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -15,17 +16,19 @@ import torch
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
+from mara_integrations.engine.choose_engine import EngineChoice, choose_engine, is_gguf_file, log_choice
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.tickets import Ticket
 from mara_integrations.engine.worker import AnyDecoder, Worker
-from mara_integrations.errors import ConfigError, EngineClosedError
+from mara_integrations.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from mara_integrations.heads.source import heads
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
 
 _log = logging.getLogger(__name__)
 _Ticket = TypeVar("_Ticket", bound=Ticket)
+_Read = TypeVar("_Read")
 
 
 @dataclass(eq=False, slots=True)
@@ -143,6 +146,7 @@ class ModelLease:
         self.limits = limits
         self.is_closed = False
         self._lock = threading.Lock()
+        self._choice: EngineChoice | None = None
         self._model: LoadedModel | None = None
         self._outline: LoadedModel | Outline | None = None
         self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
@@ -151,6 +155,13 @@ class ModelLease:
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
         return self._model is not None
+
+    @property
+    def runs_on(self) -> EngineChoice:
+        """The engine that runs the model, and why; loads nothing."""
+        if self._choice is None:
+            self._choice = choose_engine(self.spec, self.limits)
+        return self._choice
 
     @property
     def status(self) -> EngineStatus:
@@ -175,7 +186,7 @@ class ModelLease:
             self._check_open()
             if self._model is None:
                 start = time.perf_counter()
-                model = load_model(self.spec)
+                model = self._read(load_model)
                 shared = _shared_by_users_of(model)
                 with shared.lock:
                     shared.leases.add(self)
@@ -210,8 +221,28 @@ class ModelLease:
         if self._model is not None:
             return self._model
         if self._outline is None:
-            self._outline = read_outline(self.spec)
+            self._outline = self._read(read_outline)
         return self._outline
+
+    def _read(self, read: Callable[[ModelSpec], _Read]) -> _Read:
+        """Read the model for the engine that was chosen.
+
+        What `auto` has given to llama.cpp, and is of a kind that llama.cpp can't run, is read for transformers.
+        """
+        spec, choice = self.spec, self.runs_on
+        if spec.engine != "auto" or not is_gguf_file(spec.model):
+            return read(spec)
+        log_choice(str(spec.model), choice)
+        if choice.name == "transformers":
+            return read(spec)
+        try:
+            return read(replace(spec, engine="llama.cpp"))
+        except UnsupportedModelError as error:
+            if spec.model_kwargs:  # settings of llama.cpp
+                raise
+            self._choice = EngineChoice("transformers", error.message)
+            log_choice(str(spec.model), self._choice)
+            return read(spec)
 
     def submit(self, request: Request, ticket: _Ticket) -> _Ticket:
         """Queue a request; its updates go to the ticket. See `Worker.submit`.

@@ -91,7 +91,8 @@ class EngineSettings(BaseModel):
     """Format of the weights of linear layers; `int8` is for the CPU: a quarter of the memory, and faster."""
     engine_name: EngineName | Literal["server"] = "auto"
     """What runs the model, given as `engine=`: `transformers`, `llama.cpp` for `.gguf` files in their own quantisation,
-    `vllm` for vLLM in this process, or `server`. `auto` is transformers, with a `base_url` the server."""
+    `vllm` for vLLM in this process, or `server`. `auto` is the server with a `base_url`, llama.cpp for a `.gguf` file
+    that is named by its path where llama.cpp is installed, else transformers; `engine.runs_on` tells which."""
     limits: EngineLimits | None = None
     """How much memory and work the engine takes on, as `EngineLimits` or a mapping of its fields."""
 
@@ -288,6 +289,7 @@ class EngineSettings(BaseModel):
     def _fingerprint(self, call: Mapping[str, Any]) -> str:
         """Return a text that differs for two calls which can answer one prompt differently."""
         values = {**self._described(), "model": self.model_name, **self.engine.given(**self._call_settings(call))}
+        values["engine_name"] = self.engine.runs_on.name  # `auto` depends on what is installed
         if self.model is not None and not isinstance(
             self.model, str | os.PathLike
         ):  # objects of one name may have different weights

@@ -88,6 +88,17 @@ def outline_of(gguf: Path) -> GgufOutline:
     return GgufOutline(folder, output, inputs, found["file_format"], found["fingerprint"])
 
 
+def float32_bytes(gguf: Path) -> int:
+    """Return the size of the float32 copy that transformers runs, in bytes; only the names of tensors are read.
+
+    Raises:
+        MissingExtraError: If the packages for `.gguf` files are not installed.
+        ModelError: If the file can't be read.
+    """
+    converted_copies.require_packages(gguf)
+    return 4 * sum(int(tensor.n_elements) for tensor in _reader(gguf).tensors)
+
+
 def outline_folder(gguf: Path) -> Path:
     """Return the folder of a file's outline, whether it exists or not."""
     copy = converted_copies.copy_of(gguf)

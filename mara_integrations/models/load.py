@@ -53,8 +53,8 @@ class ModelSpec:
         model_kwargs: Arguments of `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, fields of
             `LlamaCppOptions`; for vLLM, fields of its `EngineArgs`.
         quantization: `int8` is for the CPU: linear layers hold int8 weights.
-        engine: Name of the engine that runs the model. `auto` is `transformers`. `llama.cpp` runs `.gguf` files in
-            their own quantisation. `vllm` runs vLLM in this process.
+        engine: Name of the engine that runs the model. `llama.cpp` runs `.gguf` files in their own quantisation. `vllm`
+            runs vLLM in this process. `auto` is `transformers` here: engines resolve it before, see `choose_engine`.
     """
 
     model: Any

@@ -13,7 +13,7 @@ import yaml
 from mara_integrations.errors import ConfigError
 
 Quantization: TypeAlias = Literal["int8"]
-# What runs the base model; `auto` is transformers, which runs every model that we can load.
+# What runs the base model; `auto` is llama.cpp for some `.gguf` files, see `engine.choose_engine`, else transformers.
 EngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp", "vllm"]
 # Those that show hidden states, which training keeps.
 TrainingEngineName: TypeAlias = Literal["auto", "transformers", "llama.cpp"]

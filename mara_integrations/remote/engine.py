@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from typing_extensions import Self, Unpack, override
 
+from mara_integrations.engine.choose_engine import EngineChoice
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import DecodingSettings, RequestSettings, check_settings, resolve_settings
@@ -114,6 +115,11 @@ class ServerEngine(MARAEngine):
     def spec(self) -> ModelSpec:
         """The model as it was named; without a name, the server's address stands for it."""
         return ModelSpec(self.model_source or self.address.base_url)
+
+    @property
+    def runs_on(self) -> EngineChoice:
+        """The server."""
+        return EngineChoice("server", f"the model runs in {self.address.base_url}")
 
     @property
     def outline(self) -> Outline:

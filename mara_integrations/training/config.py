@@ -336,7 +336,8 @@ class TrainConfig(Params):
         TrainingEngineName,
         Field(
             description="What runs the model while the head is trained: llama.cpp takes .gguf files in their own "
-            "quantisation, and trains heads of the form q. auto is transformers."
+            "quantisation, and trains heads of the form q. auto is transformers, or llama.cpp for a .gguf file whose "
+            "float32 copy memory can't hold."
         ),
     ] = "auto"
     ray: Annotated[

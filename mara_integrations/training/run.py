@@ -29,6 +29,7 @@ from mara_integrations.training.collect.prompts import conversation
 from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
+from mara_integrations.training.engine import with_engine
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.methods.reward_model import fit_judge
@@ -108,8 +109,11 @@ def train(
     judges = [each for each, _ in weighted_rewards(judge)]
     if sentences := notations(principle):  # a setting like any other: recorded, and part of what decides the head
         config = config.updated(principle=(*config.principle, *sentences))
+    reporter = reporter or Reporter()
+    if model is None:
+        config = with_engine(config, reporter)
     plan = make_plan(config, Inputs(data, prompts, weighted_rewards(reward), judges))  # refuses what can't work
-    return train_plan(config, plan, model=model, reporter=reporter or Reporter())
+    return train_plan(config, plan, model=model, reporter=reporter)
 
 
 def train_plan(config: TrainConfig, plan: Plan, *, reporter: Reporter, model: Any = None) -> TrainResult:

@@ -8,17 +8,17 @@ from decoding import mixed_requests, prompt, reference, references
 
 from mara_integrations.engine.backends.cuda_graphs import GraphedBackend
 from mara_integrations.engine.backends.fused import FusedBackend
-from mara_integrations.engine.backends.memory import free_bytes, in_mib
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.backends.prefix_cache import PrefixCache
 from mara_integrations.engine.backends.serial import SerialBackend
-from mara_integrations.engine.decoder import Decoder, default_kv_bytes
+from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.tickets import ThreadTicket
 from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError
+from mara_integrations.models.memory import default_kv_bytes, free_bytes, in_mib
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
 

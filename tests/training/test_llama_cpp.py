@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ import torch
 from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.errors import ConfigError
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.models.gguf_outline import float32_bytes
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine, backend_of
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.engine import with_engine
 from mara_integrations.training.registry import METHODS
 from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
@@ -96,6 +100,20 @@ def test_what_it_can_not_train_is_refused_before_any_work(config, tmp_path, how,
     with pytest.raises(ConfigError, match=said):
         train(config(**how))
     assert not (tmp_path / "head").exists()
+
+
+def test_auto_takes_it_where_memory_can_not_hold_a_float32_copy(config, monkeypatch):
+    how = {"reward": VOWELS, "engine": "auto", "model_kwargs": {}}
+    assert with_engine(config(**how), Reporter()).engine == "auto"  # transformers
+
+    copied = float32_bytes(Path(config(**how).model))
+    assert copied == 4 * sum(parameter.numel() for parameter in oracle().parameters())
+    monkeypatch.setattr("mara_integrations.training.engine.total_ram_bytes", lambda: copied)
+    pinned = ({"engine": "transformers"}, {"dtype": "float32"}, {"model": "smollm2"})
+    chosen = [with_engine(config(**how).updated(**settings), Reporter()).engine for settings in pinned]
+    assert chosen == ["transformers", "auto", "auto"]
+    head = train(config(**how)).head
+    assert head.config.form == "q" and head.config.training["engine"] == "llama.cpp"
 
 
 def test_logits_of_kept_states_are_those_of_the_engine(path):

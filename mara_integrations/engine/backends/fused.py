@@ -22,9 +22,9 @@ from typing_extensions import override
 from mara_integrations.engine.backends import attention
 from mara_integrations.engine.backends.attention import AttentionSettings, PackedContext
 from mara_integrations.engine.backends.forward import weights_version
-from mara_integrations.engine.backends.memory import free_ram_bytes
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.models.int8 import Int8Linear, is_int8, weight_bytes
+from mara_integrations.models.memory import free_ram_bytes
 
 # Room left after the copy, as a share of the memory that is free: caches and activations come on top.
 _MAX_SHARE_OF_FREE_MEMORY = 0.5

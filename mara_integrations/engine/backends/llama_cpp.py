@@ -15,23 +15,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mara_integrations.engine.backends.memory import in_mib
 from mara_integrations.engine.backends.prefix_cache import Prefix
 from mara_integrations.engine.backends.protocol import Backend, Reserve, RowSize, Segment
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.models.llama_cpp.library import Batch
 from mara_integrations.models.llama_cpp.model import LlamaCppModel
+from mara_integrations.models.llama_cpp.options import MAX_LIVE, MAX_SEQUENCES, NUM_PREFIXES
+from mara_integrations.models.memory import in_mib
 
-# Sequences that llama.cpp is compiled for, and those of them that hold kept prefixes; one more is taken while one of
-# these gives way to another.
-_MAX_SEQUENCES, _NUM_PREFIXES = 256, 24
 # Siblings that a row holds at most. A forward of llama.cpp costs by the token on a CPU, so few are fed together.
 _MAX_SIBLINGS = 8
 # Tokens of one call; each holds scratch memory of the size of the logits.
 _BATCH_TOKENS = 256
-# Kept prefixes may hold this share of the cells that rows have.
-_PREFIX_SHARE = 4
+# Kept prefixes may hold this share of the cells that rows have, up to some tokens.
+_PREFIX_SHARE, _PREFIX_TOKENS = 4, 8192
 _NO_ROOM = 1  # returned by `llama_decode` when its cells are full
 
 
@@ -83,18 +81,17 @@ class LlamaCppBackend(Backend):
 
     def __init__(self, model: LlamaCppModel, limits: EngineLimits | None = None) -> None:
         limits = limits or EngineLimits()
-        most_rows = _MAX_SEQUENCES - _NUM_PREFIXES - 1
-        if limits.max_live * 2 > most_rows:
+        if limits.max_live > MAX_LIVE:
             raise ConfigError(
-                f"max_live={limits.max_live} is not allowed: llama.cpp decodes at most {most_rows // 2} at a time",
+                f"max_live={limits.max_live} is not allowed: llama.cpp decodes at most {MAX_LIVE} at a time",
                 hint="replies above that number wait for their turn",
             )
         self._model, self._library = model, model.library
-        self._max_siblings = min(_MAX_SIBLINGS, most_rows // limits.max_live - 1)
-        num_sequences = limits.max_live * (1 + self._max_siblings) + _NUM_PREFIXES + 1
+        self._max_siblings = min(_MAX_SIBLINGS, (MAX_SEQUENCES - NUM_PREFIXES - 1) // limits.max_live - 1)
+        num_sequences = limits.max_live * (1 + self._max_siblings) + NUM_PREFIXES + 1
         num_cells, num_kept = _cells(model, limits)
         num_cells += self._max_siblings  # of the longest reply that the context window allows
-        self._reserve = Reserve(num_cells * model.cell_bytes, num_kept * model.cell_bytes, _NUM_PREFIXES)
+        self._reserve = Reserve(num_cells * model.cell_bytes, num_kept * model.cell_bytes, NUM_PREFIXES)
         self._context = self._new_context(num_cells + num_kept, num_sequences)
         self._memory = self._library.llama_get_memory(self._context)
         self._batch = _BatchArrays(_BATCH_TOKENS)
@@ -359,10 +356,12 @@ class _BatchArrays:
 
 def _cells(model: LlamaCppModel, limits: EngineLimits) -> tuple[int, int]:
     """Return the tokens that there is room for, of rows and of kept prefixes."""
-    num_cells = model.options.n_ctx or 0
+    num_cells = model.options.n_ctx or model.window
     if limits.kv_bytes is not None:
         num_cells = min(num_cells, limits.kv_bytes // model.cell_bytes)
-    num_kept = num_cells // _PREFIX_SHARE
+    elif model.options.n_ctx is None:
+        num_cells = min(num_cells, model.affordable_tokens())  # less than when it was loaded, where others took memory
+    num_kept = min(num_cells // _PREFIX_SHARE, _PREFIX_TOKENS)
     if limits.prefix_cache_bytes is not None:
         num_kept = min(limits.prefix_cache_bytes // model.cell_bytes, num_cells)
     return num_cells, num_kept

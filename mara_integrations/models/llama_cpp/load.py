@@ -16,12 +16,10 @@ from mara_integrations.models.llama_cpp.library import library
 from mara_integrations.models.llama_cpp.model import LlamaCppModel
 from mara_integrations.models.llama_cpp.options import LlamaCppOptions
 from mara_integrations.models.load import LoadedModel, ModelSpec
+from mara_integrations.models.memory import in_mib
 from mara_integrations.models.resolve import first_line
 
 _log = logging.getLogger(__name__)
-
-# Default of `n_ctx`: a model's own window may take more memory than the model.
-_MOST_TOKENS = 8192
 
 
 def load_gguf(name: str, path: Path, spec: ModelSpec) -> LoadedModel:
@@ -30,7 +28,8 @@ def load_gguf(name: str, path: Path, spec: ModelSpec) -> LoadedModel:
     Raises:
         ConfigError: If its settings name a GPU and the library has none.
         MissingExtraError: If llama.cpp or the packages for `.gguf` files are not installed.
-        ModelError: If the file can't be read, or holds a model that can't be gated here.
+        ModelError: If the file can't be read.
+        UnsupportedModelError: If it holds a model of a kind that can't be gated here.
     """
     options = LlamaCppOptions.read(spec.model_kwargs)
     uses_gpu = _uses_gpu(spec, options)
@@ -41,8 +40,15 @@ def load_gguf(name: str, path: Path, spec: ModelSpec) -> LoadedModel:
     window = context_window_of(config.get_text_config(), tokenizer)
     if options.n_ctx is not None and options.n_ctx > window:
         raise ConfigError(f"n_ctx={options.n_ctx} is not allowed: {name!r} has a context window of {window} tokens")
-    room = options.n_ctx or min(window, _MOST_TOKENS)
-    model = LlamaCppModel(path, options.updated(n_ctx=room), outline.output, outline.input, uses_gpu=uses_gpu)
+    model = LlamaCppModel(path, options, outline.output, outline.input, uses_gpu=uses_gpu)
+    room = model.window = options.n_ctx or min(window, model.affordable_tokens())
+    _log.info(
+        "%s: room for %s tokens of the %s that the model reads, %s for keys and values; n_ctx sets another",
+        name,
+        f"{room:,}",
+        f"{window:,}",
+        in_mib(room * model.cell_bytes),
+    )
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

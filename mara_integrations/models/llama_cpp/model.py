@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mara_integrations.errors import ModelError
+from mara_integrations.errors import ModelError, UnsupportedModelError
+from mara_integrations.models.devices import choose_device
 from mara_integrations.models.gguf_outline import TensorPlace
 from mara_integrations.models.llama_cpp.library import Library, library
 from mara_integrations.models.llama_cpp.options import LlamaCppOptions
+from mara_integrations.models.memory import default_kv_bytes
 
+# Tokens that there is room for by default where no memory is free, and where a GPU that torch does not see holds them.
+_LEAST_TOKENS, _UNSEEN_GPU_TOKENS = 2048, 8192
 _NUM_LAST_LINES = 2
 _NUM_PIECES, _PIECE_BYTES = 256, 1024  # of a file that are sampled
 _BLOCK_ROWS = 8192  # of the output embeddings, dequantised or multiplied at once
@@ -34,6 +38,7 @@ class LlamaCppModel:
         hidden_size: Width of the hidden state after the final norm.
         vocab_size: Width of the logits.
         cell_bytes: Memory of one token's keys and values, in bytes; an estimate for unusual attention.
+        window: Most tokens of all sequences together where `n_ctx` is not given, and of one.
     """
 
     def __init__(
@@ -56,7 +61,8 @@ class LlamaCppModel:
 
         Raises:
             MissingExtraError: If llama.cpp is not installed.
-            ModelError: If llama.cpp can't read the file, or the model is not one whose sequences can be cut.
+            ModelError: If llama.cpp can't read the file.
+            UnsupportedModelError: If the model is of a kind that can't be gated on llama.cpp.
         """
         self.library: Library = library()
         self.options = options
@@ -67,12 +73,15 @@ class LlamaCppModel:
         params = self.library.llama_model_default_params()
         num_layers = options.n_gpu_layers
         params.n_gpu_layers = (-1 if uses_gpu else 0) if num_layers is None else num_layers
+        self._is_on_gpu = params.n_gpu_layers != 0
         self.library.last_words.clear()
         handle = self.library.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
-            raise ModelError(
-                f"llama.cpp can't load {path.name!r}{self._reason()}",
-                hint="is the file complete? A newer llama.cpp may support more kinds of models",
+            reason = self._reason()
+            error = UnsupportedModelError if _UNKNOWN_KIND in reason else ModelError
+            raise error(
+                f"llama.cpp can't load {path.name!r}{reason}",
+                hint=f"is the file complete? A newer llama.cpp may support more kinds of models; {_OTHER_ENGINE}",
             )
         self.handle: int = handle
         weakref.finalize(self, self.library.llama_model_free, handle).atexit = False  # then a thread may still use it
@@ -80,16 +89,17 @@ class LlamaCppModel:
         self.hidden_size = int(asked.llama_model_n_embd(handle))
         self.vocab_size = int(asked.llama_vocab_n_tokens(asked.llama_model_get_vocab(handle)))
         self.cell_bytes = self._cell_bytes()
+        self.window = options.n_ctx or int(asked.llama_model_n_ctx_train(handle))
         kinds = {"recurrent": asked.llama_model_is_recurrent, "hybrid": asked.llama_model_is_hybrid}
         for kind, is_one in kinds.items():
             if is_one(handle):
-                raise ModelError(
+                raise UnsupportedModelError(
                     f"{path.name!r} is a {kind} model: llama.cpp can't take tokens back in it", hint=_OTHER_ENGINE
                 )
         if asked.llama_model_has_encoder(handle):
             raise ModelError(f"{path.name!r} has an encoder", hint="only causal language models can be gated")
         if (self.hidden_size, self.vocab_size) != (output.width, output.num_rows):
-            raise ModelError(
+            raise UnsupportedModelError(
                 f"the output embeddings of {path.name!r} are {output.num_rows} x {output.width}; its logits and states "
                 f"have {self.vocab_size} and {self.hidden_size} numbers",
                 hint=_OTHER_ENGINE,
@@ -125,6 +135,14 @@ class LlamaCppModel:
         logits = torch.cat([states.float() @ block.float().T for block in self._half.split(_BLOCK_ROWS)], -1)
         cap = self._number("final_logit_softcapping")
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def affordable_tokens(self) -> int:
+        """Return how many tokens' keys and values the free memory holds: in the share that is theirs by default."""
+        device = choose_device("auto") if self._is_on_gpu else torch.device("cpu")
+        if self._is_on_gpu and device.type == "cpu":
+            return _UNSEEN_GPU_TOKENS
+        mapped = 0 if device.type == "cuda" else self.num_bytes  # counts as free, but each forward reads it
+        return max(_LEAST_TOKENS, default_kv_bytes(device, mapped) // self.cell_bytes)
 
     def sample(self) -> bytes:
         """Return a sample of the file that tells it from others: its size, and pieces from all over it."""
@@ -169,6 +187,7 @@ class LlamaCppModel:
 
 
 _OTHER_ENGINE = "engine='transformers' may run it"
+_UNKNOWN_KIND = "unknown model architecture"  # llama.cpp's own words
 
 
 class _Table:

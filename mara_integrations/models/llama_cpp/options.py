@@ -13,6 +13,12 @@ from mara_integrations.sampling import Params
 
 KVType: TypeAlias = Literal["f32", "f16", "q8_0"]
 
+# Sequences that llama.cpp is compiled for, and those of them that hold kept prefixes; one more is taken while one of
+# these gives way to another.
+MAX_SEQUENCES, NUM_PREFIXES = 256, 24
+# Replies decoded together at most: each needs a sequence of its own and one for a candidate.
+MAX_LIVE = (MAX_SEQUENCES - NUM_PREFIXES - 1) // 2
+
 
 class LlamaCppOptions(Params):
     """Settings of a model on llama.cpp, under the names of llama-cpp-python and LangChain's `ChatLlamaCpp`.
@@ -21,7 +27,8 @@ class LlamaCppOptions(Params):
         n_gpu_layers: Layers that are put on a GPU; -1 is all of them. None is all where the library has a GPU and the
             device is not the CPU.
         n_ctx: Most tokens, prompts and replies, of all sequences that are decoded together; also the most of one. None
-            is the model's own context window, but 8192 at most. Their keys and values are held from the start.
+            is the model's own context window, or as much of it as a share of the free memory holds. Keys and values
+            take their memory from the start.
         n_threads: Threads of a forward; None is as many as torch takes.
         flash_attn: Whether attention is flash attention; None is where llama.cpp has it. With it, a log-probability
             differs in the third decimal by what else is decoded. Without it and with "f32" keys and values, a reply in

@@ -1,4 +1,4 @@
-"""Measure the free memory of a device."""
+"""Measure the memory of a device, and what of it keys and values may take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import torch
 
 # What is assumed where a system does not say what is free.
 _UNKNOWN_BYTES = 4 << 30
+# Shares of the free memory that keys and values take at most: a device is the model's, main memory is everybody's.
+_SHARE_OF_DEVICE, _SHARE_OF_RAM = 0.75, 0.5
+
+
+def default_kv_bytes(device: torch.device, spoken_for: int = 0) -> int:
+    """Return the memory that keys and values may take where no limit is set, in bytes.
+
+    Args:
+        device: Where they are.
+        spoken_for: Memory that counts as free and is going to be used otherwise, in bytes.
+    """
+    free = max(0, free_bytes(device) - spoken_for)
+    return int(free * (_SHARE_OF_RAM if device.type == "cpu" else _SHARE_OF_DEVICE))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -38,11 +51,21 @@ def free_ram_bytes() -> int | None:
     return min(free, max(0, limit - used))
 
 
-def _half_of_ram() -> int | None:
+def total_ram_bytes() -> int | None:
+    """Return the main memory of this machine, or of its container, in bytes; None where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         return None
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no limit
+        return total
+
+
+def _half_of_ram() -> int | None:
+    total = total_ram_bytes()
+    return None if total is None else total // 2
 
 
 def in_mib(num_bytes: int) -> str:

@@ -26,7 +26,7 @@ from mara_integrations.fingerprints import same_model
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.runtime import MARAEngine, worker_for
+from mara_integrations.runtime import MARAEngine, backend_of, worker_for
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
 if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
@@ -386,14 +386,16 @@ def test_the_window_is_the_models_where_memory_holds_it(path):
     engine = MARAEngine(path, max_new_tokens=4)
     assert engine.outline.context_window == 2048
     assert len(engine.generate("long " * 300).token_ids) == 4  # with the template, some 1,500 tokens
+    assert engine.verify("long " * 300).holds
 
 
 def test_the_window_is_what_memory_holds_where_that_is_less(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
     file = write_gguf(tmp_path / "wide.gguf", oracle(max_position_embeddings=8192))
     cell = load_model(ModelSpec(file, engine="llama.cpp")).model.cell_bytes
-    free = file.stat().st_size + 2 * 3000 * cell  # a half of what the file leaves is for keys and values
-    monkeypatch.setattr("mara_integrations.models.memory.free_ram_bytes", lambda: free)
+    room = [3000]  # a half of what the file leaves is for keys and values
+    free = "mara_integrations.models.memory.free_ram_bytes"
+    monkeypatch.setattr(free, lambda: file.stat().st_size + 2 * room[0] * cell)
 
     with caplog.at_level(logging.INFO, "mara_integrations"):
         engine = MARAEngine(file, device="cpu", max_new_tokens=4)
@@ -403,3 +405,6 @@ def test_the_window_is_what_memory_holds_where_that_is_less(tmp_path, monkeypatc
     with pytest.raises(ContextLengthError, match=r"3000 tokens.*n_ctx"):
         engine.generate("long " * 700)
     assert MARAEngine(file, model_kwargs={"n_ctx": 5000}).model.context_window == 5000
+
+    room[0] = 2500  # when a second context is made
+    assert 2500 <= backend_of(engine.model).reserve.row_bytes // cell < 2600

@@ -18,7 +18,6 @@ from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.tickets import ThreadTicket
 from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError
-from mara_integrations.models.memory import default_kv_bytes, free_bytes, in_mib
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import ScriptedBackend, random_head, tiny_model
 
@@ -112,12 +111,6 @@ def test_keys_and_values_stay_within_their_bytes_and_tokens_are_the_references(k
 
     assert [s.token_ids for s in done] == references(model, requests)
     assert max(held) <= MIB and 1 < max(live) < 9
-
-
-def test_the_default_is_a_share_of_the_memory_that_is_free():
-    device = torch.device("cpu")
-    assert 0.3 * free_bytes(device) < default_kv_bytes(device) < 0.7 * free_bytes(device)
-    assert in_mib(3 * MIB) == "3 MiB" and in_mib(5) == "5 bytes"
 
 
 class Counting(PrefixCache):

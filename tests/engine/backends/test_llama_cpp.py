@@ -9,10 +9,16 @@ import torch
 from mara_integrations.engine.backends.protocol import Segment
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
+from mara_integrations.engine.never import NeverConstraint
+from mara_integrations.engine.refusals import refusals_of
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.scheduler import Scheduler
+from mara_integrations.engine.token_texts import TokenTexts
 from mara_integrations.errors import ConfigError, ModelError
+from mara_integrations.replies.text import TextStream
+from mara_integrations.rewards.rules import TextRule
 from mara_integrations.sampling import SamplingParams
+from mara_integrations.testing import random_head, tiny_tokenizer
 
 if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
     pytest.skip("llama.cpp is not installed", allow_module_level=True)
@@ -163,6 +169,28 @@ def test_every_kind_of_request_has_the_tokens_of_the_reference(loaded, model):
     done = Decoder(LlamaCppBackend(loaded, FEW), Scheduler(max_live=4), limits=FEW).run(requests)
     assert_references(loaded, model, requests, done)
     assert sum(sequence.stats.rejected for sequence in done) > 20  # the heads had something to say
+
+
+@pytest.mark.parametrize("head", [None, "q", "paper"])
+def test_patterns_are_kept_out_of_replies(loaded, model, head):
+    rule, tokenizer = r"re:[ -~]{2}", tiny_tokenizer()  # two characters of ASCII
+    refusals = refusals_of(TokenTexts.of(tokenizer, 257, (), {0}), [rule], (), {0})
+
+    def requests(never):
+        for seed in range(6):
+            yield Request(
+                prompt(3 + seed, seed),
+                SamplingParams(max_new_tokens=24, temperature=2.0, top_k=257, top_p=1.0, seed=seed),
+                head=random_head(model.config.hidden_size, head) if head else None,
+                eos_token_ids=frozenset({0}),
+                text=TextStream(tokenizer),
+                constraint=NeverConstraint(refusals, 24) if never else None,
+            )
+
+    decoder = Decoder(LlamaCppBackend(loaded, FEW), Scheduler(max_live=4), limits=FEW)
+    free, held = ([one.result().text for one in decoder.run(list(requests(never)))] for never in (False, True))
+
+    assert any(map(TextRule(rule).violations, free)) and not any(map(TextRule(rule).violations, held))
 
 
 def test_candidates_that_were_dropped_are_fed_again(loaded, model):

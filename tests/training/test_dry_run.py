@@ -38,6 +38,7 @@ RUNS = {
     "sac": {"reward": VOWELS, "method": "sac", "max_replies": 192},
     "rule": {"forbid": PUNCTUATION},
     "principle": {"principle": ("Be warm.",)},
+    "grounding": {"method": "grounding"},
     "rule, residual": {"forbid": PUNCTUATION, "form": "residual"},
 }
 
@@ -47,7 +48,8 @@ def config(folder_model, prompts_file, tmp_path):
     def config(**how):
         if not {"reward", "forbid", "principle"} & set(how):
             pair = {"chosen": "so it was", "rejected": "then and"}
-            rows = [{"prompt": f"{i}?", **pair} for i in range(100)]
+            is_grounding = how.get("method") == "grounding"
+            rows = [{"prompt": f"{i}?", **({"context": f"{i % 7} so"} if is_grounding else pair)} for i in range(100)]
             prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
         return TrainConfig.of(model=folder_model, data=prompts_file, output=tmp_path / "h", **{**small, **how})

@@ -42,6 +42,7 @@ RUNS = {
     "kto": {"method": "kto", **PAIRS},
     "rule": {"forbid": tuple(string.punctuation)},
     "principle": {"principle": ("Be warm.",)},
+    "grounding": {"method": "grounding", "documents": True, "eval_prompts": 2},
 }
 
 
@@ -56,9 +57,10 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def config(path, tmp_path, prompts_file):
-    def config(*, pairs=False, **how):
-        if pairs:
-            rows = [{"prompt": f"{i}?", "chosen": "so it was", "rejected": "then and"} for i in range(100)]
+    def config(*, pairs=False, documents=False, **how):
+        if pairs or documents:
+            pair = {"chosen": "so it was", "rejected": "then and"}
+            rows = [{"prompt": f"{i}?", **(pair if pairs else {"context": f"{i % 7} so"})} for i in range(100)]
             prompts_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
         on = {"engine": "llama.cpp", "model_kwargs": {"n_threads": 1, "n_ctx": 1024}}

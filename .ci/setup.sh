@@ -32,21 +32,20 @@ wants_cpu_torch() {
     [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] && ! nvidia-smi >/dev/null 2>&1
 }
 
-# With uv it takes a third of the time. It does not read pip's settings: where they name an index, pip is used.
-quick_install() {
-    if "$VENV/bin/python" -m pip config list | grep -Eq "(^|\.)(index-url|no-index)="; then return 1; fi
+uv_install() {
     pip_install uv && UV_LINK_MODE=copy UV_HTTP_TIMEOUT=60 UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" \
         "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "$@"
 }
 
-install() { quick_install "$@" || pip_install "$@"; }
+# uv is faster. It does not read pip's settings: where they name an index, pip is used.
+names_index() { "$VENV/bin/python" -m pip config list | grep -Eq "(^|\.)(index-url|no-index)="; }
+install() { { ! names_index && uv_install "$@"; } || pip_install "$@"; }
 
 install_torch() {
     if wants_cpu_torch; then
-        # 1. a CPU wheel that pip has been told of   2. uv, which knows where CPU wheels are   3. the usual wheel
-        quick_install "torch==$TORCH+cpu" && return
-        quick_install --torch-backend cpu "torch==$TORCH" && return
-        pip_install "torch==$TORCH+cpu" && return
+        # 1. a CPU wheel that pip or uv has been told of   2. uv, which knows where CPU wheels are   3. the usual wheel
+        install "torch==$TORCH+cpu" && return
+        uv_install --torch-backend cpu "torch==$TORCH" && return
     fi
     install "torch==$TORCH"
 }

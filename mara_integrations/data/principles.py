@@ -42,7 +42,7 @@ class Principle:
 
     @property
     def parts(self) -> tuple[tuple[str, float], ...]:
-        """What is read as a system prompt of its own, with its weight: the weighted sentences, or the whole text."""
+        """The system prompts of the principle, each with its weight: the weighted sentences, else the whole text."""
         return self.weighted or ((self.text, 1.0),)
 
     @property

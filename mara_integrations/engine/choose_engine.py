@@ -26,7 +26,7 @@ _DEVICES = ("auto", "cpu", "cuda", "mps")
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """What runs a model.
+    """The engine that runs a model, and the reason.
 
     Attributes:
         name: `transformers`, `llama.cpp`, `vllm` or `server`.
@@ -39,12 +39,12 @@ class EngineChoice:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What this machine has for a `.gguf` file.
+    """The facts about a machine that decide on the engine of a `.gguf` file.
 
     Attributes:
         gpu: Name of the GPU device that torch sees, `cuda` or `mps`; None without one.
         no_llama_cpp: Why llama.cpp can't run here, as a clause; None where it can.
-        has_gpu_offload: Whether llama.cpp can put layers on a GPU.
+        has_gpu_offload: Whether the installed llama.cpp supports a GPU.
     """
 
     gpu: str | None = None
@@ -53,7 +53,7 @@ class Machine:
 
     @classmethod
     def this(cls) -> Self:
-        """Return what this machine has; loads llama.cpp's library where it is installed."""
+        """Return the facts about this machine; loads llama.cpp's library where it is installed."""
         device = choose_device("auto").type
         gpu = None if device == "cpu" else device
         try:
@@ -76,7 +76,7 @@ def choose_engine(
     Args:
         spec: The model, and how it is loaded.
         limits: Limits of the engine.
-        machine: Returns what the machine has; called only where that decides.
+        machine: Returns the facts about the machine; called only where they decide.
     """
     if isinstance(spec.model, LoadedModel):
         return EngineChoice(spec.model.engine, "the model is loaded already")
@@ -129,5 +129,5 @@ def _lacks(spec: ModelSpec, machine: Machine) -> str | None:
 
 @cache
 def log_choice(model: str, choice: EngineChoice) -> None:
-    """Log what runs a model, once in a process."""
+    """Log the engine of a model, once in a process."""
     _log.info("%s runs on %s: %s", model, choice.name, choice.reason)

@@ -1,4 +1,4 @@
-"""What a reply must not have, words and patterns: a token that would complete one is not taken.
+"""Keep words and patterns out of a reply: the gate takes no token that would complete one.
 
 Exact over the borders of tokens, and no more than that: what begins like a forbidden word stays possible, and a reply
 without one is the reply that the model would have written anyway. A token is judged when it is about to be taken; if it

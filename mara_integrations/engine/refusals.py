@@ -31,7 +31,7 @@ from mara_integrations.rewards.words import ForbiddenWords, is_in_word
 _UNREADABLE = "\ufffd"  # stands for bytes that are not a character
 _MAX_IDS = 2_000_000  # in the masks that are kept for each set of words, and for each pattern
 _MAX_QUIET = 32  # states in which no match has begun, whose outcomes are kept
-_MAX_WORK = 2_000_000  # states of a pattern's network that are passed for one mask
+_MAX_WORK = 100_000  # states of networks that are passed for one mask, of all patterns of a request; about .1 s
 _FREE, _PENDING, _REFUSED = 0, 1, 2  # a pending token leaves a match as the end of the text
 
 
@@ -53,6 +53,11 @@ class Refusals(ABC):
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ids: LRUCache[tuple[Any, bytes, bool], Tensor] = LRUCache(_MAX_IDS, getsizeof=lambda ids: 1 + len(ids))
         self._lock = threading.Lock()
+
+    @property
+    def work(self) -> int:
+        """What was done so far of the work that depends on patterns: states of their networks that were passed."""
+        return 0
 
     @abstractmethod
     def read(self, state: Any, text: str) -> Any:
@@ -184,6 +189,13 @@ class PatternRefusals(Refusals):
         self._open = np.array(tokens.open, dtype=np.int64)
         self._by_first = Counter(group[0] for group in self._groups if group)  # in the order of the groups
         self._quiet: LRUCache[PatternState, NDArray[np.uint8]] = LRUCache(_MAX_QUIET)
+        for rest in {*tokens.unfinished} - {b""}:  # here, and not while replies are decoded
+            self._automaton.symbols_that_begin(rest)
+
+    @property
+    @override
+    def work(self) -> int:
+        return self._automaton.work
 
     @override
     def read(self, state: PatternState, text: str) -> PatternState | None:
@@ -245,10 +257,14 @@ class PatternRefusals(Refusals):
             last = states[-1]
             outcomes[number] = _REFUSED if last is None else _PENDING if self._automaton.ends(last) else _FREE
             if self._automaton.work - before > _MAX_WORK:
-                raise ConfigError(
-                    f"never={self._notation!r} takes too long at this place of a reply: it may match in too many ways",
-                    hint="bound its repetitions more tightly, or leave them unbounded",
-                )
+                raise _takes_too_long(f"never={self._notation!r} takes")
+
+
+def _takes_too_long(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} too long at this place of a reply: there are too many ways to match",
+        hint="bound repetitions more tightly, or leave them unbounded",
+    )
 
 
 def _num_shared(one: str, other: str) -> int:
@@ -270,6 +286,11 @@ class JointRefusals(Refusals):
         self._parts = tuple(parts)
         self.start = tuple(part.start for part in parts)
 
+    @property
+    @override
+    def work(self) -> int:
+        return sum(part.work for part in self._parts)
+
     @override
     def read(self, state: tuple[Any, ...], text: str) -> tuple[Any, ...] | None:
         after = []
@@ -289,8 +310,12 @@ class JointRefusals(Refusals):
 
     @override
     def token_ids(self, state: tuple[Any, ...], unfinished: bytes, *, is_last: bool) -> Tensor:
-        parts = zip(self._parts, state, strict=True)
-        return torch.cat([part.token_ids(one, unfinished, is_last=is_last) for part, one in parts])
+        before, found = self.work, list[Tensor]()
+        for part, one in zip(self._parts, state, strict=True):
+            found.append(part.token_ids(one, unfinished, is_last=is_last))
+            if self.work - before > _MAX_WORK:
+                raise _takes_too_long(f"never with {len(self._parts)} patterns takes")
+        return torch.cat(found)
 
     @override
     def _refused_after_text(self, state: tuple[Any, ...], is_last: bool) -> set[int]:

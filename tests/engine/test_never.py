@@ -364,10 +364,14 @@ def test_bad_patterns_are_refused_before_a_model_is_loaded(never: str, what: str
         MARAEngine("no/such-model", never=never)
 
 
-def test_a_pattern_whose_mask_would_take_too_long_is_refused_by_name() -> None:
+def many_tokens() -> tuple[random.Random, TokenTexts]:
     rng = random.Random(0)
     pieces = {"".join(rng.choices("abcdefghij", k=rng.randint(3, 8))).encode() for _ in range(6000)}
-    tokens = TokenTexts.of(tokenizer_of(sorted(pieces)), len(pieces) + 2, (), {EOS})
+    return rng, TokenTexts.of(tokenizer_of(sorted(pieces)), len(pieces) + 2, (), {EOS})
+
+
+def test_a_pattern_whose_mask_would_take_too_long_is_refused_by_name() -> None:
+    rng, tokens = many_tokens()
     hostile = "re:(?:[a-e].{70}|[acegi].{70}|[abfgj].{70})y|z[a]|z[b]|z[c]|z[d]"  # 8 ** 70 states, were they all made
     refusals = refusals_of(tokens, [hostile], (), {EOS})
 
@@ -376,6 +380,23 @@ def test_a_pattern_whose_mask_would_take_too_long_is_refused_by_name() -> None:
     assert not refusals.refuses(state, b"", 1, is_last=False)
     with pytest.raises(ConfigError, match="takes too long at this place"):
         refusals.token_ids(state, b"", is_last=False)
+
+
+def test_patterns_that_together_would_take_too_long_are_refused() -> None:
+    rng, tokens = many_tokens()
+    never = [f"re:(?:[a-e].{{4}}|[acegi].{{4}}){last}" for last in "klmnopqrstuvwxyz"]
+    text = "".join(rng.choices("abcdefghij", k=300))
+    for one in never[:2]:
+        alone = refusals_of(tokens, [one], ["stop"], {EOS})
+        alone.token_ids(alone.read(alone.start, text), b"", is_last=False)
+
+    refusals = refusals_of(tokens, never, (), {EOS})
+    state = refusals.read(refusals.start, text)
+    before = refusals.work
+
+    with pytest.raises(ConfigError, match="never with 16 patterns takes too long at this place"):
+        refusals.token_ids(state, b"", is_last=False)
+    assert refusals.work - before < 200_000
 
 
 def test_a_call_adds_to_the_words_and_lifts_none(engine: MARAEngine) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
+
 from mara_integrations.engine.patterns.tree import Characters
 
 _FIRST = 0x100  # the code of the first symbol
@@ -33,6 +35,17 @@ class Alphabet:
     def read(self, text: str) -> str:
         """Return the symbols of a text, one for each character."""
         return text.translate(self._table)
+
+    def symbols_of(self, text: str) -> frozenset[str]:
+        """Return the different symbols of a long text; not each of its characters is looked at."""
+        inside = np.zeros((len(self._sets), len(text)), dtype=bool)
+        for number, one in enumerate(self._sets):
+            for start, end in one.runs(text):
+                inside[number, start:end] = True
+        told_apart = [number for number in range(len(self._sets)) if self._single >> number & 1]
+        _, alike = np.unique(inside, axis=1, return_index=True)
+        places = {*alike.tolist(), *np.flatnonzero(inside[told_apart].any(axis=0)).tolist()}
+        return frozenset(self.read("".join(text[place] for place in places)))
 
     def sets_of(self, symbol: str) -> int:
         """Return the mask of the sets that a symbol's characters are in."""

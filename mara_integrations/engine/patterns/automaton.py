@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import regex
+from cachetools import LRUCache
 
 from mara_integrations.engine.patterns.alphabet import Alphabet
 from mara_integrations.engine.patterns.network import Network
@@ -108,7 +109,7 @@ class PatternAutomaton:
         self._known: dict[tuple[Core, str], Core | None] = {}
         self._ends: dict[Core, bool] = {}
         self._doomed: dict[Core, bool] = {}
-        self._hopeless: dict[tuple[PatternState, bytes], bool] = {}
+        self._begun_by: LRUCache[bytes, frozenset[str]] = LRUCache(_MANY)
         self._num_known = self.work = 0
         self.start = PatternState(Core(frozenset(), self._looks_at_edge(is_ahead=False)))
         self._looks_at_end = self._looks_at_edge(is_ahead=True)
@@ -158,21 +159,23 @@ class PatternAutomaton:
 
     def is_hopeless(self, state: PatternState, unfinished: bytes) -> bool:
         """Return whether every character that begins with these bytes completes a match."""
-        key = (state, unfinished)
-        if key not in self._hopeless:
+        return all(self.step(state, symbol) is None for symbol in self.symbols_that_begin(unfinished))
+
+    def symbols_that_begin(self, unfinished: bytes) -> frozenset[str]:
+        """Return the symbols of the characters that begin with these bytes; of very many, some are looked at."""
+        found = self._begun_by.get(unfinished)
+        if found is None:
             codes = possible_codes(unfinished)
             some = codes if len(codes) <= _MANY else codes[::_EVERY]
-            characters = (chr(code) for code in some if not 0xD800 <= code < 0xE000)
-            if len(self._hopeless) >= _MANY:
-                self._hopeless.clear()
-            self._hopeless[key] = all(self.read(state, character) is None for character in characters)
-        return self._hopeless[key]
+            found = self._alphabet.symbols_of("".join(chr(code) for code in some if not 0xD800 <= code < 0xE000))
+            self._begun_by[unfinished] = found
+        return found
 
     def _keep(self, key: tuple[Core, str], after: Core | None) -> None:
         self._num_known += 1 + len(key[0].begun)
         if self._num_known > _MAX_KNOWN:
             self._num_known = 0
-            for known in (self._known, self._ends, self._doomed, self._hopeless):
+            for known in (self._known, self._ends, self._doomed):
                 known.clear()
         self._known[key] = after
 

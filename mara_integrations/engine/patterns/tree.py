@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -26,6 +27,10 @@ class Characters:
         if self._literal is not None:
             return character == self._literal
         return _compiled(self.source, self.flags).match(character) is not None
+
+    def runs(self, text: str) -> Iterator[tuple[int, int]]:
+        """Return where characters of the set stand in a text, as starts and ends."""
+        return (found.span() for found in _compiled(f"(?:{self.source})+", self.flags).finditer(text))
 
     @cached_property
     def _literal(self) -> str | None:

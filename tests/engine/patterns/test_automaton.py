@@ -9,7 +9,9 @@ import regex
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mara_integrations.engine.patterns.alphabet import Alphabet
 from mara_integrations.engine.patterns.automaton import PatternAutomaton, check_patterns
+from mara_integrations.engine.patterns.tree import ANY, Characters
 from mara_integrations.errors import ConfigError
 from mara_integrations.rewards.finders import PATTERNS
 from mara_integrations.rewards.rules import TextRule, parse_rule
@@ -217,3 +219,11 @@ def test_a_hostile_pattern_is_read_in_bounded_time(pattern: str) -> None:
     automaton.read(automaton.start, "ab" * 500 + "a" * 500)
 
     assert time.process_time() - began < 5
+
+
+@given(st.lists(characters.filter(lambda one: one != "."), max_size=4), st.text(max_size=20), st.booleans())
+def test_symbols_of_a_text_are_those_of_its_characters(sources: list[str], text: str, is_single: bool) -> None:
+    sets = [ANY, *(Characters(source, regex.IGNORECASE) for source in sources)]
+    alphabet = Alphabet(sets, [1] if is_single and sources else [], LETTERS)
+    found = alphabet.symbols_of(text + LETTERS)
+    assert found == frozenset(alphabet.read(text + LETTERS))

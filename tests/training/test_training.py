@@ -24,7 +24,7 @@ from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.rewards import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
-from mara_integrations.training.config import MethodName, TrainConfig
+from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.learning.fit import FitSettings
 from mara_integrations.training.learning.objectives import RULE_DEPTH, rule_loss, value_loss
 from mara_integrations.training.methods.rule import offending_tokens, rule_table
@@ -34,6 +34,7 @@ from mara_integrations.training.registry import AUTO, MANY_PAIRS, METHODS
 from mara_integrations.training.rollouts.replies import GivenReply, Reply, read_replies, sample_replies, token_texts
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring.scale import PositionScores, scale_for_budget, score_positions
+from mara_integrations.training.settings.main import MethodName
 
 
 @pytest.fixture(scope="module")

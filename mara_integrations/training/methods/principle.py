@@ -24,7 +24,6 @@ from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
-from mara_integrations.training.config import Contrast
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Targets
 from mara_integrations.training.learning.q_objectives import centred
@@ -41,6 +40,7 @@ from mara_integrations.training.scoring.q_scale import (
     scale_within_budget,
 )
 from mara_integrations.training.scoring.scale import report_scale, set_scale
+from mara_integrations.training.settings.methods import Contrast
 
 CONTRASTS: dict[Contrast, str] = {
     "neutral": "a neutral sentence",

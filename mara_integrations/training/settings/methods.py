@@ -1,0 +1,70 @@
+"""Settings that only some methods have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mara_integrations.sampling import Params
+
+Contrast = Literal["neutral", "opposite", "both"]
+
+
+class MethodSettings(Params):
+    """Settings of one method or a few."""
+
+    contrast: Annotated[
+        Contrast | None,
+        Field(
+            description="What the model reads its replies under beside the principle; the difference is what the head "
+            "learns. The opposite helps where it is a mood, as gloomy of cheerful, and harms where it says what to do, "
+            "as helping with anything. Default: both with --against, else neutral."
+        ),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=100,
+            description="For rloo and reward-model: rounds of training on the gated model's own replies, after the "
+            "base model's. They end early when one does not help on held-out prompts. Default: 0 where the reward "
+            "scores partial text, else 2.",
+        ),
+    ] = None
+    correction_rounds: Annotated[
+        int, Field(ge=0, le=10, description="For rule: rounds of training on what the gated model still gets wrong.")
+    ] = 1
+    beta: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="For dpo and kto: strength of the pull towards the base model; smaller lets the head move "
+            "further.",
+        ),
+    ] = 0.3
+    competitors: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="For dpo and kto: better ranked candidates that are scored beside each token of a reply. 0 was "
+            "as good as 8, in half the time.",
+        ),
+    ] = 0
+    credit: Annotated[
+        Literal["terminal", "postback", "prefix"] | None,
+        Field(
+            description="For sac: which decisions get a reply's reward: the last one (terminal), all (postback), or "
+            "each the change of the reward at its token (prefix). Default: prefix where the reward scores partial "
+            "text, else terminal."
+        ),
+    ] = None
+    staleness: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="For sac: rounds of 64 replies that may be generated ahead with an older head, so that "
+            "several processes on Ray stay busy.",
+        ),
+    ] = 0

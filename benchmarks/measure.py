@@ -7,14 +7,17 @@ import json
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+Rows: TypeAlias = dict[str, dict[str, dict[str, Any]]]  # by row and column: median and range
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +79,7 @@ class Ratios:
         """One more measurement."""
         self._values[row][column].append(value)
 
-    def rows(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def rows(self) -> Rows:
         """Median and range of each."""
         return {
             row: {
@@ -92,19 +95,26 @@ class Ratios:
             low, high = cell["range"]
             print(f"{row:<28} {column:<48} {cell['median']:6.2f}  ({low:.2f} to {high:.2f})", flush=True)
 
-    def write(self, path: Path | None, model: str) -> None:
-        """Write all rows, if a path is given; other rows that a file has there stay."""
-        about = {
-            "model": model,
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "peak_bytes": peak_bytes(),
-        }
+    def write(self, path: Path | None, model: str = "", facts: Mapping[str, Any] | None = None) -> None:
+        """Write all rows, if a path is given; other rows that a file has there stay.
+
+        Args:
+            path: The file.
+            model: Name of the model.
+            facts: What the file says about the rows; None is the model, and this process' threads and peak memory.
+        """
+        own = {"model": model, "threads": torch.get_num_threads(), "peak_bytes": peak_bytes()}
+        about = {"machine": platform.processor() or platform.machine(), **(own if facts is None else facts)}
         if path is not None:
             before = json.loads(path.read_text())["rows"] if path.exists() else {}
             path.write_text(json.dumps({"about": about, "rows": {**before, **self.rows()}}, indent=1) + "\n")
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held, on Linux."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """Return the most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # of this program alone: on Linux `getrusage` counts what its parent held when it was started
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

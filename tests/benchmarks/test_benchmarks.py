@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mara_integrations.errors import DataError, MissingExtraError
+from mara_integrations.errors import ConfigError, DataError, MissingExtraError, ModelError
 from mara_integrations.models.int8 import _processor_problem
 from tests.reward_for_tests import vowels
 
@@ -187,20 +187,44 @@ def test_int8_is_compared_with_float32(folder_model, tmp_path):
     assert rows["memory of weights"]["int8 / float32"]["median"] < 0.9
 
 
-def test_engines_are_compared_on_one_file(tmp_path, monkeypatch):
+@pytest.mark.slow  # four processes import torch
+def test_engines_are_compared_row_by_row_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
         pytest.skip("llama.cpp is not installed")
     import engines
+    import plot
     from tiny_gguf import write_gguf
 
     monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    small = ["--tokens", "3", "--rounds", "1", "--threads", "1", "--requests", "1", "2"]
-    rows = engines.main([*small, "--model", str(write_gguf(tmp_path / "tiny.gguf"))])
+    file = tmp_path / "engines.json"
+    model = str(write_gguf(tmp_path / "tiny.gguf"))
+    small = ["--model", model, "--tokens", "3", "--rounds", "2", "--threads", "1", "--json", str(file)]
+    rows = engines.main([*small, "--engines", "llama.cpp", "--requests", "2"])
 
-    assert list(rows) == ["1 request", "2 requests", "hidden states"]
-    assert 0 < rows["hidden states"]["difference / size"]["median"] < 0.01
-    assert {"llama.cpp, Q-head / ungated", "llama.cpp / generate()"} < rows["2 requests"].keys()
+    (row,) = rows.values()
+    written = json.loads(file.read_text())
+    assert list(rows) == ["llama.cpp, 2 requests"] and written["rows"] == rows
+    assert row["peak memory in MB, Q-head"]["median"] > 50 and row["first token in s, generate()"]["median"] > 0
+    assert {"Q-head / ungated", "against generate(), ungated", "peak memory of Q-head / ungated"} < row.keys()
+    assert "llama" in written["about"]["engines"]["llama.cpp"] and written["about"]["head_bytes"] > 1000
+    assert plot.plot(file, tmp_path).exists()
+
+    written["rows"]["transformers, 2 requests"] = row
+    file.write_text(json.dumps(written))
+    monkeypatch.setattr(engines, "measure_row", None)  # of what the file holds, nothing is measured again
+    whole = engines.main([*small, "--engines", "llama.cpp", "transformers", "--requests", "2"])
+    assert list(whole) == [*written["rows"], "hidden states"] and whole.items() > rows.items()
+    assert 0 < whole["hidden states"]["difference / size"]["median"] < 0.01
+    with pytest.raises(ConfigError, match="with tokens=3, and tokens=4"):
+        engines.main([*small, "--tokens", "4"])
+
+
+def test_a_contender_that_ends_is_named():
+    import engines
+
+    settings = {"engine": "vllm", "threads": 1}
+    with engines.Contender("false", settings) as one, pytest.raises(ModelError, match="of vllm ended with exit code 1"):
+        one.facts()
 
 
 def test_decoding_is_compared_in_parts_that_one_file_collects(folder_model, tmp_path, capsys, monkeypatch):

@@ -98,7 +98,7 @@ async def _until(condition):
 def own_reply_cache(tmp_path_factory, monkeypatch):
     """No test finds the replies of another, nor what was said of them."""
     folder = tmp_path_factory.mktemp("cache")
-    for module in ("training.records.store", "rewards.judges.reward"):
+    for module in ("training.records.store", "rewards.judges.session"):
         monkeypatch.setattr(f"mara_integrations.{module}.cache_dir", lambda: folder)
 
 

@@ -5,8 +5,9 @@ Any chat model of LangChain can judge. What it said is kept on disk by content, 
 
 from mara_integrations.rewards.judges.answers import Answers
 from mara_integrations.rewards.judges.calls import CallBudget
-from mara_integrations.rewards.judges.reward import JudgeReward, JudgeSession, judges_of, llm_judge, trial_of
+from mara_integrations.rewards.judges.reward import JudgeReward, judges_of, llm_judge, trial_of
 from mara_integrations.rewards.judges.rubric import DEFAULT_RUBRIC
+from mara_integrations.rewards.judges.session import JudgeSession
 
 __all__ = [
     "DEFAULT_RUBRIC",

@@ -1,26 +1,22 @@
-"""The reward of a judge: questions to a chat model, answers that are kept, failures that are told."""
+"""A chat model as a reward: which question is asked of each reply, and what its score is."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from mara_integrations.errors import RewardError, in_one_line
-from mara_integrations.files import append_line, cache_dir
+from mara_integrations.errors import RewardError
 from mara_integrations.rewards.combined import CombinedReward
-from mara_integrations.rewards.judges.answers import Answers
-from mara_integrations.rewards.judges.calls import CallBudget, Calls
+from mara_integrations.rewards.judges.asking import JudgeModel
+from mara_integrations.rewards.judges.calls import Calls
 from mara_integrations.rewards.judges.models import (
     LOCAL_PREFIX,
     MODEL_ARGUMENTS,
-    answer_text,
     as_chat_model,
     described,
     open_model,
@@ -34,46 +30,12 @@ from mara_integrations.rewards.judges.rubric import (
     answer_schema,
     checked_rubric,
     comparing_question,
-    read_answer,
     read_rubric,
-    reminding_question,
     scoring_question,
 )
+from mara_integrations.rewards.judges.session import JudgeSession
 from mara_integrations.rewards.protocol import Reward, reply_text
 from mara_integrations.rewards.scoring import Scores
-
-ANSWERS_FILE = "answers.sqlite"
-_ENOUGH = 8  # questions of one batch; if a judge answers none of so many, it is not by chance
-
-
-def _no_progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    return nullcontext(lambda count: None)
-
-
-def judges_folder() -> Path:
-    """Return the folder of answers, and of failures outside of trainings."""
-    return cache_dir() / "judges"
-
-
-@dataclass(slots=True)
-class JudgeSession:
-    """What the judges of a run share.
-
-    Attributes:
-        answers: What they have said.
-        budget: Calls that they may make.
-        failures: File of what they could not judge, a JSON object a line; None keeps none.
-        scope: Name of the run. Answers of models whose name does not say which weights they have count within it only.
-        say: Receives warnings.
-        stage: Shows progress; see `Reporter.stage`.
-    """
-
-    answers: Answers = field(default_factory=lambda: Answers(judges_folder() / ANSWERS_FILE))
-    budget: CallBudget = field(default_factory=CallBudget)
-    failures: Path | None = field(default_factory=lambda: judges_folder() / "failures.jsonl")
-    scope: str | None = None
-    say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
-    stage: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
 
 
 class JudgeReward:
@@ -126,13 +88,13 @@ class JudgeReward:
         self.name = name or self._source or shown_name(opened)
         self._is_known = name is not None or (self._source is not None and not self.name.startswith(LOCAL_PREFIX))
         self._identity = {"model": self.name, **arguments} if self._is_known else {**described(opened), **arguments}
-        self._model = structured(opened, answer_schema(mode), self.name) if is_structured else opened
+        asked = structured(opened, answer_schema(mode), self.name) if is_structured else opened
+        self._model = JudgeModel(asked, self.name, mode, calls or Calls())
         self._rubric = DEFAULT_RUBRIC if rubric is None else checked_rubric(rubric, "of the judge")
         self.mode, self._is_structured, self._arguments = mode, is_structured, arguments
-        self._calls, self._opponents = calls or Calls(), dict[str, str]()
-        self._num_read = 0
+        self._opponents: dict[str, str] = {}
         self.session = JudgeSession()
-        self.__name__ = f"judge {self.name}{' (pairs)' if mode == 'pairs' else ''}"
+        self.__name__ = self._model.title
 
     @classmethod
     def of(cls, source: str, arguments: Mapping[str, str]) -> JudgeReward:
@@ -206,7 +168,7 @@ class JudgeReward:
     def trial(self) -> JudgeReward:
         """Return a copy to try the judge with: what it sees is not compared with later."""
         tried = copy.copy(self)
-        tried._opponents = {}
+        tried._opponents, tried._model = {}, replace(self._model)
         tried.session = replace(self.session, scope="trial")
         return tried
 
@@ -270,78 +232,16 @@ class JudgeReward:
         return others
 
     def _judged(self, questions: Sequence[Question], subjects: Sequence[tuple[Any, str]]) -> Scores:
-        """Return what was said to each question; of what can't be told, tell the user.
+        """Return the judgement of each question.
 
         Args:
             questions: The questions.
             subjects: The prompt and the reply that each is about.
         """
         keys = [self._key(question) for question in questions]
-        answers, errors = self._answered(dict(zip(keys, questions, strict=True)))
-        unread = {
-            key: reminding_question(question, answers[key], self.mode)
-            for key, question in zip(keys, questions, strict=True)
-            if key in answers and read_answer(answers[key], self.mode) is None
-        }
-        again = {key: self._key(question) for key, question in unread.items()}
-        seconds, second_errors = self._answered({again[key]: question for key, question in unread.items()})
-        found: dict[str, float | None] = {}
-        reasons: dict[str, str] = {key: in_one_line(error) for key, error in errors.items()}
-        for key in dict.fromkeys(keys):
-            answer = seconds.get(again[key]) if key in unread else answers.get(key)
-            found[key] = None if answer is None else read_answer(answer, self.mode)
-            if found[key] is None and key not in reasons:
-                error = second_errors.get(again[key])
-                reasons[key] = f"no judgement in {answers[key]!r:.200}" if error is None else in_one_line(error)
-        self._num_read += len(found) - len(reasons)
-        if reasons:
-            self._tell(reasons, dict(zip(keys, subjects, strict=True)), len(found))
+        by_key = dict(zip(keys, questions, strict=True))
+        found = self._model.ask(by_key, dict(zip(keys, subjects, strict=True)), self._key, self.session)
         return [found[key] for key in keys]
-
-    def _answered(self, questions: Mapping[str, Question]) -> tuple[dict[str, str], dict[str, Exception]]:
-        """Return the answers by key, from disk or from the model, and why some are missing."""
-        answers = self.session.answers.get(list(questions))
-        missing = [key for key in questions if key not in answers]
-        if not missing:
-            return answers, {}
-        with self.session.stage(self.__name__, len(missing)) as advance:
-
-            def keep(index: int, answer: Any) -> None:
-                answers[missing[index]] = text = answer_text(answer)
-                self.session.answers.put(missing[index], text)
-                advance(1)
-
-            asked = [questions[key] for key in missing]
-            failed = self._calls.ask(self._model, asked, self.session.budget, keep)
-        return answers, {missing[index]: error for index, error in failed.items()}
-
-    def _tell(self, reasons: Mapping[str, str], subjects: Mapping[str, tuple[Any, str]], num_asked: int) -> None:
-        """Write failures to their file, and say so.
-
-        Args:
-            reasons: Why a question has no judgement, by its key.
-            subjects: The prompt and the reply that it is about, by the same key.
-            num_asked: Number of questions of the batch.
-
-        Raises:
-            RewardError: If nothing could be judged so far, or nothing of many.
-        """
-        file = self.session.failures
-        for key, reason in reasons.items() if file is not None else ():
-            prompt, reply = subjects[key]
-            line = {"judge": self.name, "reason": reason, "prompt": prompt, "reply": reply}
-            append_line(cast(Path, file), json.dumps(line, ensure_ascii=False, default=str))
-        where = f"; they are in {file}" if file is not None else ""
-        first = next(iter(reasons.values()))
-        if not self._num_read or len(reasons) == num_asked >= _ENOUGH:
-            raise RewardError(
-                f"judge {self.name!r} judged none of {len(reasons)} replies; the first: {first}",
-                hint=f"check its key and address, or try a larger model or structured=yes{where}",
-            )
-        self.session.say(
-            f"judge {self.name}: {len(reasons)} judgements are missing, and count as no opinion{where}; the first: "
-            f"{first}"
-        )
 
     def _scoring(self, prompt: Any, reply: str) -> Question:
         return scoring_question(self._rubric, prompt, reply, structured=self._is_structured)

@@ -11,7 +11,7 @@ from mara_integrations.data import Pair
 from mara_integrations.evaluation.metrics import wilson
 from mara_integrations.rewards import JudgeReward, judges_of, reward_name
 from mara_integrations.rewards.judges import Answers, CallBudget, JudgeSession
-from mara_integrations.rewards.judges.reward import ANSWERS_FILE, judges_folder
+from mara_integrations.rewards.judges.session import ANSWERS_FILE, judges_folder
 from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.context import Run
 

@@ -18,7 +18,7 @@ from mara_integrations.errors import CallBudgetError, ConfigError, RewardError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import llm_judge
-from mara_integrations.rewards.judges.reward import judges_folder
+from mara_integrations.rewards.judges.session import judges_folder
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run

@@ -11,10 +11,11 @@ command line, `context` being the column of the passages, a text or a list:
         --context-template "$(cat template.txt)"
 
 Give the prompt of your query engine as the template, with LlamaIndex's own names `{context_str}` and `{query_str}`;
-without it, LlamaIndex's default is taken. The table at the end has the head beside the sentence as a system prompt:
-`answered` is the share of the answer's words in replies to questions with the right passages, `admitted` the share of
-replies that own up where they are wrong. Look at both: a head that always declines is no help. The 24 questions here
-show how it goes; some hundreds of your users' own make a head.
+without it, LlamaIndex's default is taken. `mara-tools eval --head heads/handbook --data other-questions.jsonl` asks in
+the same way. The table at the end has the head beside the sentence as a system prompt: `answered` is the share of the
+answer's words in replies to questions with the right passages, `admitted` the share of replies that own up where they
+are wrong. Look at both: a head that always declines is no help. The 24 questions here show how it goes; some hundreds
+of your users' own make a head.
 
     pip install llama-index-retrievers-bm25
     python cookbook/12_answers_from_documents.py [folder]

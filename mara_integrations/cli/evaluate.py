@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from mara_integrations.rewards import Reward
 
 _SCORES = "Scores and report"
+_GROUNDING = "grounding"  # method of heads for documents
+_JUDGES_OF_DOCUMENTS = ("answered", "admitted")  # where neither the user nor the head names any
 
 
 def evaluate_head(
@@ -56,6 +58,15 @@ def evaluate_head(
     model: Model = None,
     format: DataFormat = "auto",
     column: Column = None,
+    context_template: Annotated[
+        str | None,
+        typer.Option(
+            help="For questions with a column context: the prompt of your application, with {context_str} where the "
+            "documents stand and {query_str} for the question. Each is asked with its own documents and with others.",
+            show_default="that of a head for documents",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     skip_bad_rows: SkipBadRows = False,
     reward: Annotated[
         list[str] | None,
@@ -137,11 +148,13 @@ def evaluate_head(
       mara-tools eval --head heads/brand --data prefs.jsonl --report report.html
       mara-tools eval --head heads/brand --data prefs.jsonl --reward sentiment
     """
-    from mara_integrations.data import column_mapping, read_prompts
+    from mara_integrations.data import column_mapping, prompts_of, read_dataset
+    from mara_integrations.data.documents import has_documents, with_documents
     from mara_integrations.rewards import Required, judges_of, parse_reward, parse_rule
     from mara_integrations.rewards.judges import CallBudget, JudgeSession
 
-    prompts = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
+    rows = read_dataset(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
+    _check_template(context_template, rows)
     budget = CallBudget(max_judge_calls)
     rewards: list[Reward] = [parse_reward(text)[0] for text in reward or ()]
     if forbid:
@@ -162,10 +175,16 @@ def evaluate_head(
     ).load()
     if engine.head is None:
         raise ConfigError("every --head has the weight 0", hint="there is nothing to evaluate")
-    console, why = Console(), ""
-    held_out = _held_out(data, engine.head.config)
+    console, why, config = Console(), "", engine.head.config
+    held_out = _held_out(data, config)
     if held_out is not None:
-        prompts, why = held_out, "; the head was trained on this file, so only those held out then"
+        rows, why = held_out, "; the head was trained on this file, so only those held out then"
+    asks_documents = (context_template is not None or config.method == _GROUNDING) and has_documents(rows)
+    if asks_documents:
+        template = context_template or config.training.get("context_template")
+        _check_template(template)
+        rows, why = with_documents(rows, template), f"{why}; each question with its own documents and with others"
+    prompts = prompts_of(rows)
     if limit is not None:
         prompts = replace(prompts, rows=prompts.rows[:limit])
     say(console, "Prompts", f"{len(prompts)} of {data}{why}")
@@ -183,6 +202,8 @@ def evaluate_head(
         origin = " (recorded with the head)"
         for reason in left_out:
             warnings.warn(reason, stacklevel=2)
+        if not rewards and asks_documents:
+            rewards, origin = [parse_reward(name)[0] for name in _JUDGES_OF_DOCUMENTS], ""
     named = _named(rewards)
     for judge in judges_of(*rewards):
         judge.session = JudgeSession(budget=budget)
@@ -228,9 +249,25 @@ def _named(rewards: Sequence[Reward]) -> dict[str, Reward]:
     return named
 
 
+def _check_template(template: str | None, rows: Dataset | None = None) -> None:
+    """Refuse a template without its places, or for rows without documents."""
+    from mara_integrations.data.documents import CONTEXT, QUERY, has_documents, is_template
+
+    if template is None:
+        return
+    if not isinstance(template, str) or not is_template(template):  # that of a head may be anything
+        raise ConfigError(f"context_template={template!r} is not allowed", hint=f"it needs {CONTEXT} once, and {QUERY}")
+    if rows is not None and not has_documents(rows):
+        raise ConfigError(
+            f"context_template={template!r} is not allowed: {str(rows.path)!r} holds no questions with documents",
+            hint="each row needs a column context, a text or a list of texts; or leave it out",
+        )
+
+
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
-    """Return the prompts that a head was not fitted on, if it was trained on this very file, else None."""
+    """Return the rows that a head was not fitted on, if it was trained on this very file, else None."""
     from mara_integrations.data import column_mapping, read_dataset, split
+    from mara_integrations.data.documents import has_documents, with_documents
 
     trained = config.training
     share, seed = trained.get("held_out"), trained.get("seed")
@@ -244,11 +281,11 @@ def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
             skip_bad_rows=trained.get("skip_bad_rows", False),
         )
         fitted, held_out = split(data, share, seed)
+        if config.method == _GROUNDING and has_documents(fitted):
+            fitted = with_documents(fitted, trained.get("context_template"))
     except DataError:  # one prompt alone can't be split: another file
         return None
-    if fitted.fingerprint != config.data_fingerprint:
-        return None
-    return replace(held_out, rows=tuple({row.prompt: row for row in held_out.rows}.values()))
+    return held_out if fitted.fingerprint == config.data_fingerprint else None
 
 
 def _described(reward: Reward) -> str:

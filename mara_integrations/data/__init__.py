@@ -7,7 +7,7 @@ tokens, models or training.
 from mara_integrations.data.columns import column_mapping
 from mara_integrations.data.near_copies import near_copies
 from mara_integrations.data.preview import preview
-from mara_integrations.data.reading import Format, read_dataset, read_prompts
+from mara_integrations.data.reading import Format, prompts_of, read_dataset, read_prompts
 from mara_integrations.data.rows import (
     Dataset,
     Form,
@@ -35,6 +35,7 @@ __all__ = [
     "near_copies",
     "preview",
     "prompt_row",
+    "prompts_of",
     "read_dataset",
     "read_prompts",
     "split",

@@ -28,6 +28,11 @@ GROUNDED = (
 )
 
 
+def is_template(text: str) -> bool:
+    """Return whether a text has one place for the documents, and at least one for the question."""
+    return text.count(CONTEXT) == 1 and QUERY in text
+
+
 def has_documents(data: Dataset) -> bool:
     """Return whether each row is a question with documents, in a column `context` or `documents`."""
     return data.kind == "prompts" and all(_given(prompt_row(row)) is not None for row in data.rows)

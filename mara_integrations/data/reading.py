@@ -93,7 +93,11 @@ def read_prompts(
     skip_bad_rows: bool = False,
 ) -> Dataset:
     """Return the prompts of a source, each once, in file order; arguments and errors are those of `read_dataset`."""
-    dataset = read_dataset(source, format, columns=columns, skip_bad_rows=skip_bad_rows)
+    return prompts_of(read_dataset(source, format, columns=columns, skip_bad_rows=skip_bad_rows))
+
+
+def prompts_of(dataset: Dataset) -> Dataset:
+    """Return the prompts of rows of any kind, each once, in their order."""
     first: dict[str, PromptRow] = {}
     for row in dataset.rows:
         first.setdefault(prompt_key(row), prompt_row(row))

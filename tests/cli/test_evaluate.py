@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import VOWELS, refused, run
+from commands import VOWELS, refused, run, write_rows
 
 from mara_integrations.testing import random_head
 
 pytestmark = pytest.mark.usefixtures("in_the_folder")
+
+TEMPLATE = "{context_str} | {query_str}"
+QUESTIONS = [{"prompt": f"{i}?", "context": f"{i} is {chr(97 + i)}.", "answer": chr(97 + i)} for i in range(12)]
 
 
 def test_eval_takes_the_heads_own_reward_and_of_its_training_file_only_what_was_held_out(rewarded, folder):
@@ -62,6 +65,58 @@ def test_eval_runs_no_code_that_a_head_names(folder):
         "warning: the head records a reward that imports code ('evil.py:f'); it is left out: name it by --reward, or "
         "trust this head with --trust-head-code\n"
     )
+
+
+@pytest.fixture
+def asking(folder):
+    """What `eval` is asked about a file of questions, but for the head; the file lies in the folder."""
+    write_rows(folder / "questions.jsonl", QUESTIONS)
+    quick = ("--max-new-tokens", 2, "--examples", 0, "--report", "asked.json")
+    return ("eval", "--model", "model", "--data", "questions.jsonl", *quick)
+
+
+def asked():
+    """The report: the prompts, and the names of the rewards."""
+    report = json.loads(Path("asked.json").read_text())
+    return [example["prompt"][-1]["content"] for example in report["examples"]], list(report["rewards"])
+
+
+def test_a_head_for_documents_is_asked_as_it_was_trained(asking):
+    quick = ("--max-reply-tokens", 4, "--epochs", 1, "--inner-size", 16, "--max-replies", 12, "--eval-prompts", 0)
+    data = ("--data", "questions.jsonl", "--context-template", TEMPLATE, "--held-out", 0.2)
+    run("train", "--model", "model", "--output", "grounded", *data, *quick)
+
+    said = run(*asking, "--head", "grounded").stdout
+    assert "only those held out then; each question with its own documents and with others\n" in said
+    prompts, rewards = asked()
+    assert rewards == ["answered", "admitted"] and "Rewards answered; admitted\n" in said
+    held_out = [row for row in QUESTIONS if f"{row['context']} | {row['prompt']}" in prompts]
+    pairs = [f"{own['context']} | {row['prompt']}" for row in held_out for own in held_out]
+    assert len(held_out) == 2 and sorted(prompts) == sorted(pairs), "each with its own and with the other's"
+
+    write_rows(Path("questions.jsonl"), QUESTIONS[:3])  # another file: all of it
+    assert "Prompts 6 of questions.jsonl; each question" in run(*asking, "--head", "grounded").stdout
+    run(*asking, "--head", "grounded", "--context-template", "Q: {query_str} {context_str}", "--limit", 1)
+    assert asked()[0] == ["Q: 0? 0 is a."], "the template that is named goes first"
+
+
+def test_any_head_is_asked_about_documents_by_a_template(asking):
+    run(*asking, "--head", "head", "--reward", "answered", "--context-template", TEMPLATE, "--limit", 2)
+    assert asked() == (["0 is a. | 0?", "1 is b. | 0?"], ["answered"])
+
+    run(*asking, "--head", "head", "--limit", 2)
+    assert asked() == (["0?", "1?"], []), "without one, questions are asked as they are"
+
+
+@pytest.mark.parametrize(
+    ("data", "template", "said"),
+    [
+        ("questions.jsonl", "{context_str}", "context_template='{context_str}' is not allowed"),
+        ("prompts.jsonl", TEMPLATE, "'prompts.jsonl' holds no questions with documents"),
+    ],
+)
+def test_eval_refuses_a_template_that_can_not_be_filled(asking, data, template, said):
+    assert said in refused(*asking, "--head", "head", "--data", data, "--context-template", template)
 
 
 @pytest.mark.parametrize(

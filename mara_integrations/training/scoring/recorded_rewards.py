@@ -17,7 +17,10 @@ from mara_integrations.rewards import Reward, reward_from_spec
 from mara_integrations.training.scoring.reward_files import kept_reward
 
 # Rewards by name that load nothing; `toxicity` fetches a model.
-_HARMLESS = ("length", "regex", "forbidden-words", "json", "sentiment", "reading-level", "language", "ifeval")
+_HARMLESS = (
+    *("length", "regex", "forbidden-words", "json", "sentiment", "reading-level", "language", "ifeval"),
+    *("answered", "admitted"),
+)
 _MAX_PATTERN = 1000
 _TRUST_FLAG = "--trust-head-code"
 

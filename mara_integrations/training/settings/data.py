@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from mara_integrations.data import Format
-from mara_integrations.data.documents import CONTEXT, QUERY
+from mara_integrations.data.documents import CONTEXT, QUERY, is_template
 from mara_integrations.sampling import Params
 from mara_integrations.training.settings.identity_mark import OutsideIdentity
 
@@ -59,6 +59,6 @@ class DataSettings(Params):
     @field_validator("context_template")
     @classmethod
     def _has_places(cls, value: str | None) -> str | None:
-        if value is not None and not (value.count(CONTEXT) == 1 and QUERY in value):
+        if value is not None and not is_template(value):
             raise ValueError(f"it needs {CONTEXT} once, and {QUERY}")
         return value

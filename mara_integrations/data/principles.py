@@ -46,6 +46,11 @@ class Principle:
         return self.weighted or ((self.text, 1.0),)
 
     @property
+    def sentences(self) -> tuple[str, ...]:
+        """All system prompts that replies are written or read under, the neutral one included."""
+        return (self.text, *(text for text, _ in self.weighted), self.against, NEUTRAL)
+
+    @property
     def described(self) -> str:
         """The text, or a line for each weighted sentence."""
         return "\n".join(f"{weight:g} × {text}" for text, weight in self.weighted) or self.text

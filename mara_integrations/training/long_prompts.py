@@ -1,4 +1,7 @@
-"""Prompts that leave no room for a reply in the model's context window: found before the model is loaded."""
+"""Prompts that leave no room for a reply in the model's context window: found before the model is loaded.
+
+Where a head is trained from a sentence, the prompts are also read, and replied to, with the sentence before them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 from itertools import compress
 
 from mara_integrations.data import Dataset, Row
+from mara_integrations.data.principles import under
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.messages import Conversation, PromptEncoder
 from mara_integrations.models.load import LoadedModel, Outline
@@ -29,15 +33,17 @@ def without_long_prompts(config: TrainConfig, plan: Plan, model: LoadedModel | O
     """
     room = model.context_window - min(config.max_reply_tokens, model.context_window // 2)
     encoder = PromptEncoder(model.tokenizer, max_tokens=model.context_window)
+    sentences = plan.principle.sentences if plan.principle is not None else ()
+    longest = max((len(sentence.encode()) for sentence in sentences), default=0)
     long: list[Row] = []
 
     def is_long(row: Row) -> bool:
         prompt = Conversation(row.prompt, row.tools).with_system(config.system_prompt)
         num_bytes = sum(len(message.content.encode()) for message in prompt.messages) + len(repr(row.tools))
-        if num_bytes + _TEMPLATE_BYTES <= room:  # a token has a byte at least
+        if num_bytes + longest + _TEMPLATE_BYTES <= room:  # a token has a byte at least
             return False
         try:
-            return len(encoder.encode(prompt)) > room
+            return any(len(encoder.encode(each)) > room for each in [prompt, *(under(s, prompt) for s in sentences)])
         except ConfigError:  # too long to be tokenised at all
             return True
 
@@ -51,9 +57,10 @@ def without_long_prompts(config: TrainConfig, plan: Plan, model: LoadedModel | O
     others = plan.other_prompts and (shortened(plan.other_prompts[0]), shortened(plan.other_prompts[1]))
     if not long:
         return plan, None
+    with_sentence = "with the sentence before them " if sentences else ""
     reason = (
-        f"leave no room for replies of {config.max_reply_tokens} tokens in the model's context window of "
-        f"{model.context_window} tokens"
+        f"{with_sentence}leave no room for replies of {config.max_reply_tokens} tokens in the model's context window "
+        f"of {model.context_window} tokens"
     )
     if not config.skip_bad_rows:
         raise DataError(

@@ -31,7 +31,7 @@ from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.records.store import as_dict, load_or_compute
 from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import OnReply, Reply
-from mara_integrations.training.rollouts.rereading import Rereading, reread
+from mara_integrations.training.rollouts.rereading import Rereading, contexts_of, reread
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
@@ -211,8 +211,7 @@ def read_as(run: Run, side: Side, name: str, prompts: Sequence[Conversation]) ->
         name: Name of the reading in stages.
         prompts: The other prompts, by `Reply.prompt_index`.
     """
-    encode, window = run.model.encoder.encode, run.model.context_window
-    contexts = [encode(prompt)[-(window - run.config.max_reply_tokens) :] for prompt in prompts]
+    contexts = contexts_of(run.model, prompts, side.replies)
     parts, stage = [], f"{side.name} under {name}"
     with run.stage(stage, len(side.replies)) as advance:
         for start in range(0, len(side.replies), _REPLIES_PER_FILE):

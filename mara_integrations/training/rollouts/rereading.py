@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mara_integrations.engine.backends.protocol import Backend, Segment
+from mara_integrations.messages import Prompt
+from mara_integrations.models.load import LoadedModel
 from mara_integrations.training.rollouts.replies import OnReply, Reply
 
 _TOKENS_PER_FORWARD = 1024  # with more, a CPU gains nothing and memory grows
@@ -31,6 +33,21 @@ class Rereading:
 
     candidates: Tensor
     tokens: Tensor
+
+
+def contexts_of(model: LoadedModel, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[list[int]]:
+    """Return the token ids of prompts; where a prompt and its longest reply do not fit, the prompt's last tokens.
+
+    Args:
+        model: The base model.
+        prompts: The prompts that the replies are read after, by `Reply.prompt_index`.
+        replies: The replies.
+    """
+    longest: dict[int, int] = {}
+    for reply in replies:
+        longest[reply.prompt_index] = max(len(reply.token_ids), longest.get(reply.prompt_index, 0))
+    rooms = [model.context_window - longest.get(index, 0) for index in range(len(prompts))]
+    return [model.encoder.encode(prompt)[-room:] for prompt, room in zip(prompts, rooms, strict=True)]
 
 
 @torch.inference_mode()

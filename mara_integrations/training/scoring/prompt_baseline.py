@@ -17,7 +17,7 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.rollouts.rereading import reread
+from mara_integrations.training.rollouts.rereading import contexts_of, reread
 
 MAX_PROMPTS = 32
 _SEED = 3_000_000  # apart from the seeds of replies to learn from
@@ -100,8 +100,7 @@ def beside_the_prompt(run: Run, head: MARAHead, prompts: Sequence[Conversation])
 
 def _log_probs(run: Run, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[tuple[float, ...]]:
     """Return the log-probabilities of the replies' tokens under the base model, after these prompts."""
-    room = run.model.context_window - run.config.max_reply_tokens
-    read = reread(run.backend, [run.model.encoder.encode(prompt)[-room:] for prompt in prompts], replies)
+    read = reread(run.backend, contexts_of(run.model, prompts, replies), replies)
     return [tuple(part.tolist()) for part in read.tokens.split([len(reply.token_ids) for reply in replies])]
 
 

@@ -8,11 +8,13 @@ import json
 import pytest
 import torch
 
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import train
 
@@ -123,6 +125,28 @@ def test_each_contrast_teaches_another_head(files):
 
     for one, other in itertools.combinations(heads, 2):
         assert not all(map(torch.equal, one.values(), other.values()))
+
+
+ROOM = 512 - SMALL["max_reply_tokens"]  # tokens of the tiny model's context window, which are characters
+
+
+def add_prompt(files, num_tokens):
+    """Add a prompt that has so many tokens with the template and the sentence before it."""
+    around = len("[system] Be kind.\n[user] \n[assistant] ")
+    with (files / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x" * (num_tokens - around)}) + "\n")
+
+
+def test_a_prompt_that_leaves_no_room_with_the_sentence_before_it_is_named(files):
+    settings = config(files, against="Be rude.")
+    neutral = len("You are a helpful assistant.") - len("Be kind.")  # is read, too, and is the longest
+    add_prompt(files, ROOM - neutral)
+    plan, model = make_plan(settings), load_model(ModelSpec(str(files / "tiny")))
+    assert without_long_prompts(settings, plan, model) == (plan, None)
+
+    add_prompt(files, ROOM - neutral + 1)
+    with pytest.raises(DataError, match=r"prompts.jsonl:22: the prompt is too long .*with the sentence before them"):
+        without_long_prompts(settings, make_plan(settings), model)
 
 
 def test_a_dry_run_writes_nothing(files):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 from mara_integrations.training.rollouts.positions import Positions
 from mara_integrations.training.rollouts.replies import sample_replies
-from mara_integrations.training.rollouts.rereading import reread
+from mara_integrations.training.rollouts.rereading import contexts_of, reread
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,16 @@ def test_without_positions_only_tokens_are_read(read):
     found = reread(backend, contexts, plain)
 
     assert found.candidates.shape[0] == 0 and len(found.tokens) == 1
+
+
+@pytest.mark.parametrize(("window", "is_cut"), [(60, False), (40, True)])
+def test_contexts_keep_room_for_the_longest_reply_to_them(read, window, is_cut):
+    model, _, _, replies = read
+    prompts = [Conversation((Message("user", "x"),)).with_system("Be kind to all.")] * 3
+    whole = model.encoder.encode(prompts[0])
+    assert len(whole) == 46
+
+    found = contexts_of(replace(model, context_window=window), prompts, replies)
+
+    assert [len(ids) for ids in found] == [min(46, window - 7)] * 3
+    assert all(ids == whole[-len(ids) :] for ids in found) and (len(found[0]) < len(whole)) is is_cut

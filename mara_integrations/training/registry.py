@@ -122,6 +122,7 @@ METHODS: dict[str, Method] = {
             form="q",
             keeps_candidates=True,
             max_replies=640,
+            kl_budget=0.2,
             other_forms=("residual",),
         ),
         Method(
@@ -132,6 +133,7 @@ METHODS: dict[str, Method] = {
             form="q",
             keeps_candidates=True,
             max_replies=640,
+            kl_budget=0.2,
             other_forms=("residual",),
         ),
         Method(

@@ -63,7 +63,7 @@ def generate_replies(
             generated, was_stored = load_or_generate(file, partial(prefetch.result, index))
             if is_cached:
                 mark_used(file)
-            if was_stored:
+            if was_stored and not prefetch.is_pending(index):  # another run may have stored it meanwhile
                 advance(len(generated))
             for reply in generated:
                 reply.prompt_index = order[index * size + reply.prompt_index]

@@ -36,7 +36,14 @@ from mara_integrations.training.learning.q_objectives import (
 )
 from mara_integrations.training.methods.q_critic import ScoredPositions, action_values
 from mara_integrations.training.methods.q_regression import regress
-from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward, work_of_rounds
+from mara_integrations.training.methods.rounds import (
+    BestRound,
+    Experience,
+    Learner,
+    PromptSide,
+    train_on_reward,
+    work_of_rounds,
+)
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply
@@ -44,6 +51,7 @@ from mara_integrations.training.scoring.partial_rewards import position_gains, p
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
     hold_quality,
+    hold_sampled_quality,
     kl_per_token,
     scale_within_budget,
 )
@@ -178,7 +186,8 @@ class QLearner(Learner[PositionExperience]):
         return greedy_generations(run, held_out.prompts, held_out.seed)
 
     @override
-    def hold_quality(self, held_out: PromptSide) -> None:
+    def hold_quality(self, held_out: PromptSide, best: BestRound[PositionExperience]) -> None:
+        hold_sampled_quality(self.run, self.q_head, best.scale, best.comparison)
         hold_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
 
 

@@ -27,7 +27,7 @@ from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.records.store import load_or_compute
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.held_out import compare_held_out, report_comparison
+from mara_integrations.training.scoring.held_out import HeldOutComparison, compare_held_out, report_comparison
 from mara_integrations.training.scoring.partial_rewards import uses_partial_text
 from mara_integrations.training.scoring.scale import report_scale, set_scale
 
@@ -130,8 +130,8 @@ class Learner(ABC, Generic[ExperienceT]):
         """Return what `hold_quality` generates at most."""
         return []
 
-    def hold_quality(self, held_out: PromptSide) -> None:  # a learner may leave greedy requests as they are
-        """Set the strength of greedy requests at the end, where the KL budget does not decide it."""
+    def hold_quality(self, held_out: PromptSide, best: BestRound[ExperienceT]) -> None:  # a learner may do nothing
+        """Lower the scale, and the strength of greedy requests, to where replies keep perplexity and variety."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +143,14 @@ class BestRound(Generic[ExperienceT]):
         weights: Weights of the head.
         scale: Scale of the head.
         held_out: Its held-out replies.
+        comparison: They against the base model's.
     """
 
     gain: float
     weights: dict[str, Tensor]
     scale: float
     held_out: ExperienceT
+    comparison: HeldOutComparison
 
 
 def train_on_reward(learner: Learner[ExperienceT]) -> MethodResult:
@@ -202,7 +204,7 @@ def train_in_rounds(learner: Learner[ExperienceT], trained_on: str, rewards: Map
             run.say("  this round did not help: the head stays as it was before")
             break
         weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-        best = BestRound(gain, weights, head.config.scale, gated)
+        best = BestRound(gain, weights, head.config.scale, gated, comparison)
     assert best is not None
     return MethodResult(rewards=rewards, kl_per_token=_keep(learner, best, held_out_side))
 
@@ -213,7 +215,7 @@ def _keep(learner: Learner[ExperienceT], best: BestRound[ExperienceT], held_out:
     head.load_state_dict(best.weights)
     # on its own replies, which lie further from the base model, the budget may allow less
     set_scale(head, min(best.scale, learner.scale_within_budget(best.held_out, best.scale)))
-    learner.hold_quality(held_out)
+    learner.hold_quality(held_out, best)
     kl = learner.kl_per_token(best.held_out, best.scale)
     report_scale(learner.run, head.config.scale, kl)
     return kl

@@ -20,6 +20,7 @@ from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.positions import Positions, all_scores
+from mara_integrations.training.scoring.held_out import HeldOutComparison
 from mara_integrations.training.scoring.scale import (
     MAX_SCALE,
     largest_within,
@@ -29,12 +30,12 @@ from mara_integrations.training.scoring.scale import (
 )
 
 _NUM_REPLIES = 24  # that a scale is calibrated on
-# Greedy replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
+# Replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
 # What they lose grows with about this power of the strength, measured on SmolLM2-135M; from the second trial on, what
 # the trials tell of it counts, within bounds.
 _GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.5, 5.0
-_TRIALS = 3
+_TRIALS = 2
 _LEAST_LOSS = 0.1  # a loss below this is as good as none, and none has a logarithm
 
 
@@ -74,6 +75,27 @@ def calibrate_q(run: Run, head: QHead) -> float:
             kl = kl_per_token(positions, all_scores(head, positions, run.backend.output_embeddings), scale)
     report_scale(run, scale, kl)
     return kl
+
+
+def hold_sampled_quality(run: Run, head: QHead, scale: float, comparison: HeldOutComparison) -> None:
+    """Lower the scale to where sampled replies to held-out prompts keep perplexity and variety.
+
+    Nothing is generated: what the replies lose is known at one scale, and how it grows is known from other heads. A
+    budget that the user has named is kept to instead.
+
+    Args:
+        run: The run.
+        head: Its scale is changed in place.
+        scale: Scale at which the replies were sampled.
+        comparison: They against the base model's.
+    """
+    if run.config.kl_budget is not None:
+        return
+    loss = max(quality_losses(comparison.perplexity_ratio.mean, comparison.distinct_2_ratio))
+    held = scale * max(loss, 1.0) ** (-1.0 / _GROWTH)
+    if held < head.config.scale:
+        run.say(f"  so that sampled replies keep perplexity and variety, the scale is {held:.2f}, not {scale:.2f}")
+        set_scale(head, held)
 
 
 def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:
@@ -130,7 +152,7 @@ def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> 
 
 
 def quality_losses(perplexity_ratio: float, distinct_ratio: float) -> tuple[float, float]:
-    """Return what greedy replies lose of each measure, as a share of what they may lose: up to 1 is within the bound.
+    """Return what replies lose of each measure, as a share of what they may lose: up to 1 is within the bound.
 
     Args:
         perplexity_ratio: Perplexity of the gated replies over that of the base replies.

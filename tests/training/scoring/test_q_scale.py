@@ -1,16 +1,22 @@
-"""Greedy requests get the strength at which greedy replies keep perplexity and variety."""
+"""The scale of a head, and its strength in greedy requests, are such that replies keep perplexity and variety."""
 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mara_integrations.evaluation.metrics import Interval
+from mara_integrations.heads.config import HeadConfig
+from mara_integrations.heads.q import QHead
+from mara_integrations.training.scoring.held_out import HeldOutComparison
 from mara_integrations.training.scoring.q_scale import (
     MAX_PERPLEXITY_RATIO,
     MIN_DISTINCT_RATIO,
+    hold_sampled_quality,
     quality_losses,
     strength_within_losses,
 )
@@ -67,3 +73,30 @@ def test_a_head_that_costs_nothing_keeps_its_full_strength():
 def test_a_loss_that_no_trial_bounds_is_said():
     strength, is_kept = strength_within_losses(lambda _: (0.0, 2.0))
     assert not is_kept and 0 < strength < 1.0
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "distinct", "budget", "scale", "held"),
+    [
+        (1.10, 0.97, None, 2.0, 2.0),  # within both bounds
+        (1.10, 0.90, None, 2.0, 2.0 * 2.0 ** (-1 / 2.8)),  # twice what variety may lose, at the scale of the replies
+        (1.15**4, 0.97, None, 2.0, 2.0 * 4.0 ** (-1 / 2.8)),  # four times what perplexity may
+        (1.10, 0.90, None, 1.2, 1.2),  # the scale of the budget is lower already
+        (1.10, 0.90, 0.3, 2.0, 2.0),  # a budget that the user has named
+    ],
+)
+def test_sampled_replies_keep_perplexity_and_variety(perplexity, distinct, budget, scale, held):
+    head = QHead(HeadConfig(form="q", hidden_size=16, scale=scale))
+    run = SimpleNamespace(config=SimpleNamespace(kl_budget=budget), say=lambda _: None)
+    comparison = HeldOutComparison(
+        rewards={},
+        perplexity_ratio=Interval(perplexity, perplexity, perplexity),
+        distinct_2_ratio=distinct,
+        kl_per_token=0.2,
+        forced=0.0,
+        candidates_per_token=1.0,
+    )
+
+    hold_sampled_quality(run, head, 2.0, comparison)
+
+    assert head.config.scale == pytest.approx(held)

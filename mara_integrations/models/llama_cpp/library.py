@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_ubyte, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,13 @@ CONTEXT_DEFAULTS = {
     "swa_full": True,
 }
 
+# Fields that are set. Older releases of llama-cpp-python lack some, and Python would let them be set all the same.
+_MODEL_FIELDS = ("n_gpu_layers",)
+_CONTEXT_FIELDS = (
+    *("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "pooling_type", "flash_attn_type"),
+    *("type_k", "type_v", "embeddings", "kv_unified"),
+)
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
     "llama_supports_gpu_offload": (c_bool, ()),
@@ -206,10 +214,16 @@ class Library:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)  # declared for type checkers: the functions are set one by one
 
-    def listen(self) -> None:
-        """Redirect llama.cpp's log: its warnings and errors go to ours, at level DEBUG, and to `last_words`."""
+    def listen(self, others: Callable[[int, bytes | None], None] | None = None) -> None:
+        """Redirect llama.cpp's log: its warnings and errors go to ours, at level DEBUG, and to `last_words`.
+
+        Args:
+            others: Called with the level and the text of each line, too.
+        """
 
         def hear(level: int, text: bytes | None, _: Any) -> None:
+            if others is not None:
+                others(level, text)
             line = (text or b"").decode(errors="replace").strip()
             if line and level in _LEVELS:
                 self.last_words.append(line)
@@ -245,7 +259,26 @@ def _of_llama_cpp_python() -> Library:
     except Exception as error:  # it loads its library when it is imported
         raise _unloadable("llama-cpp-python", error) from error
     functions = ctypes.CDLL(api._lib._name)  # of our own: theirs have their own types declared
-    return Library(functions, _versioned("llama-cpp-python"), api.llama_model_params, api.llama_context_params)
+    source = _versioned("llama-cpp-python")
+    for params, names in ((api.llama_model_params, _MODEL_FIELDS), (api.llama_context_params, _CONTEXT_FIELDS)):
+        if missing := set(names) - {name for name, *_ in params._fields_}:
+            raise ModelError(
+                f"the llama.cpp of {source} has no setting {min(missing)}",
+                hint="pip install --upgrade llama-cpp-python",
+            )
+    found = Library(functions, source, api.llama_model_params, api.llama_context_params)
+    found.listen(_as_llama_cpp_python)
+    return found
+
+
+def _as_llama_cpp_python(level: int, text: bytes | None) -> None:
+    """Do with a line of the log as llama-cpp-python does, where the program has made a model of its own with it.
+
+    Until then it would print everything, some hundred lines a model.
+    """
+    own = sys.modules.get("llama_cpp._logger")
+    if own is not None and own.logger.level != logging.NOTSET:  # what `verbose` of its models sets
+        own.llama_log_callback(level, text, None)
 
 
 def _of_xllamacpp() -> Library:

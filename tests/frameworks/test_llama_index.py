@@ -1,7 +1,11 @@
+"""LlamaIndex' LLM on a tiny random model, on each engine that runs without a server."""
+
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import llama_index.core
@@ -22,6 +26,7 @@ from pydantic import BaseModel, Field
 from mara_integrations.errors import ConfigError
 from mara_integrations.frameworks.llama_index import GatedLLM, as_conversation
 from mara_integrations.messages import Message, ToolCall
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head
 
 LONG = 300  # tokens
@@ -32,9 +37,29 @@ def untouched_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
 
 
-@pytest.fixture
-def llm(loaded: tuple[Any, Any]) -> GatedLLM:
-    return GatedLLM(loaded, head=random_head(32), max_tokens=12)
+@pytest.fixture(scope="module")
+def on_transformers(loaded: tuple[Any, Any]) -> dict[str, Any]:
+    return {"model": loaded}
+
+
+@pytest.fixture(scope="module")
+def on_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
+        pytest.skip("llama.cpp is not installed")
+    from tiny_gguf import oracle, write_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    path = write_gguf(folder / "tiny.gguf", oracle(max_position_embeddings=2048))
+    settings = {"model": str(path), "engine": "llama.cpp", "model_kwargs": {"n_threads": 1, "flash_attn": False}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARA_CACHE_DIR", str(folder / "cache"))
+        with MARAEngine(**settings).load():  # stays loaded for all tests
+            yield settings
+
+
+@pytest.fixture(params=["on_transformers", "on_llama_cpp"])
+def llm(request: pytest.FixtureRequest) -> GatedLLM:
+    return GatedLLM(**request.getfixturevalue(request.param), head=random_head(32), max_tokens=12)
 
 
 @pytest.fixture
@@ -298,7 +323,7 @@ def test_an_answer_without_a_call_is_an_error_where_one_is_needed(caller: GatedL
     with pytest.raises(ValueError, match="calls no tool"):
         caller.get_tool_calls_from_response(whole)
 
-    cut = caller.chat([ChatMessage("hi")])
+    cut = caller.chat([ChatMessage("hi")], max_tokens=10)
     with pytest.raises(ValueError, match="raise max_tokens"):
         caller.get_tool_calls_from_response(cut)
 

@@ -225,6 +225,8 @@ _METAVARS = {
     "require": "WHAT",
     "principle": "TEXT",
     "against": "TEXT",
+    "teacher": "MODEL",
+    "teacher_base": "MODEL",
     "reward": "REWARD",
     "judge": "REWARD",
     "column": "NAME=COLUMN",

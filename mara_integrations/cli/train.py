@@ -34,9 +34,9 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, a sentence, or a recipe.
+    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, a sentence, a teacher, a recipe.
 
-    All but a sentence and a recipe need --data.
+    All but a sentence, a teacher and a recipe need --data.
 
     Of every prompt in the data, some are held out: the head is not fitted on them, and is evaluated on them at the end.
     An interrupted run continues where it was when the same command is given again.
@@ -74,8 +74,8 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     settings = read_settings(file) if file is not None else {}
     settings |= {name: value for name, value in options.items() if value not in (None, [])}
     settings = with_recipe(settings)
-    has_principle = bool(settings.get("principle") or settings.get("principle_file"))
-    for name in ("output",) if has_principle else ("data", "output"):
+    has_own_prompts = any(settings.get(name) for name in ("principle", "principle_file", "teacher"))
+    for name in ("output",) if has_own_prompts else ("data", "output"):
         if settings.get(name) is None:
             raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
     return TrainConfig.of(**settings)

@@ -54,8 +54,10 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
                 "It learned what documents in a prompt change and, beside the wrong ones, what the sentence changes."
             )
             lines += ["", learned]
-        elif contrast := config.metrics.get("contrast"):
+        elif config.teacher is None and (contrast := config.metrics.get("contrast")):
             lines += ["", f"It learned what the sentence changes against {contrast}."]
+    if config.teacher is not None:
+        lines += ["", _taught(config)]
     if config.system_prompt is not None:
         lines += ["", "Trained with this system prompt; use it too:", "", *_quoted(config.system_prompt)]
     if config.origin is not None:
@@ -108,6 +110,24 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
             "",
         ]
     return "\n".join(lines)
+
+
+def _taught(config: HeadConfig) -> str:
+    """Return a paragraph about the teacher of a head."""
+    tuned = "" if config.teacher_base is None else f", which was tuned from `{config.teacher_base}`"
+    under = "" if config.principle is None else " under the sentence"
+    contrast = config.metrics.get("contrast", "the base model")
+    text = (
+        f"Its teacher is `{config.teacher}`{tuned}. It learned what the teacher makes of the base model's own "
+        f"replies{under}, against {contrast}."
+    )
+    if agreement := config.metrics.get("teacher_agreement"):
+        text += (
+            f" On {agreement['num_prompts']} held-out prompts, the teacher's log-probabilities of replies less those "
+            f"that they are compared with are {agreement['base']:+.3f} nats a token for the base model, and "
+            f"{agreement['head']:+.3f} with this head."
+        )
+    return text
 
 
 def _beside_the_prompt(baseline: dict[str, Any] | None) -> list[str]:

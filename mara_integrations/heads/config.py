@@ -106,6 +106,8 @@ class HeadConfig(BaseModel):
         principle: Sentence that says how replies should be, where it was trained from one; of several with weights, a
             line each.
         against: The opposite of that sentence.
+        teacher: Name of the model that it was taught by.
+        teacher_base: Name of the model that the teacher was compared with; None is the base model.
         data_fingerprint: Hash of the training data.
         origin: Where the head comes from.
         training: Settings of the training run.
@@ -131,6 +133,8 @@ class HeadConfig(BaseModel):
     rewards: tuple[dict[str, Any], ...] = ()
     principle: Text | None = None
     against: Text | None = None
+    teacher: Name | None = None
+    teacher_base: Name | None = None
     data_fingerprint: Name | None = None
     origin: Origin | None = None
     training: dict[str, Any] = {}

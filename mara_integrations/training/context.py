@@ -25,6 +25,7 @@ from mara_integrations.training.learning.fit import Epoch, FitSettings
 from mara_integrations.training.plan import Plan
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.rollouts.workers import RolloutWorkers
+from mara_integrations.training.teachers import Role, Teacher
 
 WORK_FOLDER = ".run"  # in the output folder, until the head is finished
 FAILURE_FILE = "reward-failure.json"
@@ -62,6 +63,7 @@ class Run:
         workers: Rollout workers, which generate replies.
         reporter: Receives lines of text and progress.
         metrics: Log of the run's metrics.
+        teachers: Models that read replies beside the base model, by their role.
     """
 
     config: TrainConfig
@@ -72,6 +74,7 @@ class Run:
     workers: RolloutWorkers
     reporter: Reporter
     metrics: MetricsLog
+    teachers: Mapping[Role, Teacher] = field(default_factory=dict)
 
     # --- text, progress, metrics ---
 
@@ -132,6 +135,8 @@ class Run:
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
             principle=None if plan.principle is None else plan.principle.described,
             against=plan.principle.against if plan.principle and config.principle_contrast != "neutral" else None,
+            teacher=None if "teacher" not in self.teachers else self.teachers["teacher"].name,
+            teacher_base=None if "teacher_base" not in self.teachers else self.teachers["teacher_base"].name,
             data_fingerprint=plan.data_fingerprint,
             origin=self.identity.origin(config, plan),
             training=config.described(),

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 
-from mara_integrations.engine.backends.fused import FusedBackend
 from mara_integrations.errors import OutputError
-from mara_integrations.models.int8 import weight_bytes
 from mara_integrations.progress import Reporter
 from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
@@ -24,6 +22,7 @@ from mara_integrations.training.identity import Identity
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start
 from mara_integrations.training.scoring.llm_judges import check_judges, expected_calls, open_judges
+from mara_integrations.training.teachers import model_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,8 @@ class Estimate:
 
     Attributes:
         expected: Replies, time and hidden states.
-        model_bytes: Memory of the model's weights, and of the copy of them that is fast to multiply by.
+        model_bytes: Memory of the model's weights, and of the copy of them that is fast to multiply by; that of the
+            largest teacher counts too.
         peak_bytes: Memory of the process at its peak; None where the system does not tell.
         states_bytes: Hidden states that are stored, on disk and, as they are used, in memory.
         free_bytes: Free space on the disk of the output folder.
@@ -91,7 +91,7 @@ def _estimate(run: Run) -> Estimate:
     peak = _peak_bytes(run.model.device)
     return Estimate(
         expected,
-        model_bytes=_model_bytes(run),
+        model_bytes=model_bytes(run.model, run.backend) + _largest_teacher(run),
         peak_bytes=None if peak is None else peak + states_bytes,
         states_bytes=states_bytes,
         free_bytes=_free_bytes(run.config.output),
@@ -106,9 +106,10 @@ def _report(run: Run, estimate: Estimate) -> None:
         f"replies of up to {run.config.max_reply_tokens} tokens{cached}, {_minutes(expected.fit_s)} for the fits, "
         f"{_minutes(expected.evaluate_s)} for the evaluation"
     )
+    models = "the model and the largest teacher" if run.teachers else "the model"
     peak = "" if estimate.peak_bytes is None else f"about {_mib(estimate.peak_bytes)} at the peak: "
     run.say(
-        f"[bold]Memory[/] {peak}{_mib(estimate.model_bytes)} for the model, about {_mib(estimate.states_bytes)} for "
+        f"[bold]Memory[/] {peak}{_mib(estimate.model_bytes)} for {models}, about {_mib(estimate.states_bytes)} for "
         f"hidden states; {_mib(estimate.free_bytes)} are free on the disk"
     )
 
@@ -125,15 +126,9 @@ def _report_judges(run: Run) -> None:
     )
 
 
-def _model_bytes(run: Run) -> int:
-    """Return the memory of the weights, with the second copy that fast decoding on the CPU keeps."""
-    model = run.model.model
-    if run.model.engine == "llama.cpp":
-        return int(model.num_bytes)
-    if not isinstance(run.backend, FusedBackend):
-        return weight_bytes(model)
-    copied = weight_bytes(model.get_decoder().layers) + weight_bytes(model.get_output_embeddings())
-    return weight_bytes(model) + copied
+def _largest_teacher(run: Run) -> int:
+    """Return the memory of the largest teacher: one at a time is loaded beside the model."""
+    return max((teacher.num_bytes for teacher in run.teachers.values()), default=0)
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -137,7 +137,8 @@ def expect(run: Run) -> Expected:
     for again in workload.rereadings:  # a reply is fed at once, after its prompt
         speed = trials.generate(again.prompts, again.replies_per_prompt, is_gated=again.is_gated)
         num_tokens = len(again) * (speed.prompt_fed + speed.length)
-        collect_s, fed = collect_s + num_tokens * speed.prompt_s / speed.prompt_fed, fed + num_tokens
+        collect_s += num_tokens * again.relative_s * speed.prompt_s / speed.prompt_fed
+        fed += num_tokens
     began = time.perf_counter()
     fitted = fit_judge(run) if run.plan.source in ("pairs", "labels") else {}
     fit_s = time.perf_counter() - began

@@ -32,6 +32,7 @@ from mara_integrations.training.plan import Plan
 IDENTITY_FILE = "identity.json"
 _FOLDERS = re.compile(r"^.*[/\\](?=[^/\\]+\.py:)|(?<=[?&]rubric=)[^&]*[/\\]")  # before the file of a reward
 _NOT_IN_COMMAND = {"overwrite", "push_to_hub", "public", "track"}
+_MODELS = ("model", "teacher", "teacher_base")  # settings that may be a path or a name of the Hub
 MODEL = "weights of the model"
 VERSION = "version of mara_integrations"
 
@@ -53,9 +54,10 @@ class Identity:
         """Return the identity of a run, as far as it is known before the model is loaded."""
         return cls(config.described(), {VERSION: mara_integrations.__version__, **plan.hashes})
 
-    def with_model(self, model: LoadedModel) -> Identity:
-        """Return the identity with the model's weights."""
-        return Identity(self.settings, {**self.hashes, MODEL: model_fingerprint(model)})
+    def with_model(self, model: LoadedModel, others: Mapping[str, str] | None = None) -> Identity:
+        """Return the identity with the model's weights, and with hashes of other models by their role in the run."""
+        beside = {f"weights of the {name}": hashed for name, hashed in (others or {}).items()}
+        return Identity(self.settings, {**self.hashes, MODEL: model_fingerprint(model), **beside})
 
     def origin(self, config: TrainConfig, plan: Plan) -> Origin:
         """Return what a head's config tells of its training."""
@@ -124,7 +126,7 @@ def _command(config: TrainConfig) -> str:
         elif isinstance(value, dict):
             words += [word for key, each in value.items() for word in (option, f"{key}={json.dumps(each)}")]
         else:
-            is_path = isinstance(value, Path) or (name == "model" and Path(value).exists())
+            is_path = isinstance(value, Path) or (name in _MODELS and Path(value).exists())
             words += [option, Path(value).name if is_path else str(value)]
     return printable(shlex.join(words), "\n\t")
 

@@ -142,7 +142,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
             f"contrast={config.contrast!r} is not allowed beside sentences with weights",
             hint="leave it out, or the weights: then all sentences are read together",
         )
-    data = _read_data(config, inputs, principle)
+    data = _read_data(config, inputs, needs_prompts_alone=principle is not None or config.teacher is not None)
     rule = parse_rule(config.forbid) if config.forbid else None
     required: list[tuple[Reward, float]] = [(Required(what), 1.0) for what in config.require]
     weighted = [*map(parse_reward, config.reward), *inputs.rewards]
@@ -153,8 +153,9 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     weighted += required
     if principle is not None and config.forbid:
         raise ConfigError("give either a principle or forbidden words, not both")
-    judged = [each for each, _ in weighted] if principle is not None else []  # the sentence alone is learned from
-    weighted = [] if principle is not None else weighted
+    reads_again = principle is not None or config.teacher is not None  # what that changes is alone learned from
+    judged = [each for each, _ in weighted] if reads_again else []
+    weighted = [] if reads_again else weighted
     reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
     for llm in judges_of(reward) if config.partial_text or config.credit == "prefix" else ():
         raise ConfigError(
@@ -163,6 +164,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         )
     judges = [*judged, *(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
     given: dict[Source, bool] = {
+        "teacher": config.teacher is not None,
         "principle": principle is not None,
         "rule": rule is not None,
         "reward": reward is not None,
@@ -171,8 +173,8 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         "documents": has_documents(data),
     }
     sources: list[Source] = [source for source, is_given in given.items() if is_given]
-    if principle is not None:
-        sources = ["principle"]  # the data is there for its prompts
+    if reads_again:
+        sources = sources[:1]  # a teacher may read under a sentence; the data is there for its prompts
     num_pairs = len(data.rows) if given["pairs"] else 0
     try:
         method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
@@ -228,13 +230,13 @@ def _in_q_form(method: Method, form: HeadForm | None) -> Method:
     )
 
 
-def _read_data(config: TrainConfig, inputs: Inputs, principle: Principle | None) -> Dataset:
-    if principle is not None and config.data is None and inputs.data is None:
+def _read_data(config: TrainConfig, inputs: Inputs, *, needs_prompts_alone: bool) -> Dataset:
+    if needs_prompts_alone and config.data is None and inputs.data is None:
         return read_prompts(VARIED_PROMPTS)
     if (config.data is None) == (inputs.data is None):
         raise ConfigError(
             "there is no data" if config.data is None else f"data is given twice: as {str(config.data)!r} and as rows",
-            hint="give preference pairs, labelled replies or prompts, as a file or as rows; or a principle"
+            hint="give preference pairs, labelled replies or prompts, as a file or as rows; or a principle or teacher"
             if config.data is None
             else "leave one of them out",
         )
@@ -271,6 +273,9 @@ def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
 
 def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None, reward: Reward | None) -> str:
     match source:
+        case "teacher":
+            num_prompts = len({row.prompt for row in data.rows})
+            return f"another model reads the model's own replies to {num_prompts} prompts"
         case "principle":
             num_prompts = len({row.prompt for row in data.rows})
             return f"a sentence says how replies to {num_prompts} prompts should be, and the model reads them under it"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mara_integrations.training.collect.workload import Workload
     from mara_integrations.training.context import MethodResult, Run
 
-Source = Literal["pairs", "labels", "reward", "rule", "principle", "documents"]
+Source = Literal["pairs", "labels", "reward", "rule", "principle", "documents", "teacher"]
 SOURCES: dict[Source, str] = {
     "pairs": "preference pairs",
     "labels": "labelled replies",
@@ -26,6 +26,7 @@ SOURCES: dict[Source, str] = {
     "rule": "a rule (--forbid WHAT)",
     "principle": "a sentence (--principle TEXT)",
     "documents": "questions with documents (a column context)",
+    "teacher": "a second model (--teacher MODEL)",
 }
 
 
@@ -173,12 +174,21 @@ METHODS: dict[str, Method] = {
             form="q",
             max_replies=320,
         ),
+        Method(
+            name="teacher",
+            loop=f"{_HERE}.teacher:train",
+            q_loop=f"{_HERE}.teacher:train",
+            learns_from=("teacher",),
+            form="q",
+            max_replies=320,
+        ),
     )
 }
 
-# What `auto` takes: the first source that is given decides. Principles, rules and rewards have options of their own,
-# so they go before the labels that the data may hold.
+# What `auto` takes: the first source that is given decides. Teachers, principles, rules and rewards have options of
+# their own, so they go before the labels that the data may hold.
 AUTO: dict[Source, str] = {
+    "teacher": "teacher",
     "principle": "principle",
     "rule": "rule",
     "reward": "rloo",
@@ -208,7 +218,8 @@ def choose(
     if not sources:
         raise ConfigError(
             "prompts alone do not say what a good reply is",
-            hint="add --principle TEXT, --reward module:function or --forbid WORD, or give pairs or labelled replies",
+            hint="add --principle TEXT, --teacher MODEL, --reward module:function or --forbid WORD, or give pairs or "
+            "labelled replies",
         )
     if name == "auto":
         reward_model = METHODS["reward-model"]

@@ -45,6 +45,7 @@ from mara_integrations.training.scoring.q_scale import calibrate_q
 from mara_integrations.training.scoring.ray_rewards import on_ray
 from mara_integrations.training.scoring.reward_files import keep_rewards
 from mara_integrations.training.scoring.scale import calibrate
+from mara_integrations.training.teachers import NAMES, check_teachers, look_at_teachers
 
 SETTINGS_FILE = "train.yaml"
 
@@ -147,12 +148,16 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         quantization=config.quantization,
         engine=config.engine,
     )
-    plan, left_out = without_long_prompts(config, plan, read_outline(spec))
+    outline = read_outline(spec)
+    check_teachers(config, outline.tokenizer)
+    plan, left_out = without_long_prompts(config, plan, outline)
     if left_out is not None:
         reporter.say(f"  [yellow]{escape(left_out)}[/]")
     loaded = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(loaded.name)} on {loaded.device}, {loaded.number_format}")
-    identity_before, identity = identity, identity.with_model(loaded)
+    teachers = look_at_teachers(config, loaded, reporter)
+    hashes = {NAMES[role]: teacher.fingerprint for role, teacher in teachers.items()}
+    identity_before, identity = identity, identity.with_model(loaded, hashes)
     if not interrupted_differences(config.output, identity_before):
         _report_interrupted(config, identity, reporter)
     backend = backend_of(loaded)
@@ -160,7 +165,7 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
     if config.ray:
         workers = RayWorkers(spec, config.ray, loaded.device.type == "cuda", reporter.say)
         plan = replace(plan, reward=plan.reward and on_ray(plan.reward))
-    run = Run(config, plan, identity, loaded, backend, workers, reporter, MetricsLog(config.output))
+    run = Run(config, plan, identity, loaded, backend, workers, reporter, MetricsLog(config.output), teachers)
     _show_samples(run)
     return run
 

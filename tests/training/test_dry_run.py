@@ -9,7 +9,7 @@ import pytest
 
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.models.int8 import weight_bytes
-from mara_integrations.testing import tiny_model
+from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.registry import METHODS
@@ -39,6 +39,8 @@ RUNS = {
     "rule": {"forbid": PUNCTUATION},
     "principle": {"principle": ("Be warm.",)},
     "grounding": {"method": "grounding"},
+    "teacher": {"teacher": "tuned"},
+    "teacher, its base and a sentence": {"teacher": "tuned", "teacher_base": "tuned", "principle": ("Be warm.",)},
     "rule, residual": {"forbid": PUNCTUATION, "form": "residual"},
 }
 
@@ -46,7 +48,11 @@ RUNS = {
 @pytest.fixture
 def config(folder_model, prompts_file, tmp_path):
     def config(**how):
-        if not {"reward", "forbid", "principle"} & set(how):
+        if "teacher" in how:
+            tiny_model(seed=1).save_pretrained(tmp_path / "tuned")
+            tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+            how |= {role: str(tmp_path / how[role]) for role in ("teacher", "teacher_base") if role in how}
+        if not {"reward", "forbid", "principle", "teacher"} & set(how):
             pair = {"chosen": "so it was", "rejected": "then and"}
             is_grounding = how.get("method") == "grounding"
             rows = [{"prompt": f"{i}?", **({"context": f"{i % 7} so"} if is_grounding else pair)} for i in range(100)]

@@ -43,6 +43,7 @@ RUNS = {
     "rule": {"forbid": tuple(string.punctuation)},
     "principle": {"principle": ("Be warm.",)},
     "grounding": {"method": "grounding", "documents": True, "eval_prompts": 2},
+    "teacher": {"has_teacher": True},
 }
 
 
@@ -57,7 +58,10 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def config(path, tmp_path, prompts_file):
-    def config(*, pairs=False, documents=False, **how):
+    def config(*, pairs=False, documents=False, has_teacher=False, **how):
+        if has_teacher:
+            model = oracle(max_position_embeddings=1024, seed=1)
+            how["teacher"] = str(write_gguf(tmp_path / "tuned.gguf", model, kind=GGMLQuantizationType.Q8_0))
         if pairs or documents:
             pair = {"chosen": "so it was", "rejected": "then and"}
             rows = [{"prompt": f"{i}?", **(pair if pairs else {"context": f"{i % 7} so"})} for i in range(100)]
@@ -96,6 +100,7 @@ def test_all_methods_of_the_form_are_tried():
         ({"reward": VOWELS, "method": "sac"}, r"'sac' trains a head of the form 'residual'.*another method"),
         ({"reward": VOWELS, "form": "residual"}, r"'residual'.*leave --form out"),
         ({"reward": VOWELS, "ray": 2}, "ray"),
+        ({"teacher": "org/tuned"}, "teacher='org/tuned' is not a .gguf file"),
     ],
 )
 def test_what_it_can_not_train_is_refused_before_any_work(config, tmp_path, how, said):

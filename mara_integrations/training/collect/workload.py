@@ -24,6 +24,7 @@ class Generation:
         is_gated: Whether a head gates the replies, trained or not.
         is_base: Whether the replies are those of the base model, so that they may be cached.
         temperature: Temperature of the replies.
+        relative_s: Time to read a token of them again, over that of the run's own model.
     """
 
     prompts: Sequence[Conversation]
@@ -32,6 +33,7 @@ class Generation:
     is_gated: bool = False
     is_base: bool = False
     temperature: float = 1.0
+    relative_s: float = 1.0
 
     def __len__(self) -> int:
         return len(self.prompts) * self.replies_per_prompt

@@ -11,6 +11,8 @@ the right ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from mara_integrations.training.collect.prompts import conversation
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.q_objectives import centred
-from mara_integrations.training.methods.principle import Side, read_as, train_on_contrast, work_on_contrast
+from mara_integrations.training.methods.contrast import Side, read_as, train_on_contrast, work_on_contrast
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:
@@ -45,12 +47,15 @@ def work(run: Run) -> Workload:
     return work_on_contrast(run, rereadings)
 
 
-def contrast_values(run: Run, side: Side) -> Tensor:
-    """Return what q is fitted to, centred under the base model, (P, K).
+def contrast_values(run: Run, sides: Sequence[Side]) -> list[Tensor]:
+    """Return what q is fitted to, centred under the base model, (P, K) a side.
 
     Each of the two contrasts counts in its own standard deviations.
     """
-    rows = _rows(run)
+    return [_values(run, side, _rows(run)) for side in sides]
+
+
+def _values(run: Run, side: Side, rows: dict[Conversation, PromptRow]) -> Tensor:
     answerable = torch.tensor([_is_answerable(rows, side.prompts[reply.prompt_index]) for reply in side.replies])
     found = torch.zeros_like(side.positions.log_probs)
     for is_answerable in (True, False):
@@ -73,13 +78,13 @@ def _without_documents(run: Run, side: Side, rows: dict[Conversation, PromptRow]
     alone = [
         Conversation(question_alone(rows[prompt]), prompt.tools).with_system(system_prompt) for prompt in side.prompts
     ]
-    return centred(log_probs - read_as(run, side, "the question alone", alone).candidates, log_probs)
+    return centred(log_probs - read_as(run, side, "under the question alone", alone).candidates, log_probs)
 
 
 def _admitting(run: Run, side: Side) -> Tensor:
     """Return what the sentence changes where the documents do not hold the answer, (P, K)."""
     with_sentence, neutral = (
-        read_as(run, side, name, [under(sentence, prompt) for prompt in side.prompts]).candidates
+        read_as(run, side, f"under {name}", [under(sentence, prompt) for prompt in side.prompts]).candidates
         for name, sentence in (("the sentence", GROUNDED), ("a neutral sentence", NEUTRAL))
     )
     return centred(with_sentence - neutral, side.positions.log_probs)

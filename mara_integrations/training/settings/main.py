@@ -13,7 +13,9 @@ from mara_integrations.sampling import Params
 from mara_integrations.training.recipes import recipe_names, with_recipe
 from mara_integrations.training.settings.identity_mark import OutsideIdentity
 
-MethodName = Literal["auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle", "grounding"]
+MethodName = Literal[
+    "auto", "value", "dpo", "kto", "reward-model", "rloo", "rule", "sac", "principle", "grounding", "teacher"
+]
 
 
 class MainSettings(Params):
@@ -25,7 +27,7 @@ class MainSettings(Params):
         Field(
             description="Preference pairs, labelled replies or prompts: a JSONL, JSON, CSV or Parquet file, a folder "
             "saved by datasets, a Hub name such as org/name:train, or a mixture of several in a .yaml file. With "
-            "--principle or --recipe it may be left out: then prompts are used that come with the package."
+            "--principle, --teacher or --recipe it may be left out: then prompts are used that come with the package."
         ),
         OutsideIdentity(),
     ] = None
@@ -43,9 +45,9 @@ class MainSettings(Params):
     method: Annotated[
         MethodName,
         Field(
-            description="Training method. auto takes principle with --principle, rule with --forbid, rloo with "
-            "--reward, grounding where prompts have a column context, reward-model from 300 preference pairs on, else "
-            "value."
+            description="Training method. auto takes teacher with --teacher, principle with --principle, rule with "
+            "--forbid, rloo with --reward, grounding where prompts have a column context, reward-model from 300 "
+            "preference pairs on, else value."
         ),
     ] = "auto"
     reward: Annotated[
@@ -92,6 +94,21 @@ class MainSettings(Params):
             "is none."
         ),
     ] = None
+    teacher: Annotated[
+        str | None,
+        Field(
+            description="Model that reads the base model's replies: the head learns what it makes more probable than "
+            "the base model does. As --model, or a folder with a LoRA adapter of PEFT (extra peft). It needs the same "
+            "vocabulary. With --principle it reads under the sentence, and the base model under a neutral one."
+        ),
+    ] = None
+    teacher_base: Annotated[
+        str | None,
+        Field(
+            description="Model that the teacher was tuned from: the head learns the difference of these two, and so "
+            "carries a fine-tune over to another model of the same vocabulary."
+        ),
+    ] = None
     system_prompt: Annotated[
         str | None,
         Field(
@@ -129,6 +146,10 @@ class MainSettings(Params):
     def _one_wish(self) -> Self:
         if self.reward and self.forbid:
             raise ValueError("give either a reward or forbidden words, not both")
+        if self.teacher is None and self.teacher_base is not None:
+            raise ValueError(f"teacher_base={self.teacher_base!r} has no teacher: give both, or neither")
+        if self.teacher is not None and self.forbid:
+            raise ValueError("give either a teacher or forbidden words, not both")
         has_principle = bool(self.principle) or self.principle_file is not None
         if has_principle and self.forbid:
             raise ValueError("give either a principle or forbidden words, not both")

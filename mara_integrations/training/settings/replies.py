@@ -20,7 +20,7 @@ class ReplySettings(Params):
         Field(
             ge=8,
             description="Number of replies to generate in all; prompts beyond it are left out. Default: 640 for rloo "
-            "and reward-model, 320 for principle, 1152 for sac, else 384.",
+            "and reward-model, 320 for principle, grounding and teacher, 1152 for sac, else 384.",
         ),
     ] = None
     replies_each: Annotated[

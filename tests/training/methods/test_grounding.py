@@ -16,8 +16,8 @@ from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
+from mara_integrations.training.methods.contrast import Side
 from mara_integrations.training.methods.grounding import contrast_values
-from mara_integrations.training.methods.principle import Side
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
 
@@ -79,7 +79,7 @@ def test_what_is_learned_is_the_difference_that_documents_and_sentence_make(file
     untrained = run.new_head().eval()
     side = Side.of("base replies", prompts, generate_replies(run, "base", prompts, 1, 0, untrained, is_base=True))
 
-    values = contrast_values(run, side)
+    (values,) = contrast_values(run, [side])
 
     def log_probs(text, row):
         """Of all tokens, by a forward over the whole text."""

@@ -69,7 +69,7 @@ def dry_run(config: TrainConfig, reporter: Reporter | None = None) -> Estimate:
     try:
         open_judges(run, is_trial=True)
         check_judges(run)
-        if plan.source == "reward":
+        if plan.learns_from_reward:
             check_reward(run)
         estimate = _estimate(run)
     finally:

@@ -25,6 +25,7 @@ from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
 from mara_integrations.rewards import (
+    CombinedReward,
     DescribedRule,
     Required,
     Reward,
@@ -34,6 +35,7 @@ from mara_integrations.rewards import (
     parse_rule,
     reward_fingerprint,
     reward_name,
+    takes_partial_text,
 )
 from mara_integrations.sampling import HeadForm
 from mara_integrations.training.config import TrainConfig
@@ -99,6 +101,18 @@ class Plan:
         return self.other_prompts or (self.train, self.held_out)
 
     @property
+    def weighted_rewards(self) -> list[tuple[Reward, float]]:
+        """The rewards, each with its weight."""
+        if self.reward is None:
+            return []
+        return self.reward.weighted if isinstance(self.reward, CombinedReward) else [(self.reward, 1.0)]
+
+    @property
+    def learns_from_reward(self) -> bool:
+        """Whether a reward that was given scores replies to learn from."""
+        return self.reward is not None and self.source in ("reward", "principle", "teacher")
+
+    @property
     def hashes(self) -> dict[str, str]:
         """Hashes of data and reward, by name."""
         decisive = self.rule or self.reward
@@ -153,16 +167,16 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     weighted += required
     if principle is not None and config.forbid:
         raise ConfigError("give either a principle or forbidden words, not both")
-    reads_again = principle is not None or config.teacher is not None  # what that changes is alone learned from
-    judged = [each for each, _ in weighted] if reads_again else []
-    weighted = [] if reads_again else weighted
+    reads_again = principle is not None or config.teacher is not None
+    if reads_again:
+        _check_scores_parts(config, [each for each, _ in weighted])
     reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
     for llm in judges_of(reward) if config.partial_text or config.credit == "prefix" else ():
         raise ConfigError(
             f"reward {reward_name(llm)!r} judges whole replies, and would be called some hundred times a reply",
             hint="leave --partial-text and --credit prefix out",
         )
-    judges = [*judged, *(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
+    judges = [*(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
     given: dict[Source, bool] = {
         "teacher": config.teacher is not None,
         "principle": principle is not None,
@@ -174,7 +188,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     }
     sources: list[Source] = [source for source, is_given in given.items() if is_given]
     if reads_again:
-        sources = sources[:1]  # a teacher may read under a sentence; the data is there for its prompts
+        sources = sources[:1]  # a teacher may read under a sentence, beside rewards; the data is there for its prompts
     num_pairs = len(data.rows) if given["pairs"] else 0
     try:
         method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
@@ -272,13 +286,15 @@ def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
 
 
 def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None, reward: Reward | None) -> str:
+    scored = "" if reward is None else f"; {reward_name(reward)} scores them, too"
     match source:
         case "teacher":
             num_prompts = len({row.prompt for row in data.rows})
-            return f"another model reads the model's own replies to {num_prompts} prompts"
+            return f"another model reads the model's own replies to {num_prompts} prompts{scored}"
         case "principle":
             num_prompts = len({row.prompt for row in data.rows})
-            return f"a sentence says how replies to {num_prompts} prompts should be, and the model reads them under it"
+            read = "prompts should be, and the model reads them under it"
+            return f"a sentence says how replies to {num_prompts} {read}{scored}"
         case "documents":
             return f"{len(data.rows)} questions have documents, and are asked with those of others, too"
         case "rule":
@@ -311,6 +327,19 @@ def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> tuple[str, ..
             "figures on them are better than they would be on new prompts"
         )
     return tuple(found)
+
+
+def _check_scores_parts(config: TrainConfig, rewards: Sequence[Reward]) -> None:
+    """Refuse rewards of whole replies beside a sentence or a teacher, which say something of every candidate."""
+    for reward in rewards:
+        if takes_partial_text(reward) if config.partial_text is None else config.partial_text:
+            continue
+        beside = "a teacher" if config.teacher is not None else "a principle"
+        if_it_can = "" if config.partial_text is False else "; or say --partial-text, if it can score unfinished ones"
+        raise ConfigError(
+            f"reward {reward_name(reward)!r} scores whole replies, and {beside} says something of every candidate",
+            hint=f"train a head of each, and compose them (--head A --head B); or name it by --judge{if_it_can}",
+        )
 
 
 def _check_documents_alone(*others: Reward | None) -> None:

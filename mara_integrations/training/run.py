@@ -174,7 +174,7 @@ def _train(run: Run) -> TrainResult:
     config, plan = run.config, run.plan
     open_judges(run)
     check_judges(run)
-    if plan.source == "reward":
+    if plan.learns_from_reward:
         check_reward(run)  # 1. score two short replies: a mistake in the reward shows before the work
     with run.logging():
         torch.manual_seed(config.seed)

@@ -38,6 +38,7 @@ RUNS = {
     "sac": {"reward": VOWELS, "method": "sac", "max_replies": 192},
     "rule": {"forbid": PUNCTUATION},
     "principle": {"principle": ("Be warm.",)},
+    "principle, beside a reward": {"principle": ("Be warm.",), "reward": VOWELS, "partial_text": True},
     "grounding": {"method": "grounding"},
     "teacher": {"teacher": "tuned"},
     "teacher, its base and a sentence": {"teacher": "tuned", "teacher_base": "tuned", "principle": ("Be warm.",)},

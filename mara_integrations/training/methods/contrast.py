@@ -1,35 +1,28 @@
-"""What methods share that fit q to a contrast: base replies, read again, and how their readings become a head.
+"""What methods share that fit q to a contrast of readings: the base replies, the fit, the scale, the report.
 
-A reading is what a model makes of the candidates of a reply, in the reply's own context or another. The difference of
-two readings is what q is fitted to. Each method says which readings it takes; see `principle`, `teacher`, `grounding`.
+Each method says which readings it takes; see `principle`, `teacher` and `grounding`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
-from mara_integrations.messages import Conversation
+from mara_integrations.rewards import reward_name
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Targets
-from mara_integrations.training.learning.q_objectives import centred
+from mara_integrations.training.methods.beside_rewards import with_rewards
 from mara_integrations.training.methods.q_regression import regress
-from mara_integrations.training.records.store import as_dict, load_or_compute
+from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.rollouts.positions import Positions, all_scores
-from mara_integrations.training.rollouts.replies import OnReply, Reply
-from mara_integrations.training.rollouts.rereading import Rereading, contexts_of, reread
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
@@ -38,33 +31,9 @@ from mara_integrations.training.scoring.q_scale import (
     scale_within_budget,
 )
 from mara_integrations.training.scoring.scale import report_scale, set_scale
-from mara_integrations.training.teachers import Reader
 
 HELD_OUT_SEED = 500_000  # offset larger than any number of replies
-_REPLIES_PER_FILE = 64
 _MAX_TARGET = 5.0  # standard deviations
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Base replies to the prompts of one side, read again.
-
-    Attributes:
-        name: Name of the side in stages.
-        prompts: The prompts.
-        replies: R replies.
-        positions: Their positions.
-    """
-
-    name: str
-    prompts: list[Conversation]
-    replies: list[Reply]
-    positions: Positions
-
-    @classmethod
-    def of(cls, name: str, prompts: list[Conversation], replies: list[Reply]) -> Side:
-        """Return a side with the positions of its replies."""
-        return cls(name, prompts, replies, Positions.of(replies))
 
 
 # What q is fitted to on each side, centred under the base model, (P, K).
@@ -100,6 +69,8 @@ def train_on_contrast(
     hold_quality(run, head, held_out.prompts, seed)
     kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
     report_scale(run, head.config.scale, kl)
+    if run.plan.reward is not None:
+        contrast = f"{contrast}, and what raises {reward_name(run.plan.reward)}"
     return MethodResult(kl_per_token=kl, metrics={"contrast": contrast, **report(run, head, held_out)})
 
 
@@ -128,10 +99,12 @@ def work_on_contrast(
         *reporting.generations,
     ]
     again = [*itertools.chain(*map(rereadings, base)), *reporting.rereadings]
+    num_replies, num_rewards = len(prompts) * each + len(held_out), len(run.plan.weighted_rewards)
     return Workload(
         [planned for planned in generations if len(planned)],
         rereadings=[planned for planned in again if len(planned)],
-        fitted=len(prompts) * each + len(held_out),
+        fitted=num_replies * (1 + num_rewards),  # a critic of each reward, and the head
+        scored=num_replies if num_rewards else 0,
     )
 
 
@@ -140,63 +113,6 @@ def work_of_table(run: Run) -> Workload:
     held_out = limited_prompts(run, run.plan.held_out)
     of_table = [Generation(held_out[: min(run.config.eval_prompts, MAX_PROMPTS)], is_gated=True)] * 8
     return Workload(of_table, rereadings=of_table * 2)
-
-
-def summed_contrasts(
-    positions: Positions, these: Sequence[tuple[Tensor, float]], those: Sequence[Tensor], aside: Sequence[int] = ()
-) -> Tensor:
-    """Return the sum of the differences of each of these readings from each of those, (P, K).
-
-    Each difference is centred under the base model, so that a constant of the position, as that of the softmax, falls
-    out. It counts in its own standard deviations, times the weight of the reading.
-
-    Args:
-        positions: The P positions.
-        these: Readings of their candidates, each (P, K) in nats, and its weight.
-        those: What they differ from, each (P, K).
-        aside: Tokens that the readings say nothing of: their values are 0.
-    """
-    log_probs, live = positions.log_probs, positions.live
-    if len(aside):
-        log_probs = log_probs.masked_fill(torch.isin(positions.token_ids, torch.tensor(aside)), -torch.inf)
-    found = torch.zeros_like(log_probs)
-    for that in those:
-        for this, weight in these:
-            value = centred(this - that, log_probs)
-            found += weight * value / (float(value[live].std()) or 1.0)
-    return found
-
-
-def read_as(
-    run: Run, side: Side, name: str, prompts: Sequence[Conversation], reader: Reader | None = None
-) -> Rereading:
-    """Return what a model makes of a side's replies after other prompts; each part is stored.
-
-    Args:
-        run: The run.
-        side: The replies.
-        name: Name of the reading in stages.
-        prompts: The other prompts, by `Reply.prompt_index`.
-        reader: What reads them, in its own chat template; None is the run's model.
-    """
-    model, backend = (run.model, run.backend) if reader is None else (reader.model, reader.backend)
-    contexts = contexts_of(model, prompts, side.replies)
-    parts, stage = [], f"{side.name} {name}"
-    with run.stage(stage, len(side.replies)) as advance:
-        for start in range(0, len(side.replies), _REPLIES_PER_FILE):
-            replies = side.replies[start : start + _REPLIES_PER_FILE]
-            read = partial(_read, backend, contexts, replies, advance)
-            found, was_stored = load_or_compute(run.stored(stage, start), read)
-            if was_stored:
-                advance(len(replies))
-            parts.append(Rereading(**found))
-    width = side.positions.token_ids.shape[1]
-    wide = [torch.nn.functional.pad(part.candidates, (0, width - part.candidates.shape[1])) for part in parts]
-    return Rereading(torch.cat(wide), torch.cat([part.tokens for part in parts]))
-
-
-def _read(backend: Backend, contexts: Sequence[Sequence[int]], replies: Sequence[Reply], advance: OnReply) -> object:
-    return as_dict(reread(backend, contexts, replies, advance))
 
 
 def _base_sides(run: Run) -> tuple[Side, Side]:
@@ -216,12 +132,14 @@ def _base_sides(run: Run) -> tuple[Side, Side]:
 
 
 def _fit(run: Run, head: QHead, values: ContrastValues, train_side: Side, held_out: Side) -> None:
-    """Fit q to the values, in standard deviations."""
+    """Fit q to the values, and to what rewards say of the same candidates, in standard deviations."""
     sides = (train_side, held_out)
-    found = values(run, sides)
-    spread = float(found[0][train_side.positions.live].std()) or 1.0
-    train_targets, held_out_targets = (
-        Targets(side.positions, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
-        for side, value in zip(sides, found, strict=True)
-    )
-    regress(run, "fit", head, train_targets, held_out_targets)
+    positions, found = [side.positions for side in sides], values(run, sides)
+    if run.plan.reward is not None:
+        positions, found = with_rewards(run, sides, found)
+    spread = float(found[0][positions[0].live].std()) or 1.0
+    targets = [
+        Targets(where, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
+        for where, value in zip(positions, found, strict=True)
+    ]
+    regress(run, "fit", head, *targets)

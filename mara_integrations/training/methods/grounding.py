@@ -25,7 +25,8 @@ from mara_integrations.training.collect.prompts import conversation
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.q_objectives import centred
-from mara_integrations.training.methods.contrast import Side, read_as, train_on_contrast, work_on_contrast
+from mara_integrations.training.methods.contrast import train_on_contrast, work_on_contrast
+from mara_integrations.training.methods.readings import Side, read_as
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:

@@ -3,7 +3,7 @@
 The base model reads its own plain replies again with the sentence as a system prompt. q is fitted to what that changes
 in the log-probability of every candidate, against a neutral sentence: what any system prompt changes is no part of it.
 The opposite can stand in its place or beside it; it helps some sentences, and harms others. Sentences with weights are
-read one by one, and what they change is added.
+read one by one, and what they change is added; so is what rewards say of the candidates, see `beside_rewards`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,8 @@ from mara_integrations.data.principles import NEUTRAL, under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.methods.contrast import (
-    Side,
-    read_as,
-    summed_contrasts,
-    train_on_contrast,
-    work_on_contrast,
-)
+from mara_integrations.training.methods.contrast import train_on_contrast, work_on_contrast
+from mara_integrations.training.methods.readings import Side, read_as, summed_contrasts
 from mara_integrations.training.settings.methods import Contrast
 
 CONTRASTS: dict[Contrast, str] = {

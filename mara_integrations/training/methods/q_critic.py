@@ -16,17 +16,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mara_integrations.data import Dataset
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.q import QHead
+from mara_integrations.messages import Conversation
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import Targets
+from mara_integrations.training.learning.objectives import GAMMA, discounted_returns
 from mara_integrations.training.learning.q_objectives import centred, next_rows, soft_values
 from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.rollouts.positions import Positions, all_scores
+from mara_integrations.training.rollouts.replies import Reply
+from mara_integrations.training.scoring.partial_rewards import position_gains, prefix_rewards
 from mara_integrations.training.scoring.q_scale import kl_per_token
 from mara_integrations.training.scoring.scale import largest_within
 
 _PASSES = 4
+# Candidates of a position that are scored: those after them have 3 % of the probability together. The one taken counts
+# wherever it stands.
+NUM_SCORED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,37 @@ class ScoredPositions:
         distance = (self.positions.places[following] - self.positions.places).clamp_min(0)
         change = self.gamma**distance * (values - self.returns)[following]
         return self.returns + change.masked_fill(is_last, 0.0)
+
+
+def scored_parts(
+    run: Run, data: Dataset, prompts: Sequence[Conversation], replies: Sequence[Reply], rewards: Sequence[float]
+) -> dict[str, Tensor]:
+    """Score unfinished replies, and return `gains` and `returns` of `ScoredPositions` as plain data.
+
+    Args:
+        run: A run with a reward.
+        data: Rows of the prompts.
+        prompts: The prompts that `Reply.prompt_index` counts.
+        replies: R replies.
+        rewards: Rewards of the whole replies, length R.
+    """
+    prefixes = prefix_rewards(run, data, prompts, replies, rewards)
+    gains = position_gains(run, data, prompts, replies, prefixes, Positions.of(replies).narrowed(NUM_SCORED))
+    returns = [discounted_returns(torch.tensor(of_reply).diff(), GAMMA) for of_reply in prefixes]
+    at_positions = [
+        of_reply[[position.index for position in reply.positions]]
+        for of_reply, reply in zip(returns, replies, strict=True)
+    ]
+    return {"gains": gains, "returns": torch.cat(at_positions)}
+
+
+def candidate_advantages(run: Run, name: str, sides: Sequence[ScoredPositions]) -> list[Tensor]:
+    """Return by how much each candidate is worth more than the base model's choice, (P, K) a side.
+
+    Arguments as in `action_values`.
+    """
+    values = action_values(run, name, sides)
+    return [centred(of_side, side.positions.log_probs) for of_side, side in zip(values, sides, strict=True)]
 
 
 def action_values(run: Run, name: str, sides: Sequence[ScoredPositions]) -> list[Tensor]:

@@ -27,14 +27,17 @@ from mara_integrations.training.learning.objectives import (
     GAMMA,
     MAX_ADVANTAGE,
     clipped_policy_loss,
-    discounted_returns,
 )
 from mara_integrations.training.learning.q_objectives import (
-    centred,
     mean_kl,
     taken_log_ratios,
 )
-from mara_integrations.training.methods.q_critic import ScoredPositions, action_values
+from mara_integrations.training.methods.q_critic import (
+    NUM_SCORED,
+    ScoredPositions,
+    candidate_advantages,
+    scored_parts,
+)
 from mara_integrations.training.methods.q_regression import regress
 from mara_integrations.training.methods.rounds import (
     BestRound,
@@ -47,7 +50,7 @@ from mara_integrations.training.methods.rounds import (
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.partial_rewards import position_gains, prefix_rewards, uses_partial_text
+from mara_integrations.training.scoring.partial_rewards import uses_partial_text
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
     hold_quality,
@@ -55,10 +58,6 @@ from mara_integrations.training.scoring.q_scale import (
     kl_per_token,
     scale_within_budget,
 )
-
-# Candidates of a position that are scored: those after them have 3 % of the probability together. The one taken counts
-# wherever it stands.
-NUM_SCORED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +104,7 @@ class QLearner(Learner[PositionExperience]):
 
     @override
     def score_parts(self, side: PromptSide, replies: Sequence[Reply], rewards: Sequence[float]) -> dict[str, Any]:
-        prefixes = prefix_rewards(self.run, side.data, side.prompts, replies, rewards)
-        where = Positions.of(replies).narrowed(NUM_SCORED)
-        gains = position_gains(self.run, side.data, side.prompts, replies, prefixes, where)
-        returns = [discounted_returns(torch.tensor(of_reply).diff(), GAMMA) for of_reply in prefixes]
-        at_positions = [
-            of_reply[[position.index for position in reply.positions]]
-            for of_reply, reply in zip(returns, replies, strict=True)
-        ]
-        return {"gains": gains, "returns": torch.cat(at_positions)}
+        return scored_parts(self.run, side.data, side.prompts, replies, rewards)
 
     @override
     def experience(self, scored: Experience, parts: Mapping[str, Any] | None) -> PositionExperience:
@@ -137,10 +128,7 @@ class QLearner(Learner[PositionExperience]):
             for side in (rounds, held_out_rounds)
         ]
         positions = [side.positions for side in sides]
-        values = [
-            centred(of_side, where.log_probs)
-            for of_side, where in zip(action_values(self.run, name, sides), positions, strict=True)
-        ]
+        values = candidate_advantages(self.run, name, sides)
         spread = float(values[0][positions[0].live].std()) or 1.0
         targets = [
             Targets(where, (target / spread).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE))

@@ -26,15 +26,13 @@ from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.contrast import (
     HELD_OUT_SEED,
-    Side,
-    read_as,
     report_table,
-    summed_contrasts,
     train_on_contrast,
     work_of_table,
     work_on_contrast,
 )
 from mara_integrations.training.methods.principle import CONTRASTS, others, sentences
+from mara_integrations.training.methods.readings import Side, read_as, summed_contrasts
 from mara_integrations.training.rollouts.rereading import Rereading
 from mara_integrations.training.teachers import Role, model_bytes
 

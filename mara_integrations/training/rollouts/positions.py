@@ -112,6 +112,11 @@ class Positions:
             taken=torch.where(is_beyond, width, self.taken),
         )
 
+    def narrowed_values(self, values: Tensor, width: int) -> Tensor:
+        """Return values of the candidates, (P, K), in the columns of `narrowed`; 0 where there is no candidate."""
+        own = values.gather(1, self.taken[:, None]).masked_fill((self.taken < width)[:, None], 0.0)
+        return torch.cat([pad(values, (0, max(0, width - values.shape[1])))[:, :width], own], 1)
+
     def only_taken(self) -> Positions:
         """Keep the token taken alone, with probability 1."""
         token_ids = self.token_ids.gather(1, self.taken[:, None])

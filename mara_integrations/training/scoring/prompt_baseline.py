@@ -13,6 +13,7 @@ from mara_integrations.data.principles import under
 from mara_integrations.evaluation.metrics import distinct_n, opinions, perplexity_ratio, preference_rate
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
+from mara_integrations.rewards import reward_name
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
@@ -57,6 +58,7 @@ def beside_the_prompt(run: Run, head: MARAHead, prompts: Sequence[Conversation])
     assert principle is not None
     if not prompts:
         return {}
+    judges = {reward_name(reward): reward for reward, _ in run.plan.weighted_rewards} | dict(run.plan.judges)
     with_sentence = [under(principle.text, prompt) for prompt in prompts]
     untrained = run.new_head().eval()
     ways = {
@@ -79,7 +81,7 @@ def beside_the_prompt(run: Run, head: MARAHead, prompts: Sequence[Conversation])
             difference = torch.tensor(agreed) - torch.tensor([token for reply in plain for token in reply])
             scores = {
                 judge: score_replies(run, run.plan.held_out, prompts, replies, reward=reward)
-                for judge, reward in run.plan.judges.items()
+                for judge, reward in judges.items()
             }
             base = base or (replies, plain, scores)
             variety = [distinct_n([reply.token_ids for reply in side]) for side in (base[0], replies)]

@@ -161,12 +161,6 @@ def test_without_data_the_shipped_prompts_are_used(files):
     assert (plan.method.name, len(plan.train) + len(plan.held_out)) == ("principle", 320)
 
 
-def test_a_reward_beside_a_sentence_only_judges(files):
-    plan = make_plan(config(files, reward="length?words=5"))
-
-    assert plan.reward is None and plan.source == "principle" and len(plan.judges) == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

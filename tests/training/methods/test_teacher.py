@@ -21,7 +21,7 @@ from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
-from mara_integrations.training.methods.contrast import Side
+from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.methods.teacher import contrast_values
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train

@@ -18,8 +18,8 @@ Rows that the json file holds are not measured again. The whole can be taken in 
 An engine may be installed in another environment: `--engines vllm --python vllm=venv-vllm/bin/python`. `generate()`
 runs in this one. vLLM runs the float32 copy of a `.gguf` file, and may take 2 GiB for keys and values.
 
-The last row, "hidden states", comes with llama.cpp and transformers. It says how far the hidden states of llama.cpp lie
-from those of transformers on the dequantised weights, as a share of their size.
+"hidden states" comes with llama.cpp and transformers, and stands beside the rows. It says how far the hidden states of
+llama.cpp lie from those of transformers on the dequantised weights, as a share of their size.
 """
 
 from __future__ import annotations
@@ -139,12 +139,15 @@ def measure_row(args: argparse.Namespace, ratios: Ratios, engine: str, count: in
     return facts["Q-head"]
 
 
-def measure_states(args: argparse.Namespace, ratios: Ratios) -> None:
-    """Compare hidden states of llama.cpp and transformers, one prompt after the other."""
+def measure_states(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare hidden states of llama.cpp and transformers, one prompt after the other; returns median and range."""
+    ratios = Ratios()
     ours, theirs = (Engine(args.model, engine, 1) for engine in ("llama.cpp", "transformers"))
     for ids in prompts_of(theirs.model, 8):
         found, expected = ours.states(ids), theirs.states(ids)
         ratios.add(STATES, "difference / size", float((found - expected).norm() / expected.norm()))
+    ratios.show(STATES)
+    return ratios.rows()[STATES]["difference / size"]
 
 
 def row_of(engine: str, count: int) -> str:
@@ -171,9 +174,8 @@ def main(arguments: list[str] | None = None) -> Rows:
             about["engines"][engine], about["head_bytes"] = facts["version"], facts["head_bytes"]
             ratios.show(row)
             ratios.write(args.json, facts={**before, **about})
-    if {"llama.cpp", "transformers"} <= set(args.engines) and STATES not in kept:
-        measure_states(args, ratios)
-        ratios.show(STATES)
+    if {"llama.cpp", "transformers"} <= set(args.engines) and STATES not in before:
+        about[STATES] = measure_states(args)
         ratios.write(args.json, facts={**before, **about})
     return {**kept, **ratios.rows()}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mara_integrations.errors import DataError, MissingExtraError
 
 _Span = tuple[float, float, float]  # median, least, greatest
 _ACROSS = 3  # panels beside each other
+_QUANTITY = re.compile(r"tokens/s| in \w+$")  # in a panel's title: no ratio
 
 
 def read_table(path: Path) -> dict[str, dict[str, _Span]]:
@@ -68,7 +70,8 @@ def plot(path: Path, output: Path) -> Path:
             spread += [[high - m for m, high in zip(medians, highs, strict=True)]]
             label = column.removeprefix(title).lstrip(", ") or "whole"
             axes.errorbar(medians, places, xerr=spread, fmt="o", markersize=4, capsize=2, linewidth=1, label=label)
-        axes.axvline(1.0, color="grey", linewidth=0.8, zorder=0)
+        if not _QUANTITY.search(title):
+            axes.axvline(1.0, color="grey", linewidth=0.8, zorder=0)
         axes.set_xlim(left=0)
         axes.set_title(title, fontsize="medium")
         axes.grid(axis="y", linewidth=0.3)

@@ -26,6 +26,7 @@ _INSTEAD = {
     "selection": "leave it out: greedy at temperature 0, and sample above",
     "fallback": "leave it out: it is for heads that judge one candidate after another",
 }
+_MAX_TEMPERATURE = 2.0  # Source: vLLM 0.32, `SamplingParams`
 _LIMITS = {
     "prefill_chunk": "max_num_batched_tokens",
     "kv_bytes": "kv_cache_memory_bytes",
@@ -62,6 +63,12 @@ def check_vllm_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value not in (None, False, (), [], "auto") and (name, value) != ("fallback", "first"):
             raise ConfigError(f"{name}={value!r} can't be done by engine='vllm'", hint=hint)
+    temperature = settings.get("temperature")
+    if isinstance(temperature, int | float) and temperature > _MAX_TEMPERATURE:
+        raise ConfigError(
+            f"temperature={temperature!r} can't be done by engine='vllm'",
+            hint=f"vLLM samples at {_MAX_TEMPERATURE} at most",
+        )
     if settings.get("strength") != 0:
         check_vllm_heads(settings.get("head"))
 
@@ -104,7 +111,8 @@ def check_vllm_request(request: Request) -> None:
     """
     if not len(request.prompt_ids):
         raise ConfigError("the prompt is empty", hint="give it at least one token")
-    check_vllm_settings({"trace": request.gate.trace, "selection": request.gate.selection})
+    temperature = request.sampling.temperature
+    check_vllm_settings({"trace": request.gate.trace, "selection": request.gate.selection, "temperature": temperature})
     if request.feeds_candidates:
         assert request.head is not None
         form = next(iter(afterstate_parts(request.head))).config.form

@@ -92,6 +92,7 @@ REQUESTS = {
     "a trace": (Request([5], gate=GateParams(trace=True)), "trace=True"),
     "a constraint": (Request([5], constraint=Mask()), "constraint in Python"),
     "states": (Request([5], keep_states=True), "hidden states"),
+    "a temperature": (Request([5], SamplingParams(temperature=2.5)), "temperature=2.5"),
     "a floor of candidates without a head": (
         Request([5], SamplingParams(temperature=1.0, min_candidates=2)),
         "min_candidates=2",
@@ -111,6 +112,7 @@ REFUSED = {
     "a trace": ({"trace": True}, "trace=True .*transformers"),
     "forbidden words": ({"never": ["refund"]}, "never=.*refund.*transformers"),
     "a selection": ({"selection": "first"}, "selection='first'"),
+    "a temperature": ({"temperature": 2.5}, "temperature=2.5 .*at 2.0 at most"),
     "a fallback": ({"fallback": "best"}, "fallback='best'"),
     "our quantisation": ({"quantization": "int8"}, "quantization='int8'.*model_kwargs"),
     "memory": ({"limits": EngineLimits(kv_bytes=1 << 30)}, "kv_bytes=.*kv_cache_memory_bytes"),

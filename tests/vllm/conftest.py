@@ -15,7 +15,7 @@ WIDTH = 64  # heads of 32 dimensions: vLLM's attention on a CPU has none below
 
 def save_model(folder):
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128}
-    model = tiny_model(hidden_size=WIDTH, **sizes)
+    model = tiny_model(hidden_size=WIDTH, max_position_embeddings=2048, **sizes)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model

@@ -8,6 +8,7 @@ import torch
 from mara_integrations.engine.oracle.reference import decide_reference, generate_reference
 from mara_integrations.errors import ConfigError, HeadError
 from mara_integrations.gated_logits import GatedLogits
+from mara_integrations.heads.compose import ComposedHead
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model
 
@@ -39,17 +40,18 @@ def test_every_row_is_the_distribution_of_the_gate():
     model, one, two = tiny_model(), random_head(32, "q", scale=0.4), random_head(32, "q", seed=1)
     prompts = [prompt(6, seed) for seed in range(3)]
     states, logits = map(torch.cat, zip(*(seen(model, ids) for ids in prompts), strict=True))
-    gate = GatedLogits(model, {one: 1.0, two: 0.5}, strength=0.7, temperature=0.8, top_k=6, top_p=0.9)
+    weights = {one: 1.0, two: 0.5}
+    gate = GatedLogits(model, weights, strength=0.7, temperature=0.8, top_k=6, top_p=0.9)
 
     probs = gate(states, logits).exp()
 
     sampling = SamplingParams(top_k=6, top_p=0.9, temperature=0.8)
     for row, ids in zip(probs, prompts, strict=True):
-        args = (gate._head, sampling, GateParams(strength=0.7, selection="sample"), 0.5)
+        args = (ComposedHead(weights), sampling, GateParams(strength=0.7, selection="sample"), 0.5)
         position = decide_reference(model, ids, *args)
-        weights = [p * torch.tensor(q).exp() for p, q in zip(position.probs, position.scores, strict=True)]
+        gated = [p * torch.tensor(q).exp() for p, q in zip(position.probs, position.scores, strict=True)]
         want = torch.zeros(256)
-        want[position.candidates] = torch.tensor(weights) / sum(weights)
+        want[position.candidates] = torch.tensor(gated) / sum(gated)
         torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-6)
 
 

@@ -55,7 +55,6 @@ def evaluate_head(
         Path,
         typer.Option(help="File of prompts; pairs and labelled replies have prompts, too.", rich_help_panel="Data"),
     ],
-    model: Model = None,
     format: DataFormat = "auto",
     column: Column = None,
     context_template: Annotated[
@@ -135,6 +134,7 @@ def evaluate_head(
         int, typer.Option(min=1, help="Number of prompts decoded together.", rich_help_panel=REPLIES)
     ] = 16,
     system_prompt: SystemPrompt = None,
+    model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantise = None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from typer.models import ArgumentInfo
 
 from mara_integrations.cli.config_file import ConfigFile
 from mara_integrations.data import Format
@@ -183,9 +184,15 @@ def asks_a_model(command: Callable[..., None]) -> Callable[..., None]:
         command(**values, asking=asking)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [p.replace(kind=keyword) for p in (*own, *shared.values())]
+    arguments = [p for p in own if _is_argument(p)]
+    ordered = [*arguments, *shared.values(), *(p for p in own if p not in arguments)]
+    parameters = [p.replace(kind=keyword) for p in ordered]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    return any(isinstance(each, ArgumentInfo) for each in get_args(parameter.annotation))
 
 
 def _asked_model(

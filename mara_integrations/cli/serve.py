@@ -81,7 +81,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="Web page that may send requests, as https://chat.example (CORS); * allows all. May be repeated.",
+            help="Web page that may send requests, such as https://chat.example (CORS); * allows all. May be repeated.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
@@ -89,7 +89,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Host name that requests may carry beside localhost, as behind a proxy; * allows all. May be "
+            help="Host name that requests may carry beside localhost, for example behind a proxy; * allows all. May be "
             "repeated.",
             rich_help_panel=_ACCESS,
         ),
@@ -109,7 +109,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for keys and values of running replies, as 8GiB; more requests wait.",
+            help="Memory for keys and values of running replies, such as 8GiB; more requests wait.",
             show_default="a share of the free memory",
             rich_help_panel=_LIMITS,
         ),
@@ -221,7 +221,7 @@ def num_bytes(option: str, size: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
         name = option.replace("_", "-")
-        raise ConfigError(f"--{name} {size!r} is not allowed", hint="a size, as 512MiB or 8GiB") from None
+        raise ConfigError(f"--{name} {size!r} is not allowed", hint="a size, such as 512MiB or 8GiB") from None
 
 
 @contextmanager

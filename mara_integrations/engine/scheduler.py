@@ -49,6 +49,9 @@ class Scheduler:
         knee: Tokens a forward carries at little cost, where `cost` does not say.
         cost: Measured cost of a forward.
         feeds_all: Feed all candidates of a position at once, for those who need the state of each.
+
+    Attributes:
+        accept_rates: Running share of accepted candidates, of the first of a position (True) and of later ones (False).
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Scheduler:
         self.live: list[Sequence] = []
         self._reading: dict[Sequence, frozenset[int]] = {}  # sequences whose prompts will be kept, and their blocks
         self.feeds_all = feeds_all
-        self._accepted = {True: 0.9, False: 0.5}  # running share of first, and of later candidates
+        self.accept_rates = {True: 0.9, False: 0.5}
 
     def admit(
         self, start: Callable[[Waiting], Sequence], fits: Callable[[RowSize], bool], prefixes: PrefixCache
@@ -153,7 +156,7 @@ class Scheduler:
         if sequence.position is None:
             return 1.0, 0.0  # what is settled is taken
         first, later = (
-            round(min(self._accepted[is_first], 0.95), 2) for is_first in (not sequence.position.states, False)
+            round(min(self.accept_rates[is_first], 0.95), 2) for is_first in (not sequence.position.states, False)
         )
         return first, later
 
@@ -161,4 +164,4 @@ class Scheduler:
         """Learn from a decided position."""
         num_rejected = verdict.num_visited - verdict.accepted
         for place in range(verdict.num_visited):
-            self._accepted[place == 0] += 0.05 * ((place == num_rejected) - self._accepted[place == 0])
+            self.accept_rates[place == 0] += 0.05 * ((place == num_rejected) - self.accept_rates[place == 0])

@@ -1,4 +1,4 @@
-"""Evaluation of a head: both replies to the same prompts, metrics and intervals, the report.
+"""Evaluation of a head: replies with and without it to the same prompts, metrics with intervals, reports.
 
 Rewards are in `rewards`; what training measures while it runs is in `training.scoring`.
 """

@@ -1,4 +1,4 @@
-"""LangChain and LlamaIndex: `ChatMARA`, `MARALLM`, and the settings and reports that they share.
+"""The classes for LangChain and LlamaIndex, `ChatMARA` and `MARALLM`, and the settings and reports that they share.
 
-Decoding is below, in `runtime` and `engine`.
+They translate messages, tools and settings. Replies come from `runtime.MARAEngine`, which knows neither framework.
 """

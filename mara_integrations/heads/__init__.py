@@ -1,4 +1,4 @@
-"""Heads: networks and their config, composing and merging, the folder on disk, the Hub, the cache in memory.
+"""Heads: their networks and config, composing and merging, the folder on disk, the Hub, the cache in memory.
 
 A head may come from anybody, so everything that is read is checked here. Base models are in `models`, decoding in
 `engine`.

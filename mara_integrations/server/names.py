@@ -61,5 +61,5 @@ def named_head(text: str) -> tuple[str, str]:
         path = Path(text).expanduser()
         name = path.stem if path.suffix == ".pth" else path.resolve().name if path.exists() else path.name
     if not _NAME.fullmatch(name) or not source:
-        raise ConfigError(f"--head {text!r} is not allowed", hint="NAME=HEAD, as brand=heads/brand-voice")
+        raise ConfigError(f"--head {text!r} is not allowed", hint="NAME=HEAD, such as brand=heads/brand-voice")
     return name, source

@@ -48,12 +48,12 @@ class TrainConfig(
 GROUPS: dict[str, tuple[str, ...]] = {
     title: tuple(settings.model_fields)
     for title, settings in (
-        ("Options", MainSettings),
+        ("Model, data and goal", MainSettings),
         ("Data", DataSettings),
         ("Rewards", RewardSettings),
         ("Replies", ReplySettings),
         ("Head and fit", FitSettings),
-        ("One method", MethodSettings),
+        ("Single methods", MethodSettings),
         ("Where it runs", PlacementSettings),
     )
 }

@@ -85,7 +85,7 @@ def test_limits_and_origins_reach_the_server(folder_model, served):
         (["--head", "a=x", "--head", "a=y"], {}, "two heads are called 'a'"),
         (["--head", "a:b=x"], {}, "--head 'a:b=x' is not allowed"),
         (["--head", "a="], {}, "--head 'a=' is not allowed"),
-        (["--kv-bytes", "lots"], {}, "--kv-bytes 'lots' is not allowed\nhint: a size, as 512MiB or 8GiB"),
+        (["--kv-bytes", "lots"], {}, "--kv-bytes 'lots' is not allowed\nhint: a size, such as 512MiB or 8GiB"),
         (["--kv-bytes", "1"], {}, "kv_bytes=1 is not allowed"),
         (["--max-body-bytes", "0"], {}, "max_body_bytes=0 is not allowed"),
         (["--host", "no.such.host.invalid"], {}, "host 'no.such.host.invalid' is not known"),

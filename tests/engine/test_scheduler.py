@@ -116,7 +116,7 @@ def test_accept_rates_are_learnt_by_rank():
     scheduler = Scheduler()
     for _ in range(100):
         scheduler.observe(Verdict(2, 3))
-    assert scheduler._accepted[True] < 0.05 and 0.3 < scheduler._accepted[False] < 0.7
+    assert scheduler.accept_rates[True] < 0.05 and 0.3 < scheduler.accept_rates[False] < 0.7
     for _ in range(200):
         scheduler.observe(Verdict(0, 1))
-    assert scheduler._accepted[True] > 0.95
+    assert scheduler.accept_rates[True] > 0.95

@@ -1,1 +1,4 @@
-"""The slow reference that recomputes every candidate, and the comparison of the engine with it."""
+"""The slow reference, which recomputes the whole sequence for every candidate, and checks of the engine against it.
+
+`MARAEngine.verify` and the tests use it; no request is served by it.
+"""

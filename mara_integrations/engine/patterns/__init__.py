@@ -1,1 +1,4 @@
-"""Patterns that a reply must not match, followed character by character. Knows neither tokens nor a model."""
+"""Regular expressions that a reply must not match, compiled to automata that read it character by character.
+
+Nothing here knows tokens or a model: which tokens a state refuses is found by `engine.refusals`.
+"""

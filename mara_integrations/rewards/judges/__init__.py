@@ -1,6 +1,6 @@
 """A language model as a reward: it scores replies by a rubric, or compares each with another reply to the same prompt.
 
-Any chat model of LangChain can judge. What it said is kept on disk by content, so that no judgement is paid twice.
+Any chat model of LangChain can judge. Its answers are kept on disk by the question, so that none is paid for twice.
 """
 
 from mara_integrations.rewards.judges.answers import Answers

@@ -1,5 +1,5 @@
 """What a method learns from, collected for a run: prompts, given replies, generated replies, and their rewards.
 
-All of it is stored as it comes, so that an interrupted run continues where it was. How heads learn from it is not known
-here.
+All of it is stored as it comes, so that an interrupted run continues where it was. Nothing here knows how a head is
+fitted.
 """

@@ -23,8 +23,8 @@ class DataSettings(Params):
     column: Annotated[
         tuple[str, ...],
         Field(
-            description="Column of another name, as prompt=question or label=stars>=4. In an export of LangSmith or "
-            "Langfuse, label is the name of the feedback. May be repeated."
+            description="Column of another name, such as prompt=question or label=stars>=4. In an export of LangSmith "
+            "or Langfuse, label is the name of the feedback. May be repeated."
         ),
     ] = ()
     context_template: Annotated[

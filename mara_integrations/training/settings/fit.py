@@ -18,7 +18,7 @@ class FitSettings(Params):
             gt=0.0,
             description="Bound on how far the head may move the model from the base model: their KL divergence, in "
             "nats a token. Default: 0.2 for rloo and reward-model, which keep the perplexity and the variety of the "
-            "replies too; none for rule, which holds or does not; else 0.15.",
+            "replies too; none for rule; else 0.15.",
         ),
     ] = None
     form: Annotated[

@@ -80,9 +80,9 @@ class MainSettings(Params):
         tuple[str, ...],
         Field(
             description="Sentence that says how replies should be, as a system prompt would: the head is trained "
-            "from it alone, or from it and a --reward that can score unfinished replies. May be repeated: several "
-            "are read together, or, where one has a weight as in 'Be warm.=0.5', each by itself, and what they change "
-            "is added by weight."
+            "from it alone, or from it and a --reward that can score unfinished replies. May be repeated. Several are "
+            "read together; if one has a weight, as in 'Be warm.=0.5', each is read by itself, and their effects are "
+            "added by weight."
         ),
     ] = ()
     principle_file: Annotated[Path | None, Field(description="Text file with such sentences."), OutsideIdentity()] = (

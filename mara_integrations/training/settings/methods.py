@@ -17,9 +17,10 @@ class MethodSettings(Params):
     contrast: Annotated[
         Contrast | None,
         Field(
-            description="What the model reads its replies under beside the principle; the difference is what the head "
-            "learns. The opposite helps where it is a mood, as gloomy of cheerful, and harms where it says what to do, "
-            "as helping with anything. Default: both with --against, else neutral."
+            description="For principle: the prompt that the principle is contrasted with, a neutral sentence, its "
+            "opposite, or both. The head learns the difference. The opposite helps where the principle is a mood, such "
+            "as cheerful, and harms where it says what to do, such as to refuse. Default: both with --against, else "
+            "neutral."
         ),
     ] = None
     rounds: Annotated[

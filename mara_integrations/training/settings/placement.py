@@ -37,17 +37,24 @@ class PlacementSettings(Params):
     public: Annotated[
         bool, Field(description="With --push-to-hub: everybody may read the repository."), OutsideIdentity()
     ] = False
-    device: Annotated[str, Field(description="auto is CUDA, then MPS, then CPU."), OutsideIdentity()] = "auto"
-    dtype: Annotated[str, Field(description="auto is bfloat16 on GPUs that have it, float32 on CPU.")] = "auto"
+    device: Annotated[
+        str,
+        Field(description="Device of the model, such as cpu or cuda:1; auto is CUDA, then MPS, then CPU."),
+        OutsideIdentity(),
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        Field(description="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU."),
+    ] = "auto"
     quantization: Annotated[
         Quantization | None,
-        Field(description="int8 is for the CPU: a quarter of the memory for linear layers, and faster."),
+        Field(description="On the CPU, int8 runs linear layers faster and in a quarter of the memory."),
     ] = None
     model_kwargs: Annotated[
         dict[str, Any],
         Field(
             default_factory=dict,
-            description="Argument of from_pretrained, as device_map=auto, tp_plan=auto (under torchrun) or "
+            description="Argument of from_pretrained, such as device_map=auto, tp_plan=auto (under torchrun) or "
             "quantization_config={quant_method: bitsandbytes, load_in_4bit: true}; of llama.cpp n_ctx, n_gpu_layers or "
             "n_threads. May be repeated.",
         ),

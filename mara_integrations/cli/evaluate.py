@@ -6,7 +6,7 @@ import itertools
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,7 @@ from rich.console import Console
 from mara_integrations.cli.app import say
 from mara_integrations.cli.config_file import ConfigFile
 from mara_integrations.cli.options import (
+    HEAD,
     REPLIES,
     Column,
     DataFormat,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mara_integrations.data import Dataset
     from mara_integrations.heads.config import HeadConfig
     from mara_integrations.rewards import Reward
+    from mara_integrations.runtime import MARAEngine
 
 _SCORES = "Scores and report"
 _GROUNDING = "grounding"  # method of heads for documents
@@ -55,6 +57,15 @@ def evaluate_head(
         Path,
         typer.Option(help="File of prompts; pairs and labelled replies have prompts, too.", rich_help_panel="Data"),
     ],
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HEAD",
+            help="Other head to compare with the one of --head, on the same prompts and the same random numbers. May "
+            "be repeated.",
+            rich_help_panel=HEAD,
+        ),
+    ] = None,
     format: DataFormat = "auto",
     column: Column = None,
     context_template: Annotated[
@@ -146,7 +157,7 @@ def evaluate_head(
 
     Examples:
       mara-tools eval --head heads/brand --data prefs.jsonl --report report.html
-      mara-tools eval --head heads/brand --data prefs.jsonl --reward sentiment
+      mara-tools eval --head heads/brand --compare heads/warm --data prefs.jsonl
     """
     from mara_integrations.data import column_mapping, prompts_of, read_dataset
     from mara_integrations.data.documents import has_documents, with_documents
@@ -161,8 +172,10 @@ def evaluate_head(
         rewards.append(parse_rule(forbid))
     rewards += map(Required, require or ())
 
+    from mara_integrations.evaluation import console as shown
     from mara_integrations.evaluation import report as reports
     from mara_integrations.evaluation.evaluate import evaluate
+    from mara_integrations.evaluation.head_comparison import compare_heads
     from mara_integrations.evaluation.provenance import Provenance
     from mara_integrations.runtime import MARAEngine
 
@@ -173,10 +186,10 @@ def evaluate_head(
     engine = MARAEngine(
         model, head_source(head), device=device, dtype=dtype, system_prompt=system_prompt, **settings
     ).load()
-    if engine.head is None:
-        raise ConfigError("every --head has the weight 0", hint="there is nothing to evaluate")
-    console, why, config = Console(), "", engine.head.config
-    held_out = _held_out(data, config)
+    others = [head_source([text]) for text in compare or ()]
+    configs = [_config(engine, source) for source in (head_source(head), *others)]
+    console, why, config = Console(), "", configs[0]
+    held_out = _held_out_of_all(data, configs)
     if held_out is not None:
         rows, why = held_out, "; the head was trained on this file, so only those held out then"
     asks_documents = (context_template is not None or config.method == _GROUNDING) and has_documents(rows)
@@ -196,9 +209,7 @@ def evaluate_head(
         from mara_integrations.training.scoring.recorded_rewards import recorded_rewards
 
         folders = [heads.locate(source).path for source in head_source(head) or ()]
-        rewards, left_out = recorded_rewards(
-            engine.head.config.rewards, folders, engine.model, trust_code=trust_head_code
-        )
+        rewards, left_out = recorded_rewards(configs[0].rewards, folders, engine.model, trust_code=trust_head_code)
         origin = " (recorded with the head)"
         for reason in left_out:
             warnings.warn(reason, stacklevel=2)
@@ -209,24 +220,32 @@ def evaluate_head(
         judge.session = JudgeSession(budget=budget)
     say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
-    with ConsoleReporter(console).stage("base and gated replies", 2 * len(prompts)) as advance:
-        evaluation = evaluate(
-            engine,
-            prompts,
-            named,
-            temperature=temperature,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=advance,
+    num_replies = 2 * len(prompts) * (1 + len(others))
+    with ConsoleReporter(console).stage("base and gated replies", num_replies) as advance:
+        evaluation, *other_evaluations = (
+            evaluate(
+                engine,
+                prompts,
+                named,
+                temperature=temperature,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_progress=advance,
+                head=source,
+            )
+            for source in (head_source(head), *others)
         )
+    comparisons = [compare_heads(evaluation, other, seed) for other in other_evaluations]
     if report is not None:
         provenance = Provenance.now(_command(), str(data), prompts.fingerprint)
-        reports.write_report(evaluation, report, provenance)
+        reports.write_report(evaluation, report, provenance, comparisons)
     if examples:
-        reports.print_examples(console, evaluation, examples)
-        reports.print_regressions(console, evaluation)
-    reports.print_summary(console, evaluation)
+        shown.print_examples(console, evaluation, examples)
+        shown.print_regressions(console, evaluation)
+    shown.print_summary(console, evaluation)
+    for comparison in comparisons:
+        shown.print_comparison(console, comparison)
     if report is not None:
         say(console, "Report", str(report))
 
@@ -262,6 +281,35 @@ def _check_template(template: str | None, rows: Dataset | None = None) -> None:
             f"context_template={template!r} is not allowed: {str(rows.path)!r} holds no questions with documents",
             hint="each row needs a column context, a text or a list of texts; or leave it out",
         )
+
+
+def _config(engine: MARAEngine, source: Mapping[str, float] | None) -> HeadConfig:
+    """Return the config of a head, which is loaded, and checked against the model.
+
+    Raises:
+        ConfigError: If it has the weight 0.
+        HeadError: If it can't be read, or does not fit the model.
+    """
+    head = engine.resolve(head=source).head
+    if head is None:
+        raise ConfigError(f"head {', '.join(source or ())} has the weight 0", hint="there is nothing to evaluate")
+    return head.config
+
+
+def _held_out_of_all(path: Path, configs: Sequence[HeadConfig]) -> Dataset | None:
+    """Return the prompts that none of the heads was fitted on, if one was trained on this very file, else None.
+
+    Raises:
+        DataError: If there is no such prompt.
+    """
+    held_out = [found for config in configs if (found := _held_out(path, config)) is not None]
+    if not held_out:
+        return None
+    shared = set.intersection(*({row.prompt for row in found.rows} for found in held_out))
+    rows = tuple(row for row in held_out[0].rows if row.prompt in shared)
+    if not rows:
+        raise DataError(f"{str(path)!r} has no prompt that is new to all these heads", hint="give other prompts")
+    return replace(held_out[0], rows=rows)
 
 
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:

@@ -118,7 +118,7 @@ class ReplyPrinter:
     """
 
     def __init__(self, shows_thoughts: bool | None = None) -> None:
-        from mara_integrations.evaluation.report import visible
+        from mara_integrations.evaluation.text import visible
 
         self.text = ""
         self._shows_thoughts = sys.stdout.isatty() if shows_thoughts is None else shows_thoughts
@@ -154,8 +154,9 @@ def stream_reply(engine: MARAEngine, prompt: Prompt, printer: ReplyPrinter, **ov
 
 def show_verdicts(engine: MARAEngine, prompt: Prompt, generation: Generation) -> None:
     """Print a traced reply with what the head rejected, and how often it did."""
+    from mara_integrations.evaluation.console import gated_text, legend
     from mara_integrations.evaluation.marks import token_marks
-    from mara_integrations.evaluation.report import explained, gated_text, legend, stats_line
+    from mara_integrations.evaluation.report import explained, stats_line
 
     console = Console(soft_wrap=True)
     marks = token_marks(engine.model.tokenizer, engine.request(prompt), generation)

@@ -56,7 +56,7 @@ def train(
     print(f"Training a head for {config.model} on {source}, into {config.output}", flush=True)
     console = Console()
     try:
-        from mara_integrations.evaluation.report import print_summary
+        from mara_integrations.evaluation.console import print_summary
         from mara_integrations.training import run
 
         result = run.train(config, reporter=ConsoleReporter(console))

@@ -12,7 +12,8 @@ from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.settings import RequestSettings
 from mara_integrations.errors import ConfigError
 from mara_integrations.evaluation.marks import Mark, token_marks
-from mara_integrations.evaluation.report import stats_line, visible
+from mara_integrations.evaluation.report import stats_line
+from mara_integrations.evaluation.text import visible
 from mara_integrations.messages import Prompt
 from mara_integrations.runtime import MARAEngine
 

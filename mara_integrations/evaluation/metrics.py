@@ -41,7 +41,7 @@ def wilson(successes: int, n: int) -> Interval:
     Source: Wilson 1927, the score interval.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ShapeError(f"{successes!r} successes of {n!r} are no share", hint="n is at least 1")
+        raise ShapeError(f"{successes!r} successes of {n!r} are not a share", hint="n is at least 1")
     share, z2 = successes / n, _Z * _Z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -196,5 +196,6 @@ def _counts(replies: Sequence[Sequence[float]]) -> _Numbers:
 def _check_paired(base: Sequence[object], gated: Sequence[object], least: int = 1) -> None:
     if len(base) != len(gated) or len(base) < least:
         raise ShapeError(
-            f"{len(base)} base and {len(gated)} gated values are no pairs", hint=f"give {least} or more of each, paired"
+            f"{len(base)} base and {len(gated)} gated values are not pairs",
+            hint=f"give {least} or more of each, paired",
         )

@@ -1,6 +1,6 @@
-"""Reports of an evaluation: an HTML page of one file, tables for the console, JSON for other programs.
+"""Reports of an evaluation: their rows and sentences, an HTML page of one file, JSON for other programs.
 
-Whatever a model wrote is shown as text, never interpreted: escaped in HTML, without control characters in a terminal.
+Whatever a model wrote is shown as text, never interpreted. `console` prints the same in a terminal.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from rich.console import Console, Group
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from mara_integrations.engine.generation import GateStats
 from mara_integrations.errors import ConfigError
+from mara_integrations.evaluation.head_comparison import HeadComparison
 from mara_integrations.evaluation.marks import Mark, Rejected
 from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.evaluation.provenance import Provenance
-from mara_integrations.evaluation.results import Comparison, Evaluation, Example, Reply
+from mara_integrations.evaluation.results import Comparison, Evaluation, Example
+from mara_integrations.evaluation.text import score_text, struck_text, visible
 from mara_integrations.files import check_writable, write_atomically
 
 FORMATS = (".html", ".json")
 
-_MOST_REJECTED = 3  # shown before one token; a reply must stay readable
+MOST_REJECTED = 3  # shown before one token; a reply must stay readable
 _MOST_REGRESSIONS = 5
 
 FOOTNOTE = (
@@ -96,6 +94,27 @@ def summary_rows(evaluation: Evaluation) -> list[SummaryRow]:
     ]
 
 
+def comparison_rows(comparison: HeadComparison) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the table of two heads: measure, first head, other head, change."""
+    rows = []
+    for name, scores in comparison.rewards.items():
+        if scores.difference is None:
+            rows.append((name, "-", "-", f"no opinion on any of {scores.num_dropped} prompts"))
+            continue
+        means = f"{scores.first_mean:.3g}", f"{scores.other_mean:.3g}"
+        rows.append((f"{name}: mean", *means, _interval(scores.difference, "+.3g")))
+        record = f"{scores.wins} wins, {scores.ties} ties, {scores.losses} losses"
+        rows.append((f"{name}: other against first", "", record, ""))
+    forwards, other_forwards = comparison.first_forwards_per_token, comparison.other_forwards_per_token
+    changed = f"{comparison.num_changed} of {comparison.num_prompts}"
+    return [
+        *rows,
+        ("perplexity under the base model", "", "", f"× {_interval(comparison.perplexity_ratio, '.2f')}"),
+        ("forwards a token", f"{forwards:.2f}", f"{other_forwards:.2f}", f"{other_forwards - forwards:+.2f}"),
+        ("replies that differ", "", changed, ""),
+    ]
+
+
 def verdict(evaluation: Evaluation) -> str:
     """Return what was found, in a sentence or two."""
     parts = []
@@ -151,16 +170,19 @@ def stats_line(gate: GateStats, total: int) -> str:
     return f"{total} tokens: {shares or 'the gate was not asked'}; {gate.rejected} candidates visited and not taken"
 
 
-def render_html(evaluation: Evaluation, provenance: Provenance | None = None) -> str:
+def render_html(
+    evaluation: Evaluation, provenance: Provenance | None = None, comparisons: Sequence[HeadComparison] = ()
+) -> str:
     """Return the page: one file, no script, nothing loaded from elsewhere."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_finalize
     )
-    environment.filters.update(tooltip=_tooltip, strike=_struck_text, score=_score)
+    environment.filters.update(tooltip=_tooltip, strike=struck_text, score=score_text)
     template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         evaluation=evaluation,
         rows=summary_rows(evaluation),
+        comparisons=[(each, comparison_rows(each)) for each in comparisons],
         settings=settings_line(evaluation),
         gate=gate_line(evaluation),
         verdict=verdict(evaluation),
@@ -169,7 +191,7 @@ def render_html(evaluation: Evaluation, provenance: Provenance | None = None) ->
         regressions=evaluation.regressions(_MOST_REGRESSIONS),
         losses={number for number, example in enumerate(evaluation.examples) if _is_loss(evaluation, example)},
         footnote=FOOTNOTE,
-        most_rejected=_MOST_REJECTED,
+        most_rejected=MOST_REJECTED,
     )
 
 
@@ -188,114 +210,37 @@ def check_report_path(path: str | Path) -> None:
     check_writable(path.parent)
 
 
-def write_report(evaluation: Evaluation, path: str | Path, provenance: Provenance | None = None) -> None:
-    """Write the report in the form its name ends in; raises as `check_report_path`."""
+def write_report(
+    evaluation: Evaluation,
+    path: str | Path,
+    provenance: Provenance | None = None,
+    comparisons: Sequence[HeadComparison] = (),
+) -> None:
+    """Write the report in the form its name ends in; raises as `check_report_path`.
+
+    Args:
+        evaluation: A head beside the base model.
+        path: The file.
+        provenance: Where the figures come from; None is this process, now.
+        comparisons: Other heads beside that one.
+    """
     check_report_path(path)
     provenance = provenance or Provenance.now()
     if Path(path).suffix.lower() == ".json":
         whole = {"provenance": asdict(provenance), **json.loads(evaluation.to_json())}
+        whole["comparisons"] = [asdict(each) for each in comparisons]
         write_atomically(path, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     else:
-        write_atomically(path, render_html(evaluation, provenance))
+        write_atomically(path, render_html(evaluation, provenance, comparisons))
 
 
 def _is_loss(evaluation: Evaluation, example: Example) -> bool:
     return any(example.gain(name) < 0 for name in evaluation.rewards)
 
 
-def print_summary(console: Console, evaluation: Evaluation) -> None:
-    """Print the table, what the gate did, and how to read the intervals."""
-    table = Table(title=Text(visible(f"{evaluation.model} · {evaluation.head}")), caption=settings_line(evaluation))
-    for name in ("", "base", "gated", "change"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
-    for row in summary_rows(evaluation):
-        table.add_row(*(Text(visible(cell)) for cell in (row.measure, row.base, row.gated, row.change)))
-    console.print(table)
-    console.print(Text(gate_line(evaluation)))
-    console.print(Text(visible(verdict(evaluation)), style="bold"))
-    for word, meaning in glossary(evaluation).items():
-        console.print(Text(f"{word}: {meaning}", style="dim"))
-    console.print(Text(FOOTNOTE, style="dim"))
-
-
-def print_regressions(console: Console, evaluation: Evaluation, count: int = 3) -> None:
-    """Print the prompts on which the head did most harm, with both replies."""
-    worst = evaluation.regressions(count)
-    if not worst:
-        return
-    console.print(
-        Text("Worst regressions: lower scores first, then the least likely replies of equal score", style="bold")
-    )
-    for number in worst:
-        example = evaluation.examples[number]
-        console.print(Text(visible(f"  {_shortened(example.prompt[-1].content)}")))
-        for side, reply in (("base", example.base), ("gated", example.gated)):
-            console.print(
-                Text.assemble((f"    {side:<6}", "dim"), visible(_shortened(reply.text)), " ", _scores(reply))
-            )
-
-
-def _shortened(text: str, length: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[:length]}…"
-
-
-def print_examples(console: Console, evaluation: Evaluation, n: int = 3) -> None:
-    """Print `n` prompts with both replies side by side, differing ones first; what the head rejected is struck out."""
-    is_styled = console.color_system is not None
-    differing_first = sorted(evaluation.examples, key=lambda example: example.base.text == example.gated.text)
-    for example in differing_first[:n]:
-        sides = Table.grid(expand=True, padding=(0, 1))
-        for _ in range(2):
-            sides.add_column(ratio=1, overflow="fold")
-        base = Panel(Group(Text(visible(example.base.text)), _scores(example.base)), title="base")
-        gated = Panel(Group(gated_text(example.marks, is_styled=is_styled), _scores(example.gated)), title="gated")
-        sides.add_row(base, gated)
-        console.print(Text(visible(example.prompt[-1].content), style="bold"))
-        console.print(sides)
-    console.print(legend(is_styled=is_styled))
-
-
-def gated_text(marks: Sequence[Mark], *, is_styled: bool = True) -> Text:
-    """Return a gated reply with its marks, for a console; rejections by chance alone are left out.
-
-    Args:
-        marks: Marks of the reply's tokens.
-        is_styled: Whether the console shows styles; else, as in a file, rejected tokens stand in brackets: `[-a|b-]`.
-    """
-    text = Text()
-    for mark in marks:
-        rejected = [item for item in mark.rejected if item.is_by_head]
-        shown = [_struck_text(item) for item in rejected[:_MOST_REJECTED]]
-        more = f"+{len(rejected) - len(shown)}" if len(rejected) > len(shown) else ""
-        if rejected and not is_styled:
-            text.append(f"[-{'|'.join(filter(None, [*shown, more]))}-]")
-        elif rejected:
-            for struck in shown:
-                text.append(struck, style="red strike")
-            text.append(more, style="red dim")
-        is_forced = mark.outcome in ("forced", "fallback")
-        text.append(visible(mark.text), style="yellow underline" if is_forced else "green" if rejected else "")
-    return text
-
-
-def visible(text: str) -> str:
-    """Text whose control characters but line breaks and tabs are pictures of themselves."""
-    return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else _picture(c) for c in text)
-
-
 def _finalize(value: object) -> object:
     """Make a value's control characters visible before it is escaped; markup comes from the template alone."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
-
-
-def _struck_text(item: Rejected) -> str:
-    return visible(item.text).replace("\n", "⏎").replace("\t", "⇥")
 
 
 def _tooltip(item: Mark | Rejected) -> str:
@@ -317,25 +262,6 @@ _OUTCOMES = {
     "forced": "last candidate left, forced",
     "fallback": "all candidates rejected, fallback",
 }
-
-
-def legend(*, is_styled: bool = True) -> Text:
-    """Return the legend of `gated_text`."""
-    if not is_styled:
-        return Text("[-struck|out-] rejected by the head, for what follows")
-    return Text.assemble(
-        *(("struck", "red strike"), " rejected by the head  "),
-        *(("green", "green"), " taken instead  "),
-        *(("underlined", "yellow underline"), " taken with no choice left"),
-    )
-
-
-def _scores(reply: Reply) -> Text:
-    return Text(visible("  ".join(f"{name} {_score(value)}" for name, value in reply.scores.items())), style="dim")
-
-
-def _score(value: float | None) -> str:
-    return "no opinion" if value is None else f"{value:.3g}"
 
 
 def _reward_rows(name: str, comparison: Comparison) -> list[SummaryRow]:

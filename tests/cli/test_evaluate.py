@@ -138,3 +138,22 @@ def test_eval_refuses_in_one_line_and_writes_no_report(folder, bad, options, sai
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value).format(bad=bad))]
     assert said in refused("eval", *flags, "--max-new-tokens", 2)
     assert not list(bad.glob("*report*"))
+
+
+def test_heads_are_compared_on_the_prompts_that_none_of_them_was_fitted_on(rewarded, folder):
+    asking = ("eval", "--model", "model", "--head", "rewarded", "--compare", "head", "--compare", "rewarded")
+    said = run(
+        *(*asking, "--data", "prompts.jsonl", "--max-new-tokens", 5, "--examples", 0, "--report", "heads.json"),
+        *("--reward", VOWELS),
+    ).stdout
+    assert "Prompts 2 of prompts.jsonl; the head was trained on this file" in said
+    assert "head (other) against rewarded (first)" in said
+    other, same = json.loads(Path("heads.json").read_text())["comparisons"]
+    assert (other["first"], other["other"], other["num_prompts"]) == ("rewarded", "head", 2)
+    assert other["rewards"]["vowels"]["num_pairs"] == 2
+    assert same["num_changed"] == 0 and same["rewards"]["vowels"]["difference"]["mean"] == 0.0
+
+
+def test_another_head_that_does_not_fit_is_refused_before_any_reply(folder, bad):
+    asking = ("eval", "--model", "model", "--head", "head", "--data", "prompts.jsonl", "--reward", VOWELS)
+    assert "expects hidden size 48; model 'model' has 32" in refused(*asking, "--compare", bad / "wide")

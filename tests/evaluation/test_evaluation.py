@@ -16,19 +16,17 @@ from mara_integrations.data import PromptRow, read_prompts
 from mara_integrations.engine.gate import accept_logit
 from mara_integrations.engine.generation import TracePosition
 from mara_integrations.errors import ConfigError, DataError, OutputError, RewardError
+from mara_integrations.evaluation.console import gated_text, print_examples, print_summary
 from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.marks import Mark, Rejected, hazard_logits, rejected_candidates
 from mara_integrations.evaluation.metrics import wilson
 from mara_integrations.evaluation.report import (
     check_report_path,
-    gated_text,
-    print_examples,
-    print_summary,
     render_html,
     summary_rows,
-    visible,
     write_report,
 )
+from mara_integrations.evaluation.text import visible
 from mara_integrations.messages import Message
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer

@@ -12,12 +12,11 @@ import pytest
 from rich.console import Console
 
 from mara_integrations.evaluation.comparison import compare
+from mara_integrations.evaluation.console import print_regressions, print_summary
 from mara_integrations.evaluation.evaluate import evaluate
 from mara_integrations.evaluation.provenance import Provenance
 from mara_integrations.evaluation.report import (
     glossary,
-    print_regressions,
-    print_summary,
     render_html,
     summary_rows,
     verdict,

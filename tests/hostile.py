@@ -7,7 +7,7 @@ from typing import Any
 USER = {"role": "user", "content": "hi"}
 DEEP_LIST: Any = "x"
 DEEP_DICT: Any = "x"
-for _ in range(150):  # deeper ones are no JSON to this server
+for _ in range(150):  # deeper ones are not JSON to this server
     DEEP_LIST, DEEP_DICT = [DEEP_LIST], {"properties": {"a": DEEP_DICT}}
 
 NUMBERS: tuple[Any, ...] = (

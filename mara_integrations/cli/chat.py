@@ -103,7 +103,7 @@ class _Chat:
             case "/help":
                 dim(_CHAT_HELP)
             case _:
-                raise ConfigError(f"{command!r} is no command", hint="/help lists them")
+                raise ConfigError(f"{command!r} is not a command", hint="/help lists them")
 
     def set_strength(self, value: str) -> float:
         """Turn the dial, and return where it stands.

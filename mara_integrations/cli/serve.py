@@ -215,7 +215,7 @@ def num_bytes(option: str, size: str) -> int:
     """Return the bytes of a size such as 4MiB.
 
     Raises:
-        ConfigError: If it is no size.
+        ConfigError: If it is not a size.
     """
     try:
         return int(TypeAdapter(ByteSize).validate_python(size))

@@ -38,7 +38,7 @@ class Column:
         """Return the field's value, or whether it is good if there is a comparison; None where the row has none.
 
         Raises:
-            BadRowError: If it is to be compared and is no number.
+            BadRowError: If it is to be compared and is not a number.
         """
         found = self._found(fields)
         return found if found is None or self.comparison is None else self.is_good(found)
@@ -51,7 +51,7 @@ class Column:
         """Return whether a score is good.
 
         Raises:
-            BadRowError: If it is no number.
+            BadRowError: If it is not a number.
         """
         assert self.comparison is not None, "only a column with a comparison has good scores"
         try:
@@ -83,7 +83,7 @@ def column_mapping(texts: Iterable[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     for name, sign, _ in pairs:
         if not sign:
-            raise ConfigError(f"column {name!r} is no mapping", hint="for example prompt=question or label=stars>=4")
+            raise ConfigError(f"column {name!r} is not a mapping", hint="for example prompt=question or label=stars>=4")
     return {name.strip(): path for name, _, path in pairs}
 
 

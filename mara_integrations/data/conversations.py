@@ -13,7 +13,7 @@ def text_of(name: str, value: Any) -> str:
     """Return a text that a tokenizer can encode; the parts of a list of text parts are joined.
 
     Raises:
-        BadRowError: If it is no text, or blank.
+        BadRowError: If it is not text, or blank.
     """
     parts = value if isinstance(value, list) else []
     if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
@@ -126,7 +126,7 @@ def _encodable_json(name: str, value: dict[str, Any]) -> dict[str, Any]:
         _encodable(name, json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError) as error:
         raise BadRowError(
-            f"{name!r} is no JSON: {error}", hint="it may hold text, numbers, lists and objects"
+            f"{name!r} is not JSON: {error}", hint="it may hold text, numbers, lists and objects"
         ) from None
     return value
 
@@ -137,7 +137,7 @@ def _decoded(name: str, value: Any) -> Any:
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
-        raise BadRowError(f"{name!r} is no JSON: {short(value)}", hint="write it with json.dumps") from None
+        raise BadRowError(f"{name!r} is not JSON: {short(value)}", hint="write it with json.dumps") from None
     if is_too_deep(found):
         raise BadRowError(f"{name!r} is nested too deep: {short(value)}", hint="no tool needs so many levels")
     return found

@@ -49,7 +49,7 @@ def with_documents(data: Dataset, template: str | None = None) -> Dataset:
         template: Text of the prompt, with `{context_str}` and `{query_str}`; None is LlamaIndex's own.
 
     Raises:
-        DataError: If the documents of a row are no text, or all rows have the same.
+        DataError: If the documents of a row are not text, or all rows have the same.
     """
     rows = [prompt_row(row) for row in data.rows]
     texts = [_text(row) for row in rows]

@@ -32,7 +32,7 @@ _LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "too
 
 
 def export_of(records: Sequence[Record]) -> Export | None:
-    """Return the platform that the rows were exported from; None if they are no export."""
+    """Return the platform that the rows were exported from; None if they are not an export."""
     names: set[str] = set()
     for _, record in records:
         if isinstance(record, dict):

@@ -52,7 +52,7 @@ def read_mixture(path: Path, read: Callable[[str, Source], Dataset]) -> Dataset:
         read: Reads one source, given its path resolved against the YAML file.
 
     Raises:
-        DataError: If the file is missing or is no mixture, or if the sources are of several kinds.
+        DataError: If the file is missing or is not a mixture, or if the sources are of several kinds.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,6 +105,7 @@ def _from_here(path: Path, source: str) -> str:
 def _mapping(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} is no mixture", hint="it has a list 'sources', each with a path, and a weight if they have shares"
+            f"{path} is not a mixture",
+            hint="it has a list 'sources', each with a path, and a weight if they have shares",
         )
     return {str(name): value for name, value in content.items()}

@@ -112,7 +112,7 @@ def _weighted(notation: str) -> tuple[str, float | None]:
     """Return a sentence and its weight, None where it has none.
 
     Raises:
-        ConfigError: If the weight is no number above 0.
+        ConfigError: If the weight is not a number above 0.
     """
     found = _WEIGHT.fullmatch(notation)
     if found is None:
@@ -133,5 +133,5 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ConfigError(f"the principle file {str(file)!r} can't be read: {reason}") from None

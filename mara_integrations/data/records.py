@@ -235,7 +235,7 @@ def _hub(name: str, split: str) -> Iterator[Record]:
     except Exception as error:  # not found, gated, offline, no such split: a sentence each
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{name!r} is no file here, and the Hub gave no data set of that name: {reason}",
+            f"{name!r} is not a file here, and the Hub gave no data set of that name: {reason}",
             hint="name a file, a folder that `datasets` saved, or a Hub name such as org/name:train",
         ) from error
     yield from _rows_of(loaded, name, "")

@@ -123,7 +123,7 @@ def label_of(value: Any) -> bool:
     """Return a label as a bool, in any of the ways that labels are written.
 
     Raises:
-        BadRowError: If it is no label.
+        BadRowError: If it is not a label.
     """
     word = str(value).strip().lower()
     if word in _UP or word in _DOWN:

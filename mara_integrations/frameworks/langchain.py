@@ -218,7 +218,7 @@ class ChatMARA(EngineSettings, BaseChatModel):
             **kwargs: Settings to bind beside them.
 
         Raises:
-            ConfigError: If `tool_choice` is no tool's name.
+            ConfigError: If `tool_choice` is not a tool's name.
         """
         bound = {"tools": [openai_tool(tool) for tool in tools], "tool_choice": tool_choice}
         bound["parallel_tool_calls"] = parallel_tool_calls

@@ -94,7 +94,7 @@ def _as_message(message: ChatMessage) -> Message:
 
 
 def read_arguments(arguments: dict[str, Any] | str) -> dict[str, Any]:
-    """Return the arguments of a call. They may be half-written, or text of another model that is no JSON."""
+    """Return the arguments of a call. They may be half-written, or text of another model that is not JSON."""
     if isinstance(arguments, dict):
         return arguments
     try:

@@ -52,7 +52,7 @@ def openai_tool(tool: Any) -> dict[str, Any]:
     """Return a tool of any kind in OpenAI's form.
 
     Raises:
-        ConfigError: If its arguments are no object.
+        ConfigError: If its arguments are not an object.
     """
     converted = convert_to_openai_tool(tool)
     if schema := json_schema(tool):

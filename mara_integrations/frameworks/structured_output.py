@@ -1,4 +1,4 @@
-"""LangChain's parsers of structured output, made strict: what was cut or is no JSON is an error, never completed."""
+"""LangChain's parsers of structured output, made strict: what was cut or is not JSON is an error, never completed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class WholeObjectParser(BaseCumulativeTransformOutputParser[Any]):
 
         Raises:
             CutObjectError: If `max_tokens` cut the reply.
-            OutputParserException: If the reply ended and is no object of the schema.
+            OutputParserException: If the reply ended and is not an object of the schema.
         """
         message = result[0].message if isinstance(result[0], ChatGeneration) else None
         reason = message.response_metadata.get("finish_reason") if isinstance(message, AIMessage) else None

@@ -170,8 +170,8 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
         max_bytes: Largest size that is read.
 
     Raises:
-        HeadError: If there is no such file, a link leads out of the folder, it is no regular file, too large, or can't
-            be read.
+        HeadError: If there is no such file, a link leads out of the folder, it is not a regular file, too large, or
+            can't be read.
     """
     path = folder / name
     try:

@@ -78,7 +78,7 @@ def kind_of(owner: str | None) -> ServerKind:
 
 
 def check_head(source: HeadSource | None) -> None:
-    """Refuse heads that are no names: a server knows its heads by name, and takes no weights or paths.
+    """Refuse heads that are not names: a server knows its heads by name, and takes no weights or paths.
 
     Raises:
         ConfigError: Names the head.

@@ -72,7 +72,7 @@ class Address:
         """
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise ConfigError(f"base_url={base_url!r} is no address", hint="as http://127.0.0.1:8000/v1")
+            raise ConfigError(f"base_url={base_url!r} is not an address", hint="such as http://127.0.0.1:8000/v1")
         if url.username or url.password:
             raise ConfigError("base_url holds a password, and addresses are shown", hint="give api_key=")
         if url.path in ("", "/"):

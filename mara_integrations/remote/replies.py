@@ -102,7 +102,7 @@ class _Reply:
         for call in self.calls:
             call.arguments = call.arguments or "{}"  # as some servers write a call without any
             if not call.name or json_object(call.arguments) is None:
-                call.error = "the arguments are no JSON object"
+                call.error = "the arguments are not a JSON object"
         if is_cut and self._ends_with_call:
             self.calls[-1].error = CUT
         return pieces

@@ -69,7 +69,7 @@ class ModelReward:
         unknown = [name for name in arguments if name not in _ARGUMENTS]
         if unknown:
             raise RewardError(
-                f"reward {source!r}: {unknown[0]!r} is no argument", hint=f"arguments are {', '.join(_ARGUMENTS)}"
+                f"reward {source!r}: {unknown[0]!r} is not an argument", hint=f"arguments are {', '.join(_ARGUMENTS)}"
             )
         return cls(source, **arguments)
 

@@ -29,7 +29,7 @@ def compiled(pattern: str) -> Any:
         return regex.compile(pattern)
     except regex.error as error:
         raise ConfigError(
-            f"pattern {pattern!r} is no regular expression: {error}", hint="the syntax is that of the package regex"
+            f"pattern {pattern!r} is not a regular expression: {error}", hint="the syntax is that of the package regex"
         ) from None
     except RecursionError:
         raise ConfigError(f"pattern {pattern[:40]!r}... has too many groups within groups") from None

@@ -25,7 +25,7 @@ class TextRule:
             arguments as in `rule:long?words=60`.
 
     Raises:
-        ConfigError: If it is no regular expression, or an argument is not allowed.
+        ConfigError: If it is not a regular expression, or an argument is not allowed.
         RewardError: If there is no such rule, or it takes other arguments.
     """
 
@@ -143,7 +143,7 @@ def rule_patterns(notation: str) -> tuple[CheckedPattern, ...]:
     """Return the patterns that a notation of `TextRule` stands for.
 
     Raises:
-        ConfigError: If it is no regular expression, or a rule that no pattern tells.
+        ConfigError: If it is not a regular expression, or a rule that no pattern tells.
         RewardError: If there is no such rule, or it takes other arguments.
     """
     if notation.startswith(PATTERN_PREFIX):

@@ -45,7 +45,7 @@ def parse_reward(text: str) -> tuple[Reward, float]:
         factor = 1.0 if weight is None else float(weight)
     except ValueError:
         raise RewardError(
-            f"reward {text!r}: weight {weight!r} is no number", hint="for example sentiment=0.5"
+            f"reward {text!r}: weight {weight!r} is not a number", hint="for example sentiment=0.5"
         ) from None
     if place.startswith(MODEL_PREFIX):
         return ModelReward.of(place.removeprefix(MODEL_PREFIX), arguments), factor

@@ -58,7 +58,7 @@ class GatedLogitsLayer(logits_processor.LogitsProcessor):  # type: ignore[misc] 
         """Make logits of hidden states; see vLLM's class for the arguments."""
         global _last
         _last = Seen(lm_head, hidden_states)
-        # not super(): with LoRA, vLLM calls this with a wrapper that is no instance of this class
+        # not super(): with LoRA, vLLM calls this with a wrapper that is not an instance of this class
         logits: Tensor | None = logits_processor.LogitsProcessor.forward(self, lm_head, hidden_states, *args, **kwargs)
         return logits
 

@@ -30,14 +30,16 @@ def heads_folder() -> Path:
     """Return the folder whose subfolders are heads.
 
     Raises:
-        ConfigError: If none is named, or it is no folder.
+        ConfigError: If none is named, or it is not a folder.
     """
     named = _named_folder()
     if not named:
         raise ConfigError("this server has no heads", hint=f"start it with {HEADS_VARIABLE}=FOLDER, a folder of heads")
     folder = Path(named).expanduser().absolute()
     if not folder.is_dir():
-        raise ConfigError(f"{HEADS_VARIABLE}={named!r} is no folder", hint="name the folder whose subfolders are heads")
+        raise ConfigError(
+            f"{HEADS_VARIABLE}={named!r} is not a folder", hint="name the folder whose subfolders are heads"
+        )
     return folder
 
 
@@ -54,7 +56,7 @@ def head_folder(name: str, folder: Path) -> Path:
         folder: The folder of heads.
 
     Raises:
-        ConfigError: If it is no plain name, or there is no such subfolder.
+        ConfigError: If it is not a plain name, or there is no such subfolder.
     """
     own = os.environ.get(VLLM_HEADS_VARIABLE)
     if own and _PLAIN_NAME.fullmatch(name) and Path(own, name).is_dir():

@@ -47,7 +47,7 @@ def test_explain_marks_what_was_rejected_and_counts_it():
     reply, counts, meanings = run(*asking, "--head", "head").stdout.rstrip("\n").rsplit("\n", 2)
     assert "[-" in reply and counts.startswith("6 tokens: ")
     assert "accepted: the head let the candidate pass" in meanings
-    assert "rejected by the head" in reply.splitlines()[-1], "the marks are explained also where they are no colours"
+    assert "rejected by the head" in reply.splitlines()[-1], "the marks are explained also where they are not colours"
     assert "nothing to explain" in run(*asking, code=2).stderr
 
 

@@ -67,7 +67,7 @@ class TestBadRows:
                 {**PAIR, "prompt": [{"role": "assistant", "tool_calls": [{}]}, user("x")]},
                 "'prompt[0].tool_calls[0]' is {}",
             ),
-            ({**PAIR, "tools": "{"}, "'tools' is no JSON"),
+            ({**PAIR, "tools": "{"}, "'tools' is not JSON"),
             ({**PAIR, "tools": [{"description": "x"}]}, "'tools[0]' is {'description': 'x'}"),
             ({**LABELLED, "label": "meh"}, "'label' is 'meh'"),
             ({**LABELLED, "label": 0.5}, "'label' is 0.5"),

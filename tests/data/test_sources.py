@@ -83,7 +83,7 @@ class TestTheHub:
         assert asked == [("org/prefs", split)]
 
     def test_what_neither_the_hub_nor_the_disk_has_is_refused(self, asked: list[Any]) -> None:
-        with pytest.raises(DataError, match="'org/absent' is no file here, and the Hub gave no data set"):
+        with pytest.raises(DataError, match="'org/absent' is not a file here, and the Hub gave no data set"):
             read_dataset("org/absent")
 
     def test_a_file_that_is_missing_is_not_looked_for_there(self, asked: list[Any], tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ class TestMixtures:
 
     def test_a_list_alone_is_no_mixture(self, tmp_path: Path) -> None:
         (tmp_path / "mix.yaml").write_text("- many.jsonl\n")
-        with pytest.raises(DataError, match="is no mixture"):
+        with pytest.raises(DataError, match="is not a mixture"):
             read_dataset(tmp_path / "mix.yaml")
 
 

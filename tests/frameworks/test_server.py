@@ -223,7 +223,7 @@ def test_a_changed_setting_holds_from_the_next_call_on(llm: MARALLM, server: Any
         ({"head": "heads/brand-voice"}, "--head brand-voice=heads/brand-voice"),
         ({"engine": "llama.cpp"}, "engine='llama.cpp' runs the model in this process"),
         ({"base_url": None, "engine": "server"}, "no address is given"),
-        ({"base_url": "127.0.0.1:8000"}, "is no address"),
+        ({"base_url": "127.0.0.1:8000"}, "is not an address"),
         ({"model": (1, 2)}, "can't be sent to a server"),
         ({"timeout": 0}, "timeout=0"),
         ({"max_retries": -1}, "max_retries=-1"),

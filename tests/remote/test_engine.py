@@ -276,7 +276,7 @@ def test_what_needs_the_model_here_says_where_it_is(make, local, name):
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("localhost:8000", "is no address"), ("ftp://h", "is no address"), ("http://me:pw@h", "holds a password")],
+    [("localhost:8000", "is not an address"), ("ftp://h", "is not an address"), ("http://me:pw@h", "holds a password")],
 )
 def test_addresses_are_checked(url, message):
     with pytest.raises(ConfigError, match=message) as caught:

@@ -346,7 +346,7 @@ class TestModels:
         ("text", "said"),
         [
             ("llm:", "names no model"),
-            ("llm:mara:smollm2?rubrik=x", "'rubrik' is no argument"),
+            ("llm:mara:smollm2?rubrik=x", "'rubrik' is not an argument"),
             ("llm:mara:smollm2?rubric=absent.md", "rubric 'absent.md' can't be read: No such file"),
             ("llm:mara:smollm2?mode=duel", "mode=duel is not allowed"),
             ("llm:mara:smollm2?structured=1", "structured=1 is not allowed"),

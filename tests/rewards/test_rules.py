@@ -66,7 +66,7 @@ class TestNotation:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("re:(", "is no regular expression: missing )"), ("re:", "pattern 're:' is empty"),
+            ("re:(", "is not a regular expression: missing )"), ("re:", "pattern 're:' is empty"),
             ("re:" + "a" * 2000, "has 2000 characters"), ("rule:mail", "rule 'mail' is unknown"),
             ("rule:pii?kind=x", "rule 'pii' takes nothing; given is kind"), (" ", "forbidden words"),
             ("rule:long?words=few", "rule:long?words=few is not allowed"),

@@ -44,7 +44,7 @@ def test_what_must_appear_is_learned_as_a_reward_and_what_must_not_beside_it(con
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"forbid": ["re:["]}, "is no regular expression"),
+        ({"forbid": ["re:["]}, "is not a regular expression"),
         ({"require": ["rule:mail"]}, "rule 'mail' is unknown"),
         ({"require": [" "]}, "forbidden words"),
         ({"forbid": ["x"], "require": ["y"], "method": "rule"}, "method 'rule' needs a rule"),

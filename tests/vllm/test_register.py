@@ -44,7 +44,7 @@ def own(group):
 
 def test_a_folder_that_is_not_there_is_refused_at_the_start(monkeypatch, tmp_path):
     monkeypatch.setenv("MARA_HEADS", str(tmp_path / "absent"))
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         plugin.register()
 
 

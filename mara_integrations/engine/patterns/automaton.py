@@ -1,7 +1,8 @@
 r"""Read a reply character by character, and tell when it can no longer be kept free of a pattern. Knows no model.
 
 A match is complete as soon as no text that follows could undo it: that of `ab` with its "b", that of `\bab\b` with
-the first character that is no letter, or with the end of the reply. Deterministic states are made as texts need them.
+the first character that is not a letter, or with the end of the reply. Deterministic states are made when a text
+needs them.
 
 A rule with a check, as Luhn's formula, follows the text of each match that has begun. A number is then read in every
 way that its pattern allows, while `find_cards` reads it in one.

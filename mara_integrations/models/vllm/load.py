@@ -202,7 +202,7 @@ def _arguments(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
-                f"model_kwargs has {name}={value!r}, which is no argument of vLLM",
+                f"model_kwargs has {name}={value!r}, which is not an argument of vLLM",
                 hint=f"did you mean {near[0]}?" if near else "see vLLM's EngineArgs, as max_model_len",
             )
     arguments = {"use_tqdm_on_load": False, "disable_log_stats": True, **given}

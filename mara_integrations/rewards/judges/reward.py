@@ -121,7 +121,7 @@ class JudgeReward:
             if name not in MODEL_ARGUMENTS:
                 known = ("rubric", "mode", "structured", "concurrency", "attempts", *MODEL_ARGUMENTS)
                 raise RewardError(
-                    f"judge {source!r}: {name!r} is no argument", hint=f"arguments are {', '.join(known)}"
+                    f"judge {source!r}: {name!r} is not an argument", hint=f"arguments are {', '.join(known)}"
                 )
             kind = MODEL_ARGUMENTS[name]
             values[name] = value if kind is str else _number(source, name, value, kind)

@@ -1,7 +1,7 @@
 """The methods `dpo` and `kto` on Q-heads: make good replies more probable, and bad ones less, than the base model does.
 
 The gate's distribution over the candidates of every position is known in closed form from the state before it, so that
-a reply is read once, as it stands, and competitors need no reading at all. Tokens that are no candidates have no
+a reply is read once, as it stands, and competitors need no reading at all. Tokens that are not candidates have no
 log-ratio: no gate can take them. They are left out and counted.
 """
 
@@ -80,7 +80,7 @@ def _read(run: Run, stage: str, given: Sequence[GivenReply], good: Tensor, group
     num_tokens = found.positions.num_tokens
     run.log("tokens", stage=stage, tokens=num_tokens, outside=found.num_outside, lone=found.num_lone)
     run.say(
-        f"  {num_tokens} tokens of {stage}: {found.num_outside / num_tokens:.0%} are no candidates of the model, "
+        f"  {num_tokens} tokens of {stage}: {found.num_outside / num_tokens:.0%} are not candidates of the model, "
         f"{found.num_lone / num_tokens:.0%} the only one; the head learns from the others"
     )
     return LabelledPositions(good, group_size, found.positions, run.backend.output_embeddings)

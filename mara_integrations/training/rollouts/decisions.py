@@ -135,8 +135,8 @@ def read_decisions(
     """Return the decisions by which a gate would have generated replies that exist as text.
 
     All replies of a batch advance together, one token a forward: the token of the text and its better ranked
-    competitors are fed as siblings, and the token of the text is committed. A token that is no candidate is decided on
-    against all others, with its whole probability as hazard. A token that is the last candidate was no decision.
+    competitors are fed as siblings, and the token of the text is committed. A token that is not a candidate is decided
+    on against all others, with its whole probability as hazard. A token that is the last candidate was no decision.
 
     Args:
         model: The base model.

@@ -169,7 +169,7 @@ class GivenPositions:
 
     Attributes:
         positions: Positions whose token is one of several candidates.
-        num_outside: Tokens that are no candidates: no head can make them more or less probable.
+        num_outside: Tokens that are not candidates: no head can make them more or less probable.
         num_lone: Tokens that are the only candidate.
     """
 

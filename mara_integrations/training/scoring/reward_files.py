@@ -170,7 +170,7 @@ def _load(data: bytes, name: str, model: LoadedModel) -> RewardModel:
 def _check(grams: Any, values: Mapping[str, Tensor]) -> None:
     """Raise `ValueError` unless this is what `_dump` writes."""
     if not isinstance(grams, list) or not all(isinstance(gram, str) for gram in grams):
-        raise ValueError("its words are no list of texts")
+        raise ValueError("its words are not a list of texts")
     if {key: value.dtype for key, value in values.items()} != _DTYPES:
         raise ValueError("it has other tensors")
     width = len(values["embedding_weights"])

@@ -181,7 +181,7 @@ def test_where_a_text_is_no_longer_free(notation: str, text: str, free: int) -> 
         ("(?:(?:a{9}){9}){9}", "is too large"),
         ("(?:a?){1000}b", "is too large"),
         ("(" * 40 + "a" + ")" * 40, "more than 30 groups"),
-        ("a(", "is no regular expression"),
+        ("a(", "is not a regular expression"),
         ("", "is empty"),
     ],
 )

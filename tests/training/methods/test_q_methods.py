@@ -129,7 +129,7 @@ def test_pairs_and_thumbs_are_told_apart(files, method, data):
     assert result.head.config.form == "q" and result.head.config.method == method
     assert 0 < result.head.config.scale <= 1.0, "no stronger than it was fitted"
     assert result.held_out_accuracy.mean > 0.8, "vowels are easy to tell"
-    assert any("are no candidates of the model" in line for line in hearing.lines)
+    assert any("are not candidates of the model" in line for line in hearing.lines)
 
 
 def test_labels_are_stepped_along(files):

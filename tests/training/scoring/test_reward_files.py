@@ -36,7 +36,7 @@ DAMAGED = {
     "words that are numbers": written([1, 2]),
     "words that are a text": written("ab"),
     "more words than weights": written(["a", "b", "c"]),
-    "words that are no JSON": save(GOOD, {"words": "["}),
+    "words that are not JSON": save(GOOD, {"words": "["}),
     "a tensor more": written(more=torch.ones(1)),
     "another number format": written(word_idf=torch.ones(2)),
     "another shape": written(embedding_mean=torch.ones(31)),

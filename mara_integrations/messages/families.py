@@ -24,6 +24,8 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama", ('"parameters": ', "ipython")),
     ("qwen_3", ("<tool_call>",)),
 )
+# Of MiniMax M3, which writes nested markup inside a <tool_call>: its calls are not those of another family.
+_OF_UNKNOWN_FAMILIES = ("]<]minimax[>[",)
 # The form that most open models have seen; for templates without tools, and for those of an unknown form.
 GENERIC = "qwen_3"
 _GENERIC_EXAMPLE = '<tool_call>\n{"name": <function name>, "arguments": <object of arguments>}\n</tool_call>'
@@ -43,7 +45,7 @@ def family_of(template: str | None, vocabulary: Collection[str] = ()) -> str | N
         template: The chat template.
         vocabulary: Added tokens of the tokenizer. They decide where a template takes tools and writes no calls.
     """
-    if not template:
+    if not template or any(mark in template for mark in _OF_UNKNOWN_FAMILIES):
         return None
     by_template = _by_marks(template)
     if takes_tools(template):

@@ -12,7 +12,7 @@ import yaml
 
 from mara_integrations.models.options import read_yaml_settings
 from mara_integrations.training.settings.data import DataSettings
-from mara_integrations.training.settings.fit import FitSettings
+from mara_integrations.training.settings.head import HeadSettings
 from mara_integrations.training.settings.identity_mark import OutsideIdentity
 from mara_integrations.training.settings.main import MainSettings
 from mara_integrations.training.settings.methods import Contrast, MethodSettings
@@ -23,7 +23,7 @@ from mara_integrations.training.settings.rewards import RewardSettings
 
 # pydantic orders the fields from the last class to the first
 class TrainConfig(
-    PlacementSettings, MethodSettings, FitSettings, ReplySettings, RewardSettings, DataSettings, MainSettings
+    PlacementSettings, MethodSettings, HeadSettings, ReplySettings, RewardSettings, DataSettings, MainSettings
 ):
     """Settings of one training run, by the names of the options of `mara-tools train`."""
 
@@ -52,7 +52,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         ("Data", DataSettings),
         ("Rewards", RewardSettings),
         ("Replies", ReplySettings),
-        ("Head and fit", FitSettings),
+        ("Head and fit", HeadSettings),
         ("Single methods", MethodSettings),
         ("Where it runs", PlacementSettings),
     )

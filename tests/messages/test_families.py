@@ -49,7 +49,10 @@ def test_a_family_is_known_by_what_its_template_writes(family: str) -> None:
     assert family_of("{% if tools %}{{ tools }}{% endif %}" + SNIPPETS[family]) == family
 
 
-@pytest.mark.parametrize("template", [None, "", "{{ messages }}", "{{ tools }}{{ '<|tool_call|>' }}"])
+MINIMAX_M3 = "{%- set ns = ']<]minimax[>[' -%}{{ tools }}{{ ns + '<tool_call>\\n' + ns + '<invoke name=\"' }}"
+
+
+@pytest.mark.parametrize("template", [None, "", "{{ messages }}", "{{ tools }}{{ '<|tool_call|>' }}", MINIMAX_M3])
 def test_other_templates_are_of_no_known_family(template: str | None) -> None:
     assert family_of(template) is None
 

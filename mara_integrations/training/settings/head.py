@@ -1,4 +1,4 @@
-"""Settings of the head and of its fit."""
+"""Settings of the head, and of how it is fitted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from mara_integrations.sampling import HeadForm, Params
 
 
-class FitSettings(Params):
+class HeadSettings(Params):
     """The head's form and size, and how it is fitted."""
 
     kl_budget: Annotated[

@@ -34,7 +34,7 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a head on preferences: pairs, labelled replies, a reward, forbidden words, a sentence, a teacher, a recipe.
+    """Train a head on pairs, labelled replies, a reward, forbidden words, a sentence, a teacher, or a recipe.
 
     All but a sentence, a teacher and a recipe need --data.
 

@@ -16,7 +16,7 @@ Rows that the json file holds are not measured again. The whole can be taken in 
     python benchmarks/engines.py --engines llama.cpp --requests 64 --threads 1 --json benchmarks/results/engines.json
 
 An engine may be installed in another environment: `--engines vllm --python vllm=venv-vllm/bin/python`. `generate()`
-runs in this one. vLLM runs the float32 copy of a `.gguf` file, and may take 2 GiB for keys and values.
+runs in this one. vLLM runs the float32 copy of a `.gguf` file, and holds 2 GiB for keys and values from its start.
 
 "hidden states" comes with llama.cpp and transformers, and stands beside the rows. It says how far the hidden states of
 llama.cpp lie from those of transformers on the dequantised weights, as a share of their size.

@@ -27,6 +27,7 @@ from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, besi
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
     hold_quality,
+    hold_sampled_quality,
     kl_per_token,
     scale_within_budget,
 )
@@ -61,11 +62,13 @@ def train_on_contrast(
     assert isinstance(head, QHead)
     train_side, held_out = _base_sides(run)
     _fit(run, head, values, train_side, held_out)
-    set_scale(head, scale_within_budget(run, head, held_out.positions))
-    seed = run.config.seed + HELD_OUT_SEED
-    gated = Positions.of(generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head))
+    scale, seed = scale_within_budget(run, head, held_out.positions), run.config.seed + HELD_OUT_SEED
+    set_scale(head, scale)
+    replies = generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head)
+    gated = Positions.of(replies)
     # on its own replies, which lie further from the base model, the budget may allow less
-    set_scale(head, min(head.config.scale, scale_within_budget(run, head, gated)))
+    set_scale(head, min(scale, scale_within_budget(run, head, gated)))
+    hold_sampled_quality(run, head, scale, held_out.replies, replies)
     hold_quality(run, head, held_out.prompts, seed)
     kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
     report_scale(run, head.config.scale, kl)

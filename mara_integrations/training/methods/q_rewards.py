@@ -174,8 +174,8 @@ class QLearner(Learner[PositionExperience]):
         return greedy_generations(run, held_out.prompts, held_out.seed)
 
     @override
-    def hold_quality(self, held_out: PromptSide, best: BestRound[PositionExperience]) -> None:
-        hold_sampled_quality(self.run, self.q_head, best.scale, best.comparison)
+    def hold_quality(self, held_out: PromptSide, base: PositionExperience, best: BestRound[PositionExperience]) -> None:
+        hold_sampled_quality(self.run, self.q_head, best.scale, base.generated, best.held_out.generated)
         hold_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
 
 

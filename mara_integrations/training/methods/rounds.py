@@ -27,7 +27,7 @@ from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.records.store import load_or_compute
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.held_out import HeldOutComparison, compare_held_out, report_comparison
+from mara_integrations.training.scoring.held_out import compare_held_out, report_comparison
 from mara_integrations.training.scoring.partial_rewards import uses_partial_text
 from mara_integrations.training.scoring.scale import report_scale, set_scale
 
@@ -130,8 +130,14 @@ class Learner(ABC, Generic[ExperienceT]):
         """Return what `hold_quality` generates at most."""
         return []
 
-    def hold_quality(self, held_out: PromptSide, best: BestRound[ExperienceT]) -> None:  # a learner may do nothing
-        """Lower the scale, and the strength of greedy requests, to where replies keep perplexity and variety."""
+    def hold_quality(self, held_out: PromptSide, base: ExperienceT, best: BestRound[ExperienceT]) -> None:
+        """Lower the scale, and the strength of greedy requests, to where replies keep perplexity and variety.
+
+        Args:
+            held_out: The held-out prompts.
+            base: Replies of the base model to them.
+            best: The head as it is, and its replies to them.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +149,12 @@ class BestRound(Generic[ExperienceT]):
         weights: Weights of the head.
         scale: Scale of the head.
         held_out: Its held-out replies.
-        comparison: They against the base model's.
     """
 
     gain: float
     weights: dict[str, Tensor]
     scale: float
     held_out: ExperienceT
-    comparison: HeldOutComparison
 
 
 def train_on_reward(learner: Learner[ExperienceT]) -> MethodResult:
@@ -204,18 +208,20 @@ def train_in_rounds(learner: Learner[ExperienceT], trained_on: str, rewards: Map
             run.say("  this round did not help: the head stays as it was before")
             break
         weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-        best = BestRound(gain, weights, head.config.scale, gated, comparison)
+        best = BestRound(gain, weights, head.config.scale, gated)
     assert best is not None
-    return MethodResult(rewards=rewards, kl_per_token=_keep(learner, best, held_out_side))
+    return MethodResult(rewards=rewards, kl_per_token=_keep(learner, held_out_side, base, best))
 
 
-def _keep(learner: Learner[ExperienceT], best: BestRound[ExperienceT], held_out: PromptSide) -> float:
+def _keep(
+    learner: Learner[ExperienceT], held_out: PromptSide, base: ExperienceT, best: BestRound[ExperienceT]
+) -> float:
     """Make the head what it was after the best round, and return KL(gate || base), in nats a token."""
     head = learner.head
     head.load_state_dict(best.weights)
     # on its own replies, which lie further from the base model, the budget may allow less
     set_scale(head, min(best.scale, learner.scale_within_budget(best.held_out, best.scale)))
-    learner.hold_quality(held_out, best)
+    learner.hold_quality(held_out, base, best)
     kl = learner.kl_per_token(best.held_out, best.scale)
     report_scale(learner.run, head.config.scale, kl)
     return kl

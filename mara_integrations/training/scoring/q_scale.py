@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.rollouts.positions import Positions, all_scores
-from mara_integrations.training.scoring.held_out import HeldOutComparison
+from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.scale import (
     MAX_SCALE,
     largest_within,
@@ -77,7 +77,7 @@ def calibrate_q(run: Run, head: QHead) -> float:
     return kl
 
 
-def hold_sampled_quality(run: Run, head: QHead, scale: float, comparison: HeldOutComparison) -> None:
+def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Reply], gated: Sequence[Reply]) -> None:
     """Lower the scale to where sampled replies to held-out prompts keep perplexity and variety.
 
     Nothing is generated: what the replies lose is known at one scale, and how it grows is known from other heads. A
@@ -86,12 +86,13 @@ def hold_sampled_quality(run: Run, head: QHead, scale: float, comparison: HeldOu
     Args:
         run: The run.
         head: Its scale is changed in place.
-        scale: Scale at which the replies were sampled.
-        comparison: They against the base model's.
+        scale: Scale at which the gated replies were sampled.
+        base: Replies of the base model to the same prompts, with the same random numbers.
+        gated: Replies of the head.
     """
     if run.config.kl_budget is not None:
         return
-    loss = max(quality_losses(comparison.perplexity_ratio.mean, comparison.distinct_2_ratio))
+    loss = max(quality_losses(*quality_ratios(base, gated)))
     held = scale * max(loss, 1.0) ** (-1.0 / _GROWTH)
     if held < head.config.scale:
         run.say(f"  so that sampled replies keep perplexity and variety, the scale is {held:.2f}, not {scale:.2f}")
@@ -114,23 +115,20 @@ def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: i
         return
     untrained, trials = run.new_head().eval(), itertools.count(1)
 
-    def greedy(stage: str, gating_head: MARAHead, *, is_base: bool = False) -> tuple[list[tuple[float, ...]], float]:
-        replies = generate_replies(run, stage, prompts, 1, seed, gating_head, is_base=is_base, temperature=0.0)
-        return [reply.log_probs for reply in replies], distinct_n([reply.token_ids for reply in replies])
+    def greedy(stage: str, gating_head: MARAHead, *, is_base: bool = False) -> list[Reply]:
+        return generate_replies(run, stage, prompts, 1, seed, gating_head, is_base=is_base, temperature=0.0)
 
-    base_log_probs, base_distinct = greedy("held-out greedy base replies", untrained, is_base=True)
+    base = greedy("held-out greedy base replies", untrained, is_base=True)
 
     def losses_at(strength: float) -> tuple[float, float]:
         _set_greedy_strength(head, strength)
-        log_probs, distinct = greedy(f"held-out greedy replies {next(trials)}", head)
-        ratio = perplexity_ratio(base_log_probs, log_probs)
-        variety = distinct / base_distinct if base_distinct else 1.0
-        run.log("greedy quality", strength=strength, perplexity_ratio=asdict(ratio), distinct_2_ratio=variety)
+        perplexity, variety = quality_ratios(base, greedy(f"held-out greedy replies {next(trials)}", head))
+        run.log("greedy quality", strength=strength, perplexity_ratio=perplexity, distinct_2_ratio=variety)
         run.say(
-            f"  greedy held-out replies at strength {strength:.2f}: perplexity x {ratio.mean:.2f}, "
+            f"  greedy held-out replies at strength {strength:.2f}: perplexity x {perplexity:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
-        return quality_losses(ratio.mean, variety)
+        return quality_losses(perplexity, variety)
 
     strength, is_kept = strength_within_losses(losses_at)
     _set_greedy_strength(head, strength)
@@ -149,6 +147,18 @@ def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> 
         return []
     base = Generation(list(prompts), 1, seed, is_gated=True, is_base=True, temperature=0.0)
     return [base, *[replace(base, is_base=False)] * _TRIALS]
+
+
+def quality_ratios(base: Sequence[Reply], gated: Sequence[Reply]) -> tuple[float, float]:
+    """Return perplexity under the base model, and share of distinct pairs of tokens, of gated replies over base ones.
+
+    Args:
+        base: Replies of the base model, one or more a prompt.
+        gated: Replies of the head to the same prompts.
+    """
+    perplexity = perplexity_ratio([reply.log_probs for reply in base], [reply.log_probs for reply in gated])
+    of_base, of_gated = (distinct_n([reply.token_ids for reply in side]) for side in (base, gated))
+    return perplexity.mean, of_gated / of_base if of_base else 1.0
 
 
 def quality_losses(perplexity_ratio: float, distinct_ratio: float) -> tuple[float, float]:

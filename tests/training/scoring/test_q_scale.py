@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,14 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara_integrations.evaluation.metrics import Interval
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.q import QHead
-from mara_integrations.training.scoring.held_out import HeldOutComparison
+from mara_integrations.training.scoring import q_scale
 from mara_integrations.training.scoring.q_scale import (
     MAX_PERPLEXITY_RATIO,
     MIN_DISTINCT_RATIO,
-    hold_sampled_quality,
     quality_losses,
     strength_within_losses,
 )
@@ -85,18 +84,24 @@ def test_a_loss_that_no_trial_bounds_is_said():
         (1.10, 0.90, 0.3, 2.0, 2.0),  # a budget that the user has named
     ],
 )
-def test_sampled_replies_keep_perplexity_and_variety(perplexity, distinct, budget, scale, held):
+def test_sampled_replies_keep_perplexity_and_variety(perplexity, distinct, budget, scale, held, monkeypatch):
     head = QHead(HeadConfig(form="q", hidden_size=16, scale=scale))
     run = SimpleNamespace(config=SimpleNamespace(kl_budget=budget), say=lambda _: None)
-    comparison = HeldOutComparison(
-        rewards={},
-        perplexity_ratio=Interval(perplexity, perplexity, perplexity),
-        distinct_2_ratio=distinct,
-        kl_per_token=0.2,
-        forced=0.0,
-        candidates_per_token=1.0,
-    )
+    monkeypatch.setattr(q_scale, "quality_ratios", lambda *_: (perplexity, distinct))
 
-    hold_sampled_quality(run, head, 2.0, comparison)
+    q_scale.hold_sampled_quality(run, head, 2.0, [], [])
 
     assert head.config.scale == pytest.approx(held)
+
+
+def test_ratios_of_quality_are_those_of_all_replies():
+    def reply(token_ids, log_prob):
+        return SimpleNamespace(token_ids=token_ids, log_probs=[log_prob] * len(token_ids))
+
+    base = [reply([1, 2, 3], -1.0), reply([4, 5, 6], -1.0)]  # 4 pairs, all distinct
+    gated = [reply([1, 2, 1], -1.5), reply([1, 2, 3], -1.5)]  # 4 pairs, 3 of them distinct
+
+    perplexity, distinct = q_scale.quality_ratios(base, gated)
+
+    assert perplexity == pytest.approx(math.exp(0.5))
+    assert distinct == pytest.approx(0.75)

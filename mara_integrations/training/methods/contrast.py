@@ -26,7 +26,7 @@ from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
-    hold_quality,
+    hold_greedy_quality,
     hold_sampled_quality,
     kl_per_token,
     scale_within_budget,
@@ -69,7 +69,7 @@ def train_on_contrast(
     # on its own replies, which lie further from the base model, the budget may allow less
     set_scale(head, min(scale, scale_within_budget(run, head, gated)))
     hold_sampled_quality(run, head, scale, held_out.replies, replies)
-    hold_quality(run, head, held_out.prompts, seed)
+    hold_greedy_quality(run, head, held_out.prompts, seed)
     kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
     report_scale(run, head.config.scale, kl)
     if run.plan.reward is not None:

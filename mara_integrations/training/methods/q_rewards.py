@@ -53,7 +53,7 @@ from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.partial_rewards import uses_partial_text
 from mara_integrations.training.scoring.q_scale import (
     greedy_generations,
-    hold_quality,
+    hold_greedy_quality,
     hold_sampled_quality,
     kl_per_token,
     scale_within_budget,
@@ -176,7 +176,7 @@ class QLearner(Learner[PositionExperience]):
     @override
     def hold_quality(self, held_out: PromptSide, base: PositionExperience, best: BestRound[PositionExperience]) -> None:
         hold_sampled_quality(self.run, self.q_head, best.scale, base.generated, best.held_out.generated)
-        hold_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
+        hold_greedy_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:

@@ -99,7 +99,7 @@ def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Rep
         set_scale(head, held)
 
 
-def hold_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:
+def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:
     """Set the strength of greedy requests so that greedy replies to held-out prompts keep perplexity and variety.
 
     What a KL budget allows where replies are sampled can make greedy ones repeat themselves: there every token is the
@@ -142,7 +142,7 @@ def _set_greedy_strength(head: MARAHead, strength: float) -> None:
 
 
 def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> list[Generation]:
-    """Return what `hold_quality` will generate, if full strength is too much."""
+    """Return what `hold_greedy_quality` will generate, if full strength is too much."""
     if run.config.kl_budget is not None:
         return []
     base = Generation(list(prompts), 1, seed, is_gated=True, is_base=True, temperature=0.0)

@@ -79,7 +79,8 @@ class Plan:
         reward: The reward; None without one.
         judges: Rewards that are only reported, by name.
         other_prompts: Prompts to generate replies to, to fit on and held out; None takes those of the data.
-        warnings: What may make the head, or its figures on held-out prompts, worth little; a sentence each.
+        warnings: Settings without influence, and what may make the head, or its figures on held-out prompts, worth
+            little; a sentence each.
     """
 
     method: Method
@@ -205,7 +206,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     if source == "labels":
         _check_labels(data, train, held_out)
     other_prompts = _read_other_prompts(config, inputs, method)
-    warnings = _warnings(data, *(other_prompts or (train, held_out)))
+    warnings = [*config.without_influence(method.name), *_warnings(data, *(other_prompts or (train, held_out)))]
     if source == "documents":
         _check_documents_alone(rule, reward)
         train, held_out = (with_documents(side, config.context_template) for side in (train, held_out))
@@ -228,7 +229,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         reward=reward,
         judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
         other_prompts=other_prompts,
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
 
 
@@ -312,7 +313,7 @@ def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None,
             return f"{len(data.rows)} replies are labelled good or bad"
 
 
-def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> tuple[str, ...]:
+def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> list[str]:
     """Return warnings about little data, and about held-out prompts that are hardly new."""
     found = []
     if len(data) < FEW_ROWS:
@@ -326,7 +327,7 @@ def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> tuple[str, ..
             f"{num_near} of {num_compared} held-out prompts differ from a prompt to fit on in a few words alone: "
             "figures on them are better than they would be on new prompts"
         )
-    return tuple(found)
+    return found
 
 
 def _check_scores_parts(config: TrainConfig, rewards: Sequence[Reward]) -> None:

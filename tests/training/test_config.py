@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mara_integrations.training.config import GROUPS, TrainConfig, read_settings
+from mara_integrations.training.registry import METHODS
+from mara_integrations.training.settings.methods import MethodSettings, TakenBy
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,26 @@ def test_what_is_written_as_yaml_is_read_as_the_same_settings(tmp_path):
     )
     (tmp_path / "train.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert TrainConfig.of(**read_settings(tmp_path / "train.yaml")) == config.updated(overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("rloo", {"rounds": 1}, []),
+        ("rloo", {}, []),
+        ("principle", {"rounds": 1}, ["rounds=1 has no influence: method 'principle' does not take it; rloo and"]),
+        ("rule", {"correction_rounds": 0}, []),
+        ("dpo", {"beta": 0.3, "correction_rounds": 1}, []),  # as they are anyway
+        ("value", {"beta": 0.1, "credit": "prefix"}, ["beta=0.1 has", "method 'value' does not take it; sac does"]),
+    ],
+)
+def test_settings_that_the_method_does_not_take_are_told(method, settings, said):
+    told = TrainConfig.of(output="head", **settings).without_influence(method)
+    assert len(told) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, told, strict=True))
+
+
+def test_settings_of_single_methods_name_methods():
+    taken = [mark for field in MethodSettings.model_fields.values() for mark in field.metadata if type(mark) is TakenBy]
+    assert len(taken) == len(MethodSettings.model_fields)
+    assert {method for mark in taken for method in mark.methods} <= set(METHODS)

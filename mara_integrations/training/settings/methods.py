@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mara_integrations.sampling import Params
 
 Contrast = Literal["neutral", "opposite", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBy:
+    """Annotation of a setting that these methods alone take."""
+
+    methods: tuple[str, ...]
 
 
 class MethodSettings(Params):
@@ -22,6 +30,7 @@ class MethodSettings(Params):
             "as cheerful, and harms where it says what to do, such as to refuse. Default: both with --against, else "
             "neutral."
         ),
+        TakenBy(("principle", "teacher")),
     ] = None
     rounds: Annotated[
         int | None,
@@ -32,9 +41,12 @@ class MethodSettings(Params):
             "base model's. They end early when one does not help on held-out prompts. Default: 0 where the reward "
             "scores partial text, else 2.",
         ),
+        TakenBy(("rloo", "reward-model")),
     ] = None
     correction_rounds: Annotated[
-        int, Field(ge=0, le=10, description="For rule: rounds of training on what the gated model still gets wrong.")
+        int,
+        Field(ge=0, le=10, description="For rule: rounds of training on what the gated model still gets wrong."),
+        TakenBy(("rule",)),
     ] = 1
     beta: Annotated[
         float,
@@ -43,6 +55,7 @@ class MethodSettings(Params):
             description="For dpo and kto: strength of the pull towards the base model; smaller lets the head move "
             "further.",
         ),
+        TakenBy(("dpo", "kto")),
     ] = 0.3
     competitors: Annotated[
         int,
@@ -51,6 +64,7 @@ class MethodSettings(Params):
             description="For dpo and kto: better ranked candidates that are scored beside each token of a reply. 0 was "
             "as good as 8, in half the time.",
         ),
+        TakenBy(("dpo", "kto")),
     ] = 0
     credit: Annotated[
         Literal["terminal", "postback", "prefix"] | None,
@@ -59,6 +73,7 @@ class MethodSettings(Params):
             "each the change of the reward at its token (prefix). Default: prefix where the reward scores partial "
             "text, else terminal."
         ),
+        TakenBy(("sac",)),
     ] = None
     staleness: Annotated[
         int,
@@ -68,4 +83,16 @@ class MethodSettings(Params):
             description="For sac: rounds of 64 replies that may be generated ahead with an older head, so that "
             "several processes on Ray stay busy.",
         ),
+        TakenBy(("sac",)),
     ] = 0
+
+    def without_influence(self, method: str) -> list[str]:
+        """Return a sentence about each of these settings that was changed and that a method does not take."""
+        found = []
+        for name, field in MethodSettings.model_fields.items():
+            (taken_by,) = (mark.methods for mark in field.metadata if isinstance(mark, TakenBy))
+            value: Any = getattr(self, name)
+            if value != field.default and method not in taken_by:
+                takers = f"{' and '.join(taken_by)} {'do' if len(taken_by) > 1 else 'does'}"
+                found.append(f"{name}={value!r} has no influence: method {method!r} does not take it; {takers}")
+        return found

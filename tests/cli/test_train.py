@@ -206,7 +206,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(folder):
     for line in (
         "Method rloo",
         "as the model sees them",
-        "for 60 replies of up to 8 tokens",
+        "for 58 replies of up to 8 tokens",
         "the evaluation",
         "free on the disk",
     ):

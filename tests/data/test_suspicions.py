@@ -71,7 +71,7 @@ class TestOddValues:
     )
     def test_deep_values_are_bad_rows(self, tmp_path: Path, row: str, depth: int) -> None:
         path = write(tmp_path / "a.jsonl", {"prompt": "B?"}, row % nested(depth))
-        with pytest.raises(DataError, match=rf"{path}:2: .*(nested|broken JSON|no JSON)"):
+        with pytest.raises(DataError, match=rf"{path}:2: .*(nested|broken JSON|not JSON)"):
             read_dataset(path)
         assert len(read_dataset(path, skip_bad_rows=True)) == 1
 

@@ -357,7 +357,7 @@ def test_a_form_that_writes_a_match_itself_is_refused(engine: MARAEngine, never:
 
 @pytest.mark.parametrize(
     ("never", "what"),
-    [("re:(", "no regular expression"), ("rule:mail", "rule 'mail' is unknown"), (r"re:(.)\1", "back reference")],
+    [("re:(", "is not a regular expression"), ("rule:mail", "rule 'mail' is unknown"), (r"re:(.)\1", "back reference")],
 )
 def test_bad_patterns_are_refused_before_a_model_is_loaded(never: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what):

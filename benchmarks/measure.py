@@ -101,7 +101,8 @@ class Ratios:
         Args:
             path: The file.
             model: Name of the model.
-            facts: What the file says about the rows; None is the model, and this process' threads and peak memory.
+            facts: Facts about the run, which the file holds beside the rows. By default, the model, and the number of
+                threads and the peak memory of this process.
         """
         own = {"model": model, "threads": torch.get_num_threads(), "peak_bytes": peak_bytes()}
         about = {"machine": platform.processor() or platform.machine(), **(own if facts is None else facts)}

@@ -16,7 +16,7 @@ from mara_integrations.demo import TEST, TRAIN, WORDS
 from mara_integrations.files import check_writable
 
 _QUESTION = "How do I keep indoor plants alive while on holiday?"
-_TRAINING = ("--max-reply-tokens", "40", "--replies-each", "1", "--epochs", "10", "--eval-prompts", "0")
+_TRAINING = ("--replies-each", "1", "--epochs", "10")
 _QUICK_TRAINING = ("--max-replies", "24", "--correction-rounds", "0", "--epochs", "8")
 _QUICK_EVALUATION = ("--limit", "8")
 
@@ -33,8 +33,8 @@ def demo(
 ) -> None:
     """Train a head for a house style that never says "you", measure it, and ask it through LangChain and LlamaIndex.
 
-    The data comes with the package: 96 prompts to train on and 72 others to judge by. On two CPU cores this takes some
-    five minutes. The model's weights are not changed; a head of a few MB refuses single tokens.
+    The data comes with the package: 96 prompts to train on and 72 others to judge by. On two CPU cores this takes
+    some minutes. The model's weights are not changed; a head of a few MB refuses single tokens.
 
     Examples:
       mara-tools demo
@@ -46,7 +46,7 @@ def demo(
     console.rule("1. Train a head")
     forbid = [flag for word in WORDS for flag in ("--forbid", word)]
     training = ["train", "--model", model, "--data", str(TRAIN), *forbid, "--output", str(output)]
-    training += [*_TRAINING, *(_QUICK_TRAINING if quick else ())]
+    training += ["--max-reply-tokens", "40", "--eval-prompts", "0", *(_QUICK_TRAINING if quick else _TRAINING)]
     _run(console, training)
 
     console.rule("2. Compare replies without and with the head, to prompts it has never seen")

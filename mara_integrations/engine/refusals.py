@@ -56,7 +56,7 @@ class Refusals(ABC):
 
     @property
     def work(self) -> int:
-        """What was done so far of the work that depends on patterns: states of their networks that were passed."""
+        """The number of states that the networks of the patterns have passed so far; it measures their cost."""
         return 0
 
     @abstractmethod

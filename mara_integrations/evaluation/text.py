@@ -1,4 +1,4 @@
-"""What models wrote, as text that is safe to show: control characters are pictures of themselves."""
+"""Make text that a model wrote safe to show: a picture stands for each control character."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mara_integrations.evaluation.marks import Rejected
 
 
 def visible(text: str) -> str:
-    """Text whose control characters but line breaks and tabs are pictures of themselves."""
+    """Return the text with a picture in place of each control character; line breaks and tabs stay."""
     return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else _picture(c) for c in text)
 
 

@@ -21,6 +21,7 @@ from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from llama_index_tools import TOOL, Person, check_a_required_call
 from pydantic import BaseModel, Field
 
 from mara_integrations.errors import ConfigError
@@ -260,31 +261,13 @@ def test_a_block_that_is_no_text_is_refused() -> None:
 # --- tools and schemas: the tiny model writes nonsense, the grammar makes it legal
 
 
-def add(a: bool, b: bool) -> int:  # a random model writes integers without end
-    """Add two numbers."""
-    return a + b
-
-
-TOOL = FunctionTool.from_defaults(add)
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=10)
-    age: int = Field(ge=0, le=150)
-
-
 @pytest.fixture
 def caller(llm: GatedLLM) -> GatedLLM:
     return llm.model_copy(update={"max_tokens": 150})
 
 
 def test_a_required_call_is_made_and_run(caller: GatedLLM) -> None:
-    response = caller.chat_with_tools([TOOL], "hi", tool_required=True)
-
-    (call,) = caller.get_tool_calls_from_response(response)
-    assert call.tool_name == "add" and set(call.tool_kwargs) == {"a", "b"} and call.tool_id
-    result = caller.predict_and_call([TOOL], "hi", tool_required=True)
-    assert result.response == str(sum(call.tool_kwargs.values()))
+    check_a_required_call(caller)
 
 
 def test_calls_can_be_read_while_they_are_written(caller: GatedLLM) -> None:

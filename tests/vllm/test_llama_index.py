@@ -11,6 +11,7 @@ from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from llama_index_tools import Person, check_a_required_call
 from pydantic import BaseModel, Field
 
 from mara_integrations.errors import ConfigError
@@ -106,26 +107,8 @@ def test_a_query_engine_answers_with_it(llm):
 # --- tools and schemas: the tiny model writes nonsense, the grammar makes it legal
 
 
-def add(a: bool, b: bool) -> int:  # a random model writes integers without end
-    """Add two numbers."""
-    return a + b
-
-
-TOOL = FunctionTool.from_defaults(add)
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=10)
-    age: int = Field(ge=0, le=150)
-
-
 def test_a_required_call_is_made_and_run(caller):
-    response = caller.chat_with_tools([TOOL], "hi", tool_required=True)
-
-    (call,) = caller.get_tool_calls_from_response(response)
-    assert call.tool_name == "add" and set(call.tool_kwargs) == {"a", "b"} and call.tool_id
-    result = caller.predict_and_call([TOOL], "hi", tool_required=True)
-    assert result.response == str(sum(call.tool_kwargs.values()))
+    check_a_required_call(caller)
 
 
 async def test_structured_prediction_gives_the_class(caller):

@@ -1,6 +1,9 @@
 # Everything from a bare clone; needs Python 3.10 or newer. Set-up runs first, and does nothing when nothing has changed.
 PYTHON_BIN := .venv/bin
 
+# Where it is set, each of some hundred processes of the tests would compile torch and all the rest again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo lint format test coverage test-lowest test-newest clean
 
 help:

@@ -31,7 +31,8 @@ from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import weighted_rewards
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.training.config import TrainConfig
-from mara_integrations.training.plan import Inputs, make_plan
+from mara_integrations.training.inputs import Inputs
+from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import train_plan
 
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}

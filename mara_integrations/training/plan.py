@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-from mara_integrations.data import (
-    Dataset,
-    Labelled,
-    column_mapping,
-    near_copies,
-    read_dataset,
-    read_prompts,
-    split,
-)
+from mara_integrations.data import Dataset, Labelled, near_copies, split
 from mara_integrations.data.documents import GROUNDED, has_documents, with_documents
-from mara_integrations.data.principles import VARIED_PROMPTS, Principle, make_principle
+from mara_integrations.data.principles import Principle, make_principle
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
-from mara_integrations.rewards import (
-    CombinedReward,
-    DescribedRule,
-    Required,
-    Reward,
-    combine_rewards,
-    judges_of,
-    parse_reward,
-    parse_rule,
-    reward_fingerprint,
-    reward_name,
-    takes_partial_text,
-)
+from mara_integrations.rewards import CombinedReward, DescribedRule, Reward, reward_fingerprint, reward_name
 from mara_integrations.sampling import HeadForm
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.inputs import (
+    Inputs,
+    read_data,
+    read_judges,
+    read_other_prompts,
+    read_principle,
+    read_rewards,
+)
 from mara_integrations.training.records.trackers import check_installed
 from mara_integrations.training.registry import Method, Source, choose
 from mara_integrations.training.rollouts.ray_cluster import import_ray
 
 FEW_ROWS = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Python objects that stand in for settings of `TrainConfig`.
-
-    Attributes:
-        data: Rows instead of `data`: dicts, a `datasets.Dataset`, a DataFrame, or a `data.Dataset`.
-        prompts: Rows instead of `prompts`.
-        rewards: Functions instead of `reward`, each with its weight.
-        judges: Functions beside those of `judge`.
-    """
-
-    data: Any = None
-    prompts: Any = None
-    rewards: Sequence[tuple[Reward, float]] = ()
-    judges: Sequence[Reward] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,39 +113,10 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         ConfigError: If nothing says what a good reply is, or the method can't learn from what does.
     """
     inputs = inputs or Inputs()
-    check_installed(config.track)
-    if config.ray:
-        import_ray()
-    check_writable(config.output)
-    if config.push_to_hub is not None:
-        check_can_push(config.push_to_hub, public=config.public)
-    principle = make_principle(config.principle, config.principle_file, config.against)
-    if principle is not None and principle.weighted and config.principle_contrast != "neutral":
-        raise ConfigError(
-            f"contrast={config.contrast!r} is not allowed beside sentences with weights",
-            hint="leave it out, or the weights: then all sentences are read together",
-        )
-    data = _read_data(config, inputs, needs_prompts_alone=principle is not None or config.teacher is not None)
-    rule = parse_rule(config.forbid) if config.forbid else None
-    required: list[tuple[Reward, float]] = [(Required(what), 1.0) for what in config.require]
-    weighted = [*map(parse_reward, config.reward), *inputs.rewards]
-    if rule is not None and weighted:
-        raise ConfigError("give either a reward or forbidden words, not both")
-    if required and rule is not None:  # what is to appear has no token to blame, so that both are rewards
-        required, rule = [(rule, 1.0), *required], None
-    weighted += required
-    if principle is not None and config.forbid:
-        raise ConfigError("give either a principle or forbidden words, not both")
-    reads_again = principle is not None or config.teacher is not None
-    if reads_again:
-        _check_scores_parts(config, [each for each, _ in weighted])
-    reward = combine_rewards(weighted, normalise=config.normalise_rewards) if weighted else None
-    for llm in judges_of(reward) if config.partial_text or config.credit == "prefix" else ():
-        raise ConfigError(
-            f"reward {reward_name(llm)!r} judges whole replies, and would be called some hundred times a reply",
-            hint="leave --partial-text and --credit prefix out",
-        )
-    judges = [*(judge for judge, _ in map(parse_reward, config.judge)), *inputs.judges]
+    _check_surroundings(config)
+    principle = read_principle(config)
+    data = read_data(config, inputs)
+    rule, reward = read_rewards(config, inputs)
     given: dict[Source, bool] = {
         "teacher": config.teacher is not None,
         "principle": principle is not None,
@@ -187,36 +126,16 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         "labels": data.kind == "labelled",
         "documents": has_documents(data),
     }
-    sources: list[Source] = [source for source, is_given in given.items() if is_given]
-    if reads_again:
-        sources = sources[:1]  # a teacher may read under a sentence, beside rewards; the data is there for its prompts
-    num_pairs = len(data.rows) if given["pairs"] else 0
-    try:
-        method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
-    except ConfigError as error:
-        raise ConfigError(f"{str(data.path)!r}: {error.message}", hint=error.hint) from None
-    if method.form == "paper" and config.kl_budget is not None:
-        raise ConfigError(
-            f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
-            hint="leave it out, or train a residual head",
-        )
-    if config.engine == "llama.cpp":
-        method = _in_q_form(method, config.form)
+    method, source = _choose(config, data, [source for source, is_given in given.items() if is_given])
     train, held_out = split(data, config.held_out, config.seed)
     if source == "labels":
         _check_labels(data, train, held_out)
-    other_prompts = _read_other_prompts(config, inputs, method)
+    other_prompts = read_other_prompts(config, inputs, method.name)
     warnings = [*config.without_influence(method.name), *_warnings(data, *(other_prompts or (train, held_out)))]
     if source == "documents":
         _check_documents_alone(rule, reward)
         train, held_out = (with_documents(side, config.context_template) for side in (train, held_out))
         principle = make_principle([GROUNDED])
-    elif config.context_template is not None:
-        raise ConfigError(
-            f"context_template={config.context_template!r} is not allowed: method {method.name!r} takes prompts as "
-            "they are",
-            hint="leave it out, or train by --method grounding on prompts with a column context",
-        )
     return Plan(
         method=method,
         source=source,
@@ -227,10 +146,43 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         data_fingerprint=train.fingerprint,
         rule=rule,
         reward=reward,
-        judges=_named(judges, [reward_name(each) for each in (rule, reward) if each is not None]),
+        judges=read_judges(config, inputs, rule, reward),
         other_prompts=other_prompts,
         warnings=tuple(warnings),
     )
+
+
+def _check_surroundings(config: TrainConfig) -> None:
+    """Refuse what can't be written, pushed or imported."""
+    check_installed(config.track)
+    if config.ray:
+        import_ray()
+    check_writable(config.output)
+    if config.push_to_hub is not None:
+        check_can_push(config.push_to_hub, public=config.public)
+
+
+def _choose(config: TrainConfig, data: Dataset, sources: list[Source]) -> tuple[Method, Source]:
+    """Return the method and what it learns from; refuse settings that it can't honour."""
+    if config.reads_again:
+        sources = sources[:1]  # a teacher may read under a sentence, beside rewards; the data is there for its prompts
+    num_pairs = len(data.rows) if data.kind == "pairs" else 0
+    try:
+        method, source = choose(config.method, sources, config.form, num_pairs=num_pairs)
+    except ConfigError as error:
+        raise ConfigError(f"{str(data.path)!r}: {error.message}", hint=error.hint) from None
+    if method.form == "paper" and config.kl_budget is not None:
+        raise ConfigError(
+            f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
+            hint="leave it out, or train a residual head",
+        )
+    if source != "documents" and config.context_template is not None:
+        raise ConfigError(
+            f"context_template={config.context_template!r} is not allowed: method {method.name!r} takes prompts as "
+            "they are",
+            hint="leave it out, or train by --method grounding on prompts with a column context",
+        )
+    return _in_q_form(method, config.form) if config.engine == "llama.cpp" else method, source
 
 
 def _in_q_form(method: Method, form: HeadForm | None) -> Method:
@@ -243,47 +195,6 @@ def _in_q_form(method: Method, form: HeadForm | None) -> Method:
         hint=("leave --form out" if method.q_loop else "take another method") + ", or train on engine='transformers'; "
         "the head runs on both",
     )
-
-
-def _read_data(config: TrainConfig, inputs: Inputs, *, needs_prompts_alone: bool) -> Dataset:
-    if needs_prompts_alone and config.data is None and inputs.data is None:
-        return read_prompts(VARIED_PROMPTS)
-    if (config.data is None) == (inputs.data is None):
-        raise ConfigError(
-            "there is no data" if config.data is None else f"data is given twice: as {str(config.data)!r} and as rows",
-            hint="give preference pairs, labelled replies or prompts, as a file or as rows; or a principle or teacher"
-            if config.data is None
-            else "leave one of them out",
-        )
-    return read_dataset(
-        config.data if config.data is not None else inputs.data,
-        config.format,
-        columns=column_mapping(config.column),
-        skip_bad_rows=config.skip_bad_rows,
-    )
-
-
-def _read_other_prompts(config: TrainConfig, inputs: Inputs, method: Method) -> tuple[Dataset, Dataset] | None:
-    given = config.prompts if config.prompts is not None else inputs.prompts
-    if given is None:
-        return None
-    if method.name != "reward-model":
-        named = f"{str(given)!r} is" if isinstance(given, Path) else "rows are"
-        raise ConfigError(
-            f"prompts: {named} not allowed, because method {method.name!r} learns from the prompts of the data",
-            hint="--method reward-model can generate replies to other prompts than those of the preferences",
-        )
-    return split(read_prompts(given), config.held_out, config.seed)
-
-
-def _named(judges: Sequence[Reward], taken: Sequence[str]) -> dict[str, Reward]:
-    """Return the judges by name; one that shares a name with a reward or another judge is numbered."""
-    named: dict[str, Reward] = {}
-    for judge in judges:
-        own = f"{reward_name(judge)} (judge)" if reward_name(judge) in taken else reward_name(judge)
-        numbered = (f"{own} {n}" if n > 1 else own for n in itertools.count(1))
-        named[next(name for name in numbered if name not in named)] = judge
-    return named
 
 
 def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None, reward: Reward | None) -> str:
@@ -328,19 +239,6 @@ def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> list[str]:
             "figures on them are better than they would be on new prompts"
         )
     return found
-
-
-def _check_scores_parts(config: TrainConfig, rewards: Sequence[Reward]) -> None:
-    """Refuse rewards of whole replies beside a sentence or a teacher, which say something of every candidate."""
-    for reward in rewards:
-        if takes_partial_text(reward) if config.partial_text is None else config.partial_text:
-            continue
-        beside = "a teacher" if config.teacher is not None else "a principle"
-        if_it_can = "" if config.partial_text is False else "; or say --partial-text, if it can score unfinished ones"
-        raise ConfigError(
-            f"reward {reward_name(reward)!r} scores whole replies, and {beside} says something of every candidate",
-            hint=f"train a head of each, and compose them (--head A --head B); or name it by --judge{if_it_can}",
-        )
 
 
 def _check_documents_alone(*others: Reward | None) -> None:

@@ -31,9 +31,10 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
 from mara_integrations.training.engine import with_engine
 from mara_integrations.training.identity import Identity
+from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.methods.reward_model import fit_judge
-from mara_integrations.training.plan import Inputs, Plan, make_plan
+from mara_integrations.training.plan import Plan, make_plan
 from mara_integrations.training.recipes import read_recipe
 from mara_integrations.training.records.metrics_log import MetricsLog
 from mara_integrations.training.records.output_lock import locked

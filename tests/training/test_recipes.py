@@ -11,7 +11,8 @@ from mara_integrations.errors import ConfigError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.rewards import parse_reward, reward_name
 from mara_integrations.training.config import TrainConfig, read_settings
-from mara_integrations.training.plan import Inputs, make_plan
+from mara_integrations.training.inputs import Inputs
+from mara_integrations.training.plan import make_plan
 from mara_integrations.training.recipes import read_recipe, recipe_names
 from mara_integrations.training.run import train
 

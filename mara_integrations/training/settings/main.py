@@ -119,6 +119,11 @@ class MainSettings(Params):
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**31, description="Seed of everything random.")] = 0
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether replies are read again: under a sentence, or by a second model."""
+        return bool(self.principle) or self.principle_file is not None or self.teacher is not None
+
     @model_validator(mode="before")
     @classmethod
     def _from_recipe(cls, values: Any) -> Any:
@@ -151,7 +156,6 @@ class MainSettings(Params):
             raise ValueError(f"teacher_base={self.teacher_base!r} has no teacher: give both, or neither")
         if self.teacher is not None and self.forbid:
             raise ValueError("give either a teacher or forbidden words, not both")
-        has_principle = bool(self.principle) or self.principle_file is not None
-        if has_principle and self.forbid:
+        if self.reads_again and self.forbid:
             raise ValueError("give either a principle or forbidden words, not both")
         return self

@@ -23,7 +23,8 @@ from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
-from mara_integrations.training.plan import Inputs, make_plan
+from mara_integrations.training.inputs import Inputs
+from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
 from mara_integrations.training.scoring.llm_judges import expected_calls
 

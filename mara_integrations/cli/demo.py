@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from mara_integrations.cli.app import print_err
+from mara_integrations.cli.app import app
 from mara_integrations.demo import TEST, TRAIN, WORDS
 from mara_integrations.files import check_writable
+
+if TYPE_CHECKING:
+    from mara_integrations import MARALLM
 
 _QUESTION = "How do I keep indoor plants alive while on holiday?"
 _TRAINING = ("--replies-each", "1", "--epochs", "10")
@@ -56,11 +57,14 @@ def demo(
     _run(console, evaluation)
 
     console.rule("3. Ask through LangChain and LlamaIndex")
+    from mara_integrations import MARALLM
+
+    llm = MARALLM(model=model, head=str(output), max_tokens=60)
     console.print(f"\n[bold]{_QUESTION}[/]\n")
     console.print("[cyan]LangChain[/]   ", end="")
-    console.print(_ask_langchain(model, output), markup=False)
+    console.print(_ask_langchain(llm), markup=False)
     console.print("\n[cyan]LlamaIndex[/]  ", end="")
-    console.print(_ask_llama_index(model, output), markup=False)
+    console.print(_ask_llama_index(llm), markup=False)
     console.rule("Next")
     for command, purpose in (
         (f"mara-tools chat --head {shlex.quote(str(output))}", "talk with it; /base shows the model's own reply"),
@@ -72,37 +76,27 @@ def demo(
 
 
 def _run(console: Console, arguments: list[str]) -> None:
-    """Show a command, and run it in a process of its own, as a user would.
+    """Show a command and run it here: another process would import torch and load the model again.
 
     Raises:
         typer.Exit: If the command fails; it has said why.
     """
     console.print(f"\n[bold green]$ mara-tools {shlex.join(arguments)}[/]\n", soft_wrap=True)
-    done = subprocess.run([sys.executable, "-m", "mara_integrations", *arguments], check=False)
-    if done.returncode < 0:
-        print_err(f"error: mara-tools {arguments[0]} was ended by signal {-done.returncode}", "bold red")
-        raise typer.Exit(128 - done.returncode)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
+    if code := app(arguments, prog_name="mara-tools", standalone_mode=False):
+        raise typer.Exit(code)
 
 
-def _ask_langchain(model: str, head: Path) -> str:
+def _ask_langchain(llm: MARALLM) -> str:
     """Ask one question through a chain of LangChain."""
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import ChatPromptTemplate
 
-    from mara_integrations import MARALLM
-
-    llm = MARALLM(model=model, head=str(head), max_tokens=60)
     chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | llm | StrOutputParser()
     return chain.invoke({"question": _QUESTION})
 
 
-def _ask_llama_index(model: str, head: Path) -> str:
+def _ask_llama_index(llm: MARALLM) -> str:
     """Ask the same question through LlamaIndex."""
     from llama_index.core import PromptTemplate
 
-    from mara_integrations import MARALLM
-
-    llm = MARALLM(model=model, head=str(head), max_tokens=60)
     return llm.predict(PromptTemplate("{question}"), question=_QUESTION)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 
 from mara_integrations.demo import TRAIN
 from mara_integrations.testing import tiny_model, tiny_tokenizer
@@ -31,13 +32,13 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture
-def python(wheel, tmp_path):
-    """A Python that has the wheel, what it depends on, and no clone."""
+def demo(wheel, tmp_path):
+    """`mara-tools demo` of a Python that has the wheel, what it depends on, and no clone."""
     wheel.extractall(tmp_path / "installed")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "mara_integrations", *arguments]
+        command = [sys.executable, "-m", "mara_integrations", "demo", *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
         )
@@ -47,18 +48,18 @@ def python(wheel, tmp_path):
 
 @pytest.fixture
 def model_that_says_you(tmp_path):
-    """A folder with a tiny model that answers the demo's prompts with "you. they. you. ..." in random order.
+    """A folder with a tiny model that answers the demo's prompts with "you. you. they. ..." in random order.
 
     The demo's head learns from replies that hold its forbidden words: a random model would write none of them.
     """
     tokenizer, model = tiny_tokenizer(), tiny_model(max_position_embeddings=2048)
     choose = random.Random(0)
     prompts = [json.loads(line)["prompt"] for line in TRAIN.read_text().splitlines()]
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
         texts = []
-        for prompt in choose.sample(prompts, 8):
-            words = " ".join(choose.choice(["you.", "they."]) for _ in range(12))
+        for prompt in choose.sample(prompts, 4):
+            words = " ".join(choose.choice(["you.", "you.", "they."]) for _ in range(12))
             chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": words}]
             texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
         tokenizer.pad_token = tokenizer.eos_token
@@ -90,18 +91,18 @@ def test_the_description_on_an_index_has_no_dead_links(wheel):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_runs_to_its_end(python, model_that_says_you, tmp_path):
-    done = python("demo", "--quick", "--model", model_that_says_you)
+def test_the_demo_runs_to_its_end(demo, model_that_says_you, tmp_path):
+    done = demo("--quick", "--model", model_that_says_you)
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/house-style/head_config.json").exists()
     assert (tmp_path / "runs/house-style/report.html").exists()
+    assert "better with the head" in done.stdout
     assert re.search(r"LangChain\s+\S", done.stdout) and re.search(r"LlamaIndex\s+\S", done.stdout)
     assert f"--data {tmp_path / 'installed' / 'mara_integrations' / 'demo'}" in done.stdout
 
 
-def test_the_demo_ends_where_a_step_fails(python, tmp_path):
-    done = python("demo", "--model", "no-such/model")
-    assert done.returncode == 1
+def test_the_demo_ends_where_a_step_fails(tmp_path):
+    done = run("demo", "--model", "no-such/model", "--output", tmp_path / "head", code=1)
     assert "no-such/model" in done.stderr and "Traceback" not in done.stderr
-    assert "2. Compare" not in done.stdout
+    assert "1. Train" in done.stdout and "2. Compare" not in done.stdout

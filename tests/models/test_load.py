@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from processes import Forked
+from tiny_gguf import write_gguf
 
 from mara_integrations import MARALLM, ChatMARA
 from mara_integrations.errors import ConfigError, ModelError
@@ -306,17 +307,17 @@ def test_a_converted_gguf_has_the_weights_of_the_file_bit_for_bit():
     assert all(torch.equal(got[name], tensor) for name, tensor in want.state_dict().items())
 
 
-@needs_embedded
-@pytest.mark.slow
-def test_two_processes_that_convert_at_once_agree(tmp_path):
-    code = (
-        "from mara_integrations.models.load import ModelSpec, load_model\n"
-        "print(load_model(ModelSpec('smollm2', device='cpu')).hidden_size)"
-    )
-    environment = {**os.environ, "MARA_CACHE_DIR": str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0] for process in processes] == ["576\n"] * 2
+def say_weights(file):
+    """Write a digest of a model's weights."""
+    weights = load_model(ModelSpec(file, device="cpu")).model.state_dict().values()
+    sys.stdout.write(hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest())
+
+
+def test_processes_that_convert_at_once_agree(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    processes = [Forked(say_weights, file, env={"MARA_CACHE_DIR": str(tmp_path)}) for _ in range(4)]
+    said = [process.communicate() for process in processes]
+    assert len(set(said)) == 1 and len(said[0][0]) == 64 and said[0][1] == ""
     assert len([path for path in (tmp_path / "gguf").iterdir() if path.is_dir()]) == 1
+    for process in processes:
+        process.close()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
 
 import pytest
+from processes import Forked
 from serving import CHAT, serving, until
 
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
 from mara_integrations.errors import ConfigError
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.server import create_app
-from mara_integrations.server.listening import bind, is_loopback, port_of
+from mara_integrations.server.listening import bind, is_loopback, port_of, serve
+from mara_integrations.testing import tiny_model, tiny_tokenizer
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
@@ -195,30 +198,23 @@ async def test_a_client_that_hangs_up_stops_its_generation(engine):
 
 # --- the end of the process
 
-PROGRAM = """
-import logging, sys
-from mara_integrations.runtime import MARAEngine
-from mara_integrations.server import create_app
-from mara_integrations.server.listening import bind, port_of, serve
-from mara_integrations.testing import tiny_model, tiny_tokenizer
-logging.basicConfig(format="%(message)s")
-engine = MARAEngine((tiny_model(max_position_embeddings=100_000), tiny_tokenizer())).load()
-engine.generate("warm", max_new_tokens=1)
-sockets = bind("127.0.0.1", 0)
-print(port_of(sockets), flush=True)
-serve(create_app(engine, name="tiny"), sockets)
-print("ended", flush=True)
-"""
+
+def serve_tiny_model():
+    logging.basicConfig(format="%(message)s")
+    engine = MARAEngine((tiny_model(max_position_embeddings=100_000), tiny_tokenizer())).load()
+    engine.generate("warm", max_new_tokens=1)
+    sockets = bind("127.0.0.1", 0)
+    sys.stdout.write(f"{port_of(sockets)}\n")
+    sys.stdout.flush()
+    serve(create_app(engine, name="tiny"), sockets)
+    sys.stdout.write("ended")
 
 
 @pytest.fixture
 def process():
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(serve_tiny_model)
     yield process
-    process.kill()
-    process.communicate()
+    process.close()
 
 
 def streaming(port, max_tokens) -> tuple[threading.Thread, list[bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import time
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.path.relative_to(tests).parts[0] not in COVERED:
                 item.add_marker("no_cover")
+
+
+def pytest_collection_finish():
+    """What all tests have imported stays: no garbage collection has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Interrupting(Reporter):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -179,26 +179,26 @@ class TestAFinishedHead:
         assert not (tmp_path / "head" / FAILURE_FILE).exists()
 
 
-def _hold(folder, started):
-    from mara_integrations.training.records.output_lock import locked
+_HOLD = """
+import sys, time
+from pathlib import Path
+from mara_integrations.training.records.output_lock import locked
 
-    with locked(folder, folder / ".run"):
-        started.set()
-        time.sleep(60)
+with locked(Path(sys.argv[1]), Path(sys.argv[1]) / ".run"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_folder_that_another_run_writes_into_is_refused_in_one_line(settings, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "head", started))
-    other.start()
-    try:
-        assert started.wait(120)
-        with pytest.raises(OutputError, match=r"another run is writing into '.*head'"):
-            train(settings())
-    finally:
-        other.kill()
-        other.join()
+    command = [sys.executable, "-c", _HOLD, str(tmp_path / "head")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(OutputError, match=r"another run is writing into '.*head'"):
+                train(settings())
+        finally:
+            other.kill()
     assert train(settings()).head is not None, "a run that was killed holds no lock"
 
 

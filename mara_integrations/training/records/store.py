@@ -19,7 +19,7 @@ import torch
 from mara_integrations.errors import OutputError
 from mara_integrations.files import cache_dir, write_atomically
 
-FORMAT_VERSION = 2  # raised when the content of a file, or the way that replies are sampled, changes
+FORMAT_VERSION = 3  # raised when the content of a file, or the way that replies are sampled, changes
 # The least recently used files of the cache make room for new ones. 128 replies of 48 tokens take 40 MB for a model of
 # width 576.
 MAX_CACHE_BYTES = 4 << 30

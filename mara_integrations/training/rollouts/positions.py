@@ -60,16 +60,17 @@ class Positions:
     def of(cls, replies: Sequence[Reply]) -> Positions:
         """Positions of replies that were written under a Q-head, trained or not, their positions kept."""
         found = [(r, reply, position) for r, reply in enumerate(replies) for position in reply.positions]
-        width = max((len(position.token_ids) for _, _, position in found), default=1)
-        token_ids = torch.zeros(len(found), width, dtype=torch.long)
-        hazard_logits, live = torch.zeros(len(found), width), torch.zeros(len(found), width, dtype=torch.bool)
-        taken = []
-        for row, (_, reply, position) in enumerate(found):
-            count = len(position.token_ids)
-            token_ids[row, :count] = torch.tensor(position.token_ids)
-            hazard_logits[row, :count] = torch.tensor(position.hazard_logits)
-            live[row, :count] = True
-            taken.append(position.token_ids.index(reply.token_ids[position.index]))
+        counts = torch.tensor([len(position.token_ids) for _, _, position in found], dtype=torch.long)
+        width = max(counts.tolist(), default=1)
+        token_ids, hazard_logits = (
+            torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype).reshape(-1, width)
+            for rows, dtype in (
+                ([position.token_ids for _, _, position in found], torch.long),
+                ([position.hazard_logits for _, _, position in found], torch.float),
+            )
+        )
+        live = torch.arange(width) < counts[:, None]
+        taken = [position.token_ids.index(reply.token_ids[position.index]) for _, reply, position in found]
         width_of_states = replies[0].states.shape[1]
         return cls(
             joined([reply.states[[p.index for p in reply.positions]] for reply in replies])

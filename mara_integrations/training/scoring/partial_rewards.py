@@ -115,22 +115,22 @@ def position_gains(
     """
     owners: list[Reply] = []
     texts: list[str] = []
-    places: list[tuple[int, int]] = []
-    gains = torch.zeros(positions.token_ids.shape)
+    places: list[tuple[int, int, float]] = []
+    token_ids, live = positions.token_ids.tolist(), positions.live.tolist()
+    gains = [[0.0] * len(row) for row in token_ids]
     rows = zip(positions.replies.tolist(), positions.places.tolist(), positions.taken.tolist(), strict=True)
     for row, (index, place, taken) in enumerate(rows):
         reply, of_reply = replies[index], prefixes[index]
         before = reply.token_ids[:place]
-        for column in positions.live[row].nonzero()[:, 0].tolist():
+        for column, token_id in enumerate(token_ids[row]):
             if column == taken:
-                gains[row, column] = of_reply[place + 1] - of_reply[place]
-                continue
-            owners.append(reply)
-            texts.append(token_texts(run.model, [*before, int(positions.token_ids[row, column])], last=1)[0])
-            places.append((row, column))
+                gains[row][column] = of_reply[place + 1] - of_reply[place]
+            elif live[row][column]:
+                owners.append(reply)
+                texts.append(token_texts(run.model, [*before, token_id], last=1)[0])
+                places.append((row, column, of_reply[place]))
     scores = score_replies(run, data, prompts, owners, texts) if texts else []
-    for (row, column), value in zip(places, scores, strict=True):
+    for (row, column, worth), value in zip(places, scores, strict=True):
         if value is not None:
-            index, place = int(positions.replies[row]), int(positions.places[row])
-            gains[row, column] = value - prefixes[index][place]
-    return gains
+            gains[row][column] = value - worth
+    return torch.tensor(gains).reshape(positions.token_ids.shape)

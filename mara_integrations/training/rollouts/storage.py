@@ -102,8 +102,8 @@ def _joined_states(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return states, _lengths(rows)
 
 
-def _states(joined: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
-    return joined[0].split(joined[1].tolist())
+def _states(joined: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return list(joined[0].split(joined[1].tolist()))
 
 
 def _lengths(rows: Sequence[Any]) -> Tensor:

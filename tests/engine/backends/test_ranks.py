@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mara_integrations.cli import main
 from mara_integrations.errors import ConfigError, EngineClosedError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models import ranks
@@ -69,8 +70,10 @@ def test_nobody_is_asked_when_the_others_have_ended():
 
 
 _SCRIPT = f"""
-import json
+import json, sys
 from contextlib import closing
+from pathlib import Path
+from mara_integrations.cli import main
 from mara_integrations.runtime import MARAEngine
 
 engine = MARAEngine("model", "head", model_kwargs={{"tp_plan": "auto"}}).load()  # here the second process stays
@@ -78,19 +81,36 @@ with closing(engine.stream({PROMPTS[0]!r}, **{SETTINGS})) as updates:
     next(updates)
 replies = engine.generate_batch({PROMPTS}, **{SETTINGS})
 weight = engine.model.model.model.layers[0].self_attn.q_proj.weight.to_local()
-print(json.dumps([[reply.token_ids for reply in replies], list(weight.shape)]))
+Path("written.json").write_text(json.dumps([[reply.token_ids for reply in replies], list(weight.shape)]))
+del engine
+main()  # the arguments of this script are those of a training
 """
+
+
+@pytest.fixture(scope="module")
+def training():
+    return {"max_reply_tokens": 8, "inner_size": 16, "epochs": 2, "eval_prompts": 2}
+
+
+@pytest.fixture(scope="module")
+def said(folder, training):
+    """What two processes say that write replies and then train a head."""
+    (folder / "script.py").write_text(_SCRIPT)
+    flags = [flag for name, value in training.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
+    model = ("--model", "model", "--model-kwargs", "tp_plan=auto")
+
+    said = two_processes(
+        folder, "script.py", "train", *model, "--data", "pairs.jsonl", "--output", "together", *flags
+    )
+
+    assert said.returncode == 0, said.stderr
+    return said.stdout
 
 
 @pytest.mark.slow
 @has_gloo
-def test_two_processes_write_the_tokens_of_one(folder):
-    (folder / "script.py").write_text(_SCRIPT)
-
-    said = two_processes(folder, "script.py")
-
-    assert said.returncode == 0, said.stderr
-    tokens, shape = json.loads(said.stdout)  # of one process only
+def test_two_processes_write_the_tokens_of_one(folder, said):
+    tokens, shape = json.loads((folder / "written.json").read_text())
     assert shape == [16, 32]  # half of its rows
     alone = MARAEngine(str(folder / "model"), str(folder / "head")).generate_batch(PROMPTS, **SETTINGS)
     assert tokens == [list(reply.token_ids) for reply in alone]
@@ -98,18 +118,11 @@ def test_two_processes_write_the_tokens_of_one(folder):
 
 @pytest.mark.slow
 @has_gloo
-def test_two_processes_train_the_head_of_one(folder):
-    settings = {"max_reply_tokens": 8, "inner_size": 16, "epochs": 2, "eval_prompts": 4}
-    flags = [flag for name, value in settings.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
-    tools, model = ("-m", "mara_integrations"), ("--model", "model", "--model-kwargs", "tp_plan=auto")
-
-    said = two_processes(folder, *tools, "train", *model, "--data", "pairs.jsonl", "--output", "together", *flags)
-
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("Training a head") == said.stdout.count("Try it") == 1
-    assert "torchrun --nproc-per-node 2 -m mara_integrations chat" in said.stdout
+def test_two_processes_train_the_head_of_one(folder, said, training):
+    assert said.count("Training a head") == said.count("Try it") == 1
+    assert "torchrun --nproc-per-node 2 -m mara_integrations chat" in said
     config = TrainConfig.of(
-        model=str(folder / "model"), data=folder / "pairs.jsonl", output=folder / "alone", **settings
+        model=str(folder / "model"), data=folder / "pairs.jsonl", output=folder / "alone", **training
     )
     alone = train(config).head
     together = MARAHead.from_pretrained(folder / "together")
@@ -117,3 +130,20 @@ def test_two_processes_train_the_head_of_one(folder):
         assert torch.allclose(weight, together.state_dict()[name], atol=1e-3), name
     events = [json.loads(line)["event"] for line in (folder / "together" / "metrics.jsonl").read_text().splitlines()]
     assert events.count("start") == events.count("done") == 1
+
+
+def test_a_process_that_follows_says_nothing_on_the_command_line(monkeypatch, capsys):
+    """Of `mara-tools` in several processes, one reads and speaks: the others follow it from the start."""
+
+    class Followed(BaseException):
+        """To follow is not to return."""
+
+    def follow():
+        raise Followed
+
+    monkeypatch.setattr(ranks, "has_others", lambda: True)
+    monkeypatch.setattr(ranks, "join", follow)
+    monkeypatch.setattr(sys, "argv", ["mara-tools", "recipes"])
+    with pytest.raises(Followed):
+        main()
+    assert capsys.readouterr() == ("", "")

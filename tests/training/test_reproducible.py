@@ -8,6 +8,9 @@ import os
 import subprocess
 import sys
 
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.run import train
+
 _PROGRAM = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -30,18 +33,20 @@ def test_the_hash_seed_of_python_changes_no_head_and_no_reward_model(folder_mode
     )
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def files(hash_seed):
-        output = tmp_path / hash_seed
-        settings = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0, "max_replies": 16}
-        named = {"model": folder_model, "data": str(pairs), "output": str(output), "method": "reward-model"}
-        environment = {"PYTHONHASHSEED": hash_seed, "MARA_CACHE_DIR": str(tmp_path / f"cache-{hash_seed}")}
-        subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(named | settings)],
-            check=True,
-            env={**os.environ, **environment},
-        )
-        weights = output.rglob("*.safetensors")
-        return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
+    small = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0, "max_replies": 16}
+    settings = {"model": folder_model, "data": str(pairs), "method": "reward-model", **small}
+    hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # another than here
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "MARA_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = json.dumps({**settings, "output": str(tmp_path / "there")})
 
-    assert len(found := files("1")) == 3, "the head, and two reward models beside it"
-    assert found == files("2")
+    subprocess.run([sys.executable, "-c", _PROGRAM, arguments], check=True, env=environment)
+    train(TrainConfig.of(**settings, output=tmp_path / "here"))
+
+    def files(name):
+        weights = (tmp_path / name).rglob("*.safetensors")
+        return {
+            str(file.relative_to(tmp_path / name)): hashlib.sha256(file.read_bytes()).hexdigest() for file in weights
+        }
+
+    assert len(found := files("there")) == 3, "the head, and two reward models beside it"
+    assert found == files("here")

@@ -82,26 +82,19 @@ with closing(engine.stream({PROMPTS[0]!r}, **{SETTINGS})) as updates:
 replies = engine.generate_batch({PROMPTS}, **{SETTINGS})
 weight = engine.model.model.model.layers[0].self_attn.q_proj.weight.to_local()
 Path("written.json").write_text(json.dumps([[reply.token_ids for reply in replies], list(weight.shape)]))
-del engine
-main()  # the arguments of this script are those of a training
+main()  # trains: the arguments of this script are those of `mara-tools`
 """
+TRAINING = {"max_reply_tokens": 8, "inner_size": 16, "epochs": 2, "eval_prompts": 2}
 
 
 @pytest.fixture(scope="module")
-def training():
-    return {"max_reply_tokens": 8, "inner_size": 16, "epochs": 2, "eval_prompts": 2}
-
-
-@pytest.fixture(scope="module")
-def said(folder, training):
+def said(folder):
     """What two processes say that write replies and then train a head."""
     (folder / "script.py").write_text(_SCRIPT)
-    flags = [flag for name, value in training.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [flag for name, value in TRAINING.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
     model = ("--model", "model", "--model-kwargs", "tp_plan=auto")
 
-    said = two_processes(
-        folder, "script.py", "train", *model, "--data", "pairs.jsonl", "--output", "together", *flags
-    )
+    said = two_processes(folder, "script.py", "train", *model, "--data", "pairs.jsonl", "--output", "together", *flags)
 
     assert said.returncode == 0, said.stderr
     return said.stdout
@@ -118,11 +111,11 @@ def test_two_processes_write_the_tokens_of_one(folder, said):
 
 @pytest.mark.slow
 @has_gloo
-def test_two_processes_train_the_head_of_one(folder, said, training):
+def test_two_processes_train_the_head_of_one(folder, said):
     assert said.count("Training a head") == said.count("Try it") == 1
     assert "torchrun --nproc-per-node 2 -m mara_integrations chat" in said
     config = TrainConfig.of(
-        model=str(folder / "model"), data=folder / "pairs.jsonl", output=folder / "alone", **training
+        model=str(folder / "model"), data=folder / "pairs.jsonl", output=folder / "alone", **TRAINING
     )
     alone = train(config).head
     together = MARAHead.from_pretrained(folder / "together")
@@ -133,10 +126,8 @@ def test_two_processes_train_the_head_of_one(folder, said, training):
 
 
 def test_a_process_that_follows_says_nothing_on_the_command_line(monkeypatch, capsys):
-    """Of `mara-tools` in several processes, one reads and speaks: the others follow it from the start."""
-
     class Followed(BaseException):
-        """To follow is not to return."""
+        """In the place of following, from which no process returns."""
 
     def follow():
         raise Followed

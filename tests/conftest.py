@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import shutil
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -120,13 +121,18 @@ def interrupting():
     return Interrupting
 
 
-@pytest.fixture
-def folder_model(tmp_path):
-    """A model as a folder on disk, as `--model` names one."""
-    folder = tmp_path / "tiny"
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return folder
+
+
+@pytest.fixture
+def folder_model(saved_model, tmp_path):
+    """A model as a folder on disk, as `--model` names one."""
+    return str(shutil.copytree(saved_model, tmp_path / "tiny"))
 
 
 @pytest.fixture

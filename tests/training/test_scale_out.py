@@ -92,17 +92,41 @@ def same(a, b):
 
 def test_a_lost_actor_is_replaced_and_every_reply_is_there_once_and_the_same(here, workers, lines):
     counted = []
-    pending = [workers.submit(batch, counted.append) for batch in batches(10)]
+    pending = [workers.submit(batch, counted.append) for batch in batches()]
     got = pending[0]()
     victim = workers.actors[0]
     ray.kill(victim)
     for replies in pending[1:]:
         got += replies()
-    want = [reply for batch in batches(10) for reply in here.submit(batch, lambda count: None)()]
-    assert len(got) == len(want) == 40 and sum(counted) == 40, "none lost, none counted twice"
+    want = [reply for batch in batches() for reply in here.submit(batch, lambda count: None)()]
+    assert len(got) == len(want) == 20 and sum(counted) == 20, "none lost, none counted twice"
     assert all(same(a, b) for a, b in zip(got, want, strict=True))
     assert len(lines) >= 1 and "an actor was lost" in lines[0]
     assert victim not in workers.actors
+
+
+def test_the_same_head_comes_out_as_in_one_process(folder, workers, tmp_path, monkeypatch):
+    def small(form, credit):
+        return replace(default_settings(form, credit), batch_size=32, warmup=300, updates=1)
+
+    def of_this_module(spec, count, on_gpu, say):
+        assert (spec.model, count, on_gpu) == (str(folder / "tiny"), len(workers.actors), False)
+        return workers
+
+    monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", small)
+    monkeypatch.setattr("mara_integrations.training.run.RayWorkers", of_this_module)  # to start others takes long
+    monkeypatch.setattr(RayWorkers, "close", lambda self: None)
+
+    def run(name, **values):
+        settings = {"max_replies": 192, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
+        files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / name}
+        return train(TrainConfig.of(reward=BOTH, staleness=1, **files, **settings, **values))
+
+    alone, spread = run("alone"), run("spread", ray=2)
+    assert alone.head.fingerprint == spread.head.fingerprint
+    assert alone.head.config.rewards == spread.head.config.rewards
+    assert {"vowels", "length"} < set(alone.evaluation.rewards)
+    assert alone.evaluation.rewards == spread.evaluation.rewards, "the rewards were actors too"
 
 
 def test_work_that_kills_every_actor_ends_the_run(workers, monkeypatch):
@@ -120,53 +144,29 @@ def test_work_that_kills_every_actor_ends_the_run(workers, monkeypatch):
         replies()
 
 
-def test_the_same_head_comes_out_as_in_one_process(folder, tmp_path, monkeypatch):
-    def small(form, credit):
-        return replace(default_settings(form, credit), batch_size=32, warmup=300, updates=1)
-
-    monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", small)
-
-    def run(name, **values):
-        settings = {"max_replies": 192, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
-        files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / name}
-        return train(TrainConfig.of(reward=BOTH, staleness=1, **files, **settings, **values))
-
-    alone, spread = run("alone"), run("spread", ray=2)
-    assert alone.head.fingerprint == spread.head.fingerprint
-    assert alone.head.config.rewards == spread.head.config.rewards
-    assert {"vowels", "length"} < set(alone.evaluation.rewards)
-    assert alone.evaluation.rewards == spread.evaluation.rewards, "the rewards were actors too"
-
-
 def test_a_dry_run_starts_the_actors_too_and_writes_nothing(folder, tmp_path, monkeypatch):
-    closed = []
-    monkeypatch.setattr(RayWorkers, "close", lambda self: closed.append(len(self.actors)))
+    closed, close = [], RayWorkers.close
+    monkeypatch.setattr(RayWorkers, "close", lambda self: closed.append(len(self.actors)) or close(self))
     files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / "head"}
 
-    estimate = dry_run(TrainConfig.of(reward=BOTH, max_reply_tokens=6, max_replies=64, ray=1, **files))
+    estimate = dry_run(TrainConfig.of(reward=VOWELS, max_reply_tokens=6, max_replies=64, ray=1, **files))
 
     assert estimate.replies > 0 and closed == [1]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_reward_in_an_actor_is_the_reward_itself():
-    reward, prompts, texts = load_reward(VOWELS), [(Message("user", "?"),)] * 2, ["aei", "xyz"]
-    remote = RayReward(reward)
-    assert remote.spec() == reward.spec() and remote.__name__ == "vowels"
-    assert score(remote, prompts, texts) == score(reward, prompts, texts)
-    ray.kill(remote.actor)
-    assert score(remote, prompts, texts) == score(reward, prompts, texts), "a lost one is replaced"
 
 
 def test_several_rewards_are_an_actor_each_and_weighed_as_here():
     here, prompts = load_rewards(BOTH, normalise=True), [(Message("user", "?"),)] * 9
     texts = ["ae " * i + "xyz" for i in range(9)]
     there = on_ray(here)
-    assert all(isinstance(part, RayReward) for part in there.parts.values())
+    for name, part in there.parts.items():
+        assert isinstance(part, RayReward) and part.__name__ == name
+        assert part.spec() == here.parts[name].spec()
+        assert score(part, prompts, texts) == score(here.parts[name], prompts, texts)
     assert there.__name__ == here.__name__ and reward_spec(there) == reward_spec(here)
     assert score(there, prompts, texts) == score(here, prompts, texts)
     assert there.scales == here.scales and len(there.scales) == 2
-    ray.kill(there.parts["length"].actor)
+    ray.kill(there.parts["vowels"].actor)
     assert score(there, prompts[:2], texts[:2]) == score(here, prompts[:2], texts[:2]), "a lost one is replaced"
 
 

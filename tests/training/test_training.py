@@ -228,7 +228,7 @@ def test_a_reward_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path
 
 
 def test_an_interrupted_run_goes_on_to_the_same_head(interrupting, folder_model, prompts_file, tmp_path):
-    settings = {"forbid": tuple("!,."), "replies_each": 4, "eval_prompts": 0}
+    settings = {"forbid": tuple("!,.;?"), "max_reply_tokens": 8, "epochs": 2, "inner_size": 16, "eval_prompts": 0}
     whole = train(config(folder_model, prompts_file, tmp_path / "whole", **settings))
     for stage, after in (("held-out base replies", 2), ("sampled gated replies 1", 3)):
         with pytest.raises(KeyboardInterrupt):
@@ -255,7 +255,7 @@ def test_reading_given_replies_goes_on_where_it_was(interrupting, folder_model, 
     pairs = tmp_path / "p.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"it is {i}", "rejected": f"no {i}"} for i in range(20)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"eval_prompts": 0, "epochs": 2}
+    settings = {"eval_prompts": 0, "epochs": 2, "inner_size": 16}
     whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
         train(config(folder_model, pairs, tmp_path / "broken", **settings), reporter=interrupting("given replies", 20))
@@ -373,7 +373,8 @@ def test_a_prompt_that_leaves_no_room_for_a_reply_is_named_before_the_model_is_l
 def test_prompts_that_leave_no_room_can_be_left_out(folder_model, prompts_file, tmp_path):
     with prompts_file.open("a") as file:
         file.writelines(json.dumps({"prompt": f"{i} " + "word " * 600}) + "\n" for i in range(9))
-    settings = {"forbid": tuple("!,."), "skip_bad_rows": True, "eval_prompts": 9}
+    small = {"max_reply_tokens": 8, "epochs": 1, "inner_size": 16, "eval_prompts": 9}
+    settings = {"forbid": tuple("!,.;?"), "skip_bad_rows": True, **small}
     result = train(config(folder_model, prompts_file, tmp_path / "h", **settings))
     assert len(result.evaluation.examples) <= 9
     origin = result.head.config.origin

@@ -249,7 +249,7 @@ class _SparseMatrix:
 @torch.inference_mode()
 def mean_embeddings(model: LoadedModel, texts: Sequence[str]) -> Tensor:
     """Return the mean embedding of each text's tokens, (N, d)."""
-    token_ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    token_ids = model.tokenizer(list(texts), add_special_tokens=False).input_ids  # at once, which is much faster
     rows = (_embeddings(model, ids) for ids in token_ids)
     means = [own.mean(0) if len(own) else own.new_zeros(own.shape[1]) for own in rows]
     return torch.stack(means).cpu().clone()

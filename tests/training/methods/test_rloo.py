@@ -39,7 +39,7 @@ from mara_integrations.training.scoring.scale import decisions_kl, scale_on_deci
 
 
 def settings(folder_model, prompts_file, output, **values):
-    small = {"max_reply_tokens": 10, "epochs": 4, "inner_size": 32, "eval_prompts": 3, "max_replies": 40, "rounds": 1}
+    small = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2, "max_replies": 24, "rounds": 1}
     named = {"reward": "tests/reward_for_tests.py:vowels", "partial_text": True, "form": "residual"}
     return TrainConfig.of(model=folder_model, data=prompts_file, output=output, **{**small, **named, **values})
 
@@ -141,11 +141,21 @@ def test_the_scale_found_on_decisions_spends_the_budget():
 
 # --- whole runs ---
 
+LEARNING = {
+    "max_replies": 120,
+    "max_reply_tokens": 10,
+    "epochs": 10,
+    "learning_rate": 2e-3,
+    "batch_size": 80,
+    "inner_size": 32,
+    "kl_budget": 0.5,
+    "eval_prompts": 0,
+}
+
 
 @pytest.mark.parametrize("how", [{"partial_text": True}, {"max_replies": 240, "replies_each": 12}])
 def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file, tmp_path, how):
-    usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
-    result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**usual, "partial_text": False, **how}))
+    result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**LEARNING, "partial_text": False, **how}))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if line["event"] == "held-out comparison"]
     assert [line["stage"] for line in judged] == ["round 1", "round 2"]
@@ -208,8 +218,7 @@ def test_rounds_end_where_one_did_not_help_and_the_head_is_as_before(folder_mode
         fits.append(learner.head.fingerprint)
 
     monkeypatch.setattr(ResidualLearner, "fit_parts", spoil)
-    usual = {"max_replies": 120, "epochs": 10, "learning_rate": 2e-3, "batch_size": 80, "kl_budget": 0.5}
-    result = train(settings(folder_model, prompts_file, tmp_path / "h", rounds=5, eval_prompts=0, **usual))
+    result = train(settings(folder_model, prompts_file, tmp_path / "h", rounds=5, **LEARNING))
     assert len(fits) == 2, "of six"
     assert result.head.fingerprint == fits[0]
 
@@ -217,7 +226,7 @@ def test_rounds_end_where_one_did_not_help_and_the_head_is_as_before(folder_mode
 def test_few_prompts_get_several_replies_each(folder_model, prompts_file, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(prompts_file.read_text().splitlines(keepends=True)[:12]))
-    train(settings(folder_model, few, tmp_path / "h", rounds=0, eval_prompts=0))
+    train(settings(folder_model, few, tmp_path / "h", max_replies=40, rounds=0, eval_prompts=0))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]
     base = next(line for line in lines if line["event"] == "rewards" and line["stage"] == "base replies")
     assert base["replies"] == 40, "10 prompts, 4 to each"
@@ -242,10 +251,7 @@ def test_one_bank_serves_every_reward(folder_model, prompts_file, tmp_path, monk
     train(settings(folder_model, prompts_file, tmp_path / "a", **alone))
     written = []
     monkeypatch.setattr(workers, "sample_replies", lambda *a, **k: written.append(1) or sample_replies(*a, **k))
-    other = settings(
-        folder_model, prompts_file, tmp_path / "b", rounds=0, eval_prompts=0, reward="tests/reward_for_tests.py:brevity"
-    )
-    train(other)
+    train(settings(folder_model, prompts_file, tmp_path / "b", reward="tests/reward_for_tests.py:brevity", **alone))
     assert len(written) == 2, "two short replies to try the reward, and the gated ones it is judged by"
 
 
@@ -253,7 +259,8 @@ def test_one_bank_serves_every_reward(folder_model, prompts_file, tmp_path, monk
 
 
 def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, prompts_file, tmp_path, monkeypatch):
-    whole = train(settings(folder_model, prompts_file, tmp_path / "whole", eval_prompts=0))
+    small = {"rounds": 0, "eval_prompts": 0}
+    whole = train(settings(folder_model, prompts_file, tmp_path / "whole", **small))
     shutil.rmtree(store.cache_dir())
     replace = os.replace
 
@@ -267,8 +274,8 @@ def test_a_run_that_filled_the_disk_goes_on_when_there_is_room(folder_model, pro
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
             with pytest.raises(OutputError, match=rf"{file}.*No space left on device"):
-                train(settings(folder_model, prompts_file, tmp_path / "head", eval_prompts=0))
+                train(settings(folder_model, prompts_file, tmp_path / "head", **small))
         assert not list(tmp_path.rglob(".*.pt.*")), "nothing half-written is left"
 
-    resumed = train(settings(folder_model, prompts_file, tmp_path / "head", eval_prompts=0))
+    resumed = train(settings(folder_model, prompts_file, tmp_path / "head", **small))
     assert resumed.head.fingerprint == whole.head.fingerprint

@@ -158,6 +158,16 @@ def llm(loaded):
     return ChatMARA(loaded, head=random_head(32), max_tokens=12)
 
 
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded 135M model, which stays loaded from one test of a module to the next, and its worker with it."""
+    from mara_integrations import MARAEngine
+
+    with MARAEngine("smollm2") as engine:
+        assert engine.model  # loads it
+        yield engine
+
+
 @pytest.fixture
 def count_forwards(monkeypatch):
     return partial(Forwards, monkeypatch)

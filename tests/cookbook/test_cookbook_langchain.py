@@ -23,6 +23,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_an_agent_finishes_a_task_of_two_tools(capsys: pytest.CaptureFixture[str]) -> None:
     result = recipe("01_langchain_agent_with_tools.py")["main"]()
 
@@ -36,6 +37,7 @@ def test_an_agent_finishes_a_task_of_two_tools(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_an_agent_remembers_its_thread_alone() -> None:
     result = recipe("02_langgraph_agent_with_memory.py")["main"]()
 
@@ -46,6 +48,7 @@ def test_an_agent_remembers_its_thread_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_reviews_become_objects() -> None:
     first, second = recipe("03_structured_extraction.py")["main"]()
 
@@ -54,6 +57,7 @@ def test_reviews_become_objects() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_guardrails_hide_personal_data() -> None:
     result = recipe("04_guardrails.py")["main"]()
 
@@ -63,6 +67,7 @@ def test_guardrails_hide_personal_data() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_what_chathuggingface_ignores_takes_effect() -> None:
     result = recipe("05_migrating_from_chathuggingface.py")["main"]()
 
@@ -73,6 +78,7 @@ def test_what_chathuggingface_ignores_takes_effect() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_an_endpoint_streams_to_two_clients() -> None:
     answers = recipe("06_fastapi_streaming.py")["main"]()
 

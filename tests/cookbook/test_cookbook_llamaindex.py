@@ -15,7 +15,7 @@ from llama_index.core import Settings
 from mara_integrations.testing import random_head
 
 COOKBOOK = Path(__file__).parents[2] / "cookbook"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded")]
 
 
 @pytest.fixture(autouse=True)

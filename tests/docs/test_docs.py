@@ -34,7 +34,7 @@ COMMANDS = [
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(embedded, tmp_path, monkeypatch):
     """A folder as the README's reader has it."""
     monkeypatch.chdir(tmp_path)
     random_head(576, "residual", scale=0.05).save_pretrained("runs/house-style")

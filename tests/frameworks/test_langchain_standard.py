@@ -7,6 +7,7 @@ llama.cpp. `MARA_TEST_MODEL` names a larger model; what is expected to fail on t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +16,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from mara_integrations import ChatMARA
+from mara_integrations import ChatMARA, MARAEngine
 from mara_integrations.heads.source import HeadSource
 from mara_integrations.testing import random_head
 
@@ -34,7 +35,16 @@ class TestUnit(ChatModelUnitTests):
         return {"model": "smollm2", "head": "heads/not-looked-up"}
 
 
+@pytest.fixture(scope="class")
+def engine(request: pytest.FixtureRequest) -> Iterator[MARAEngine]:
+    """Keep the model and its worker from one test of a class to the next."""
+    with ChatMARA(MODEL, **request.cls.engine_params).engine as engine:
+        assert engine.model  # loads it
+        yield engine
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("engine")
 class TestIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -72,13 +82,18 @@ class TestIntegration(ChatModelIntegrationTests):
 
 
 class _Headed(TestIntegration):
+    hidden_size: int
+
+    @pytest.fixture(autouse=True)
+    def what_the_head_fits(self, engine: MARAEngine) -> None:
+        self.hidden_size = engine.model.hidden_size
+
     def head(self, hidden_size: int) -> HeadSource:
         raise NotImplementedError
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        hidden_size = ChatMARA(MODEL, **self.engine_params).engine.model.hidden_size
-        return {**super().chat_model_params, "head": self.head(hidden_size)}
+        return {**super().chat_model_params, "head": self.head(self.hidden_size)}
 
     def test_its_head_takes_part(self, model: BaseChatModel) -> None:
         asked = "Name three birds and say what each eats."
@@ -97,15 +112,10 @@ class TestIntegrationPaper(_Headed):
         super().test_unicode_tool_call_integration(model)
 
 
+@pytest.mark.skipif(not any(map(find_spec, ("llama_cpp", "xllamacpp"))), reason="llama.cpp is not installed")
+@pytest.mark.skipif(bool(LARGE) and not str(LARGE).endswith(".gguf"), reason=f"llama.cpp runs .gguf, not {LARGE}")
 class TestIntegrationLlamaCpp(_Headed):
     engine_params: dict[str, Any] = {"engine": "llama.cpp", "model_kwargs": {"n_threads": 1}}  # noqa: RUF012
-
-    @pytest.fixture(autouse=True)
-    def llama_cpp(self) -> None:
-        if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
-            pytest.skip("llama.cpp is not installed")
-        if LARGE and not LARGE.endswith(".gguf"):
-            pytest.skip(f"llama.cpp runs .gguf files, and {LARGE} is none")
 
     def head(self, hidden_size: int) -> HeadSource:
         return random_head(hidden_size, "q", scale=0.05)

@@ -253,7 +253,7 @@ async def test_a_query_engine_answers_with_an_object_without_blocking() -> None:
 # --- prompts are packed into the window, counted as the model counts
 
 
-LONG_TEXT = " ".join(f"Fact {number}: the answer to everything is {number}." for number in range(400))  # 18,000 tokens
+LONG_TEXT = " ".join(f"Fact {number}: the answer to everything is {number}." for number in range(250))  # 11,000 tokens
 # The window less the reply; LlamaIndex does not know what announces a reply in a template, twelve tokens here.
 ROOM = 4096 - 20 + len("[assistant] ")
 
@@ -341,6 +341,7 @@ def test_metadata_loads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 async def test_a_real_model_streams_objects() -> None:
     class City(BaseModel):
         name: str = Field(max_length=12)
@@ -358,6 +359,7 @@ async def test_a_real_model_streams_objects() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
 def test_a_real_model_calls_a_tool_with_the_right_arguments() -> None:
     llm = MARALLM("smollm2", max_tokens=60)
     tool = llama_index.core.tools.FunctionTool.from_defaults(add)

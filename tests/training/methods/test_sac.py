@@ -17,7 +17,6 @@ from mara_integrations.errors import ConfigError, OutputError
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.progress import Reporter
-from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.learning.actor_critic import (
     DecisionStats,
@@ -212,22 +211,20 @@ def test_collapse_is_told_from_decisions():
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A model and prompts; few and small updates."""
+def files(tmp_path, folder_model, monkeypatch):
+    """A model and prompts; few and small updates, and rounds of few replies."""
 
     def small(form, credit):
-        return replace(default_settings(form, credit), batch_size=32, warmup=300, updates=1)
+        return replace(default_settings(form, credit), batch_size=32, warmup=75, updates=1)
 
     monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", small)
-    folder = tmp_path / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr("mara_integrations.training.methods.sac._REPLIES_PER_ROUND", 16)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(20)))
     return tmp_path
 
 
 def run(files, output="head", reporter=None, **values):
-    defaults = {"max_replies": 128, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
+    defaults = {"max_replies": 32, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
     return train(
         TrainConfig.of(
             model=str(files / "tiny"), data=files / "prompts.jsonl", output=files / output,
@@ -269,7 +266,7 @@ def test_a_head_is_trained_from_end_to_end(files, form, credit):
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_head(interrupting, files):
     whole = run(files, "whole", eval_prompts=0)
-    for after in (30, 64, 100):
+    for after in (8, 16, 25):
         with pytest.raises(KeyboardInterrupt):
             run(files, "broken", interrupting("replies", after), eval_prompts=0)
     newest = next((files / "broken").rglob("learner-1.pt"))
@@ -292,5 +289,5 @@ def test_what_can_not_work_is_refused(files, monkeypatch):
         run(files, form="paper", kl_budget=0.1)
     hungry = replace(default_settings("paper"), warmup=65_536)
     monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", lambda form, credit: hungry)
-    with pytest.raises(ConfigError, match=r"max_replies=128 is not enough.*65536 decisions"):
+    with pytest.raises(ConfigError, match=r"max_replies=32 is not enough.*65536 decisions"):
         run(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import warnings
 import weakref
@@ -29,13 +30,22 @@ from mara_integrations.training.run import start, train
 SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Models and prompts, which no test changes."""
+    folder = tmp_path_factory.mktemp("saved")
     for name, seed in (("tiny", 0), ("tuned", 1), ("plain", 2)):
-        tiny_model(seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+        tiny_model(seed=seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
     rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def files(saved, tmp_path):
+    """A copy of the models and prompts."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -52,22 +62,57 @@ def differ(one, other):
     return not all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
-def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, interrupting):
+@pytest.fixture(scope="module")
+def from_two(saved, tmp_path_factory):
+    """A run with a teacher and its base: its files, its result, and how many of the two were in memory when."""
+    files = tmp_path_factory.mktemp("two") / "files"
+    shutil.copytree(saved, files)
+    alive, load, counts = weakref.WeakSet(), teachers.load_model, []
+
+    def remembering(spec):
+        loaded = load(spec)
+        alive.add(loaded.model)
+        counts.append(len(alive))
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARA_CACHE_DIR", str(files / "cache"))
+        patch.setattr(teachers, "load_model", remembering)
+        result = train(config(files, "whole", teacher_base=str(files / "plain")))
+    gc.collect()
+    return files, result, [*counts, len(alive)]
+
+
+@pytest.fixture(scope="module")
+def taught(saved, tmp_path_factory):
+    """A head from a teacher alone."""
+    files = tmp_path_factory.mktemp("taught") / "files"
+    shutil.copytree(saved, files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARA_CACHE_DIR", str(files / "cache"))
+        return train(config(files, eval_prompts=0)).head
+
+
+def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, from_two, interrupting):
     base = {"teacher_base": str(files / "plain")}
-    whole = train(config(files, "whole", **base))
+    others, whole, _ = from_two
     with pytest.raises(KeyboardInterrupt):
         train(config(files, "cut", **base), reporter=interrupting("base replies by its base model", 1))
 
     cut = train(config(files, "cut", **base))
 
-    assert weights(files, "cut") == weights(files, "whole")
+    assert weights(files, "cut") == weights(others, "whole")
     assert cut.kl_per_token == whole.kl_per_token <= 0.15 + 1e-6
-    head = MARAHead.from_pretrained(files / "whole").config
+    head = MARAHead.from_pretrained(files / "cut").config
     assert (head.method, head.form, head.teacher, head.teacher_base) == ("teacher", "q", "tuned", "plain")
     assert {"weights of the teacher", "weights of the base model of the teacher"} < head.origin.hashes.keys()
     assert str(files) not in head.origin.command and "--teacher tuned --teacher-base plain" in head.origin.command
-    card = (files / "whole" / "README.md").read_text()
+    card = (files / "cut" / "README.md").read_text()
     assert "Its teacher is `tuned`, which was tuned from `plain`." in card and "nats a token" in card
+
+
+def test_teachers_are_loaded_one_after_the_other_and_given_back(from_two):
+    assert from_two[2] == [*[1] * 6, 0], "each to look at it, to read replies of the base model, and of the head"
 
 
 def test_the_head_moves_replies_towards_what_the_teacher_prefers(files):
@@ -109,13 +154,10 @@ def test_what_is_learned_is_the_difference_of_two_models(files, teacher_base):
     assert scale > 0
 
 
-def test_with_a_sentence_the_teacher_reads_under_it(files):
-    plain, kind = (
-        train(config(files, name, eval_prompts=2, principle=sentence)).head
-        for name, sentence in (("plain-head", ()), ("kind", "Be kind."))
-    )
+def test_with_a_sentence_the_teacher_reads_under_it(files, taught):
+    kind = train(config(files, "kind", eval_prompts=2, principle="Be kind.")).head
 
-    assert differ(plain, kind)
+    assert differ(taught, kind)
     assert kind.config.metrics["contrast"] == "the base model under a neutral sentence"
     assert len(kind.config.metrics["prompt_baseline"]["rows"]) == 8
     assert (
@@ -124,30 +166,13 @@ def test_with_a_sentence_the_teacher_reads_under_it(files):
     )
 
 
-def test_a_teacher_with_other_weights_is_another_run(files):
-    first = train(config(files, eval_prompts=0)).head
+def test_a_teacher_with_other_weights_is_another_run(files, taught):
     tiny_model(seed=5).save_pretrained(files / "tuned")
 
-    other = train(config(files, eval_prompts=0, overwrite=True)).head
+    other = train(config(files, eval_prompts=0)).head
 
-    hashes = [head.config.origin.hashes["weights of the teacher"] for head in (first, other)]
-    assert hashes[0] != hashes[1] and differ(first, other)
-
-
-def test_teachers_are_loaded_one_after_the_other_and_given_back(files, monkeypatch):
-    alive, load, seen = weakref.WeakSet(), teachers.load_model, []
-
-    def remembering(spec):
-        loaded = load(spec)
-        alive.add(loaded.model)
-        seen.append(len(alive))
-        return loaded
-
-    monkeypatch.setattr(teachers, "load_model", remembering)
-    train(config(files, teacher_base=str(files / "plain"), eval_prompts=0))
-    gc.collect()
-
-    assert seen == [1] * 4 and not alive, "each once to look at it, and once to read"
+    hashes = [head.config.origin.hashes["weights of the teacher"] for head in (taught, other)]
+    assert hashes[0] != hashes[1] and differ(taught, other)
 
 
 def test_a_dry_run_counts_the_larger_teacher_and_writes_nothing(files):

@@ -142,9 +142,9 @@ def test_the_scale_found_on_decisions_spends_the_budget():
 # --- whole runs ---
 
 LEARNING = {
-    "max_replies": 120,
+    "max_replies": 60,
     "max_reply_tokens": 10,
-    "epochs": 10,
+    "epochs": 5,
     "learning_rate": 2e-3,
     "batch_size": 80,
     "inner_size": 32,
@@ -153,7 +153,9 @@ LEARNING = {
 }
 
 
-@pytest.mark.parametrize("how", [{"partial_text": True}, {"max_replies": 240, "replies_each": 12}])
+@pytest.mark.parametrize(
+    "how", [{"partial_text": True}, {"max_replies": 120, "replies_each": 6, "epochs": 10, "batch_size": 40}]
+)
 def test_what_the_reward_likes_is_written_more_often(folder_model, prompts_file, tmp_path, how):
     result = train(settings(folder_model, prompts_file, tmp_path / "h", **{**LEARNING, "partial_text": False, **how}))
     lines = [json.loads(line) for line in (tmp_path / "h" / "metrics.jsonl").read_text().splitlines()]

@@ -93,17 +93,17 @@ def labelled(count, seed):
 
 
 def test_labels_of_single_replies_teach_what_good_replies_have_more_than_their_topics(model):
-    examples = labelled(400, 1)
+    examples = labelled(240, 1)
     better = [("tax it was then aye", "tax it was then nay"), ("sea it was then aye", "sea it was then nay")]
     topics = [("sea it was then so", "tax it was then so")]
-    for fitted in (NGramReward.fit(examples, 0), RewardModel.fit(examples, 0, model)):
+    reward = NGramReward.fit(examples, 0)
+    for fitted in (reward, RewardModel.fit(examples, 0, model)):
         assert reward_accuracy(fitted, better).mean == 1.0
 
     def gap(reward, pair):
         good, bad = reward([pair[0], pair[1]])
         return good - bad
 
-    reward = NGramReward.fit(examples, 0)
     assert gap(reward, better[0]) > 1.5 * gap(reward, topics[0]), "half of what a topic tells is the prompt's merit"
 
 
@@ -121,7 +121,7 @@ def test_labels_are_not_paired_across_prompts(model, tmp_path):
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
 def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path, kind):
     rows = []
-    for i, (better, worse) in enumerate(planted(100, 3)):
+    for i, (better, worse) in enumerate(planted(100 if kind == "pairs" else 50, 3)):
         if kind == "pairs":
             rows.append({"prompt": f"{i}?", "chosen": better, "rejected": worse})
         else:
@@ -130,8 +130,8 @@ def test_a_head_is_taught_by_the_model_of_the_preferences(folder_model, tmp_path
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {
         "max_reply_tokens": 8,
-        "epochs": 2,
-        "inner_size": 32,
+        "epochs": 1,
+        "inner_size": 16,
         "eval_prompts": 3,
         "max_replies": 16,
         "replies_each": 2,
@@ -188,16 +188,15 @@ def test_a_kept_reward_model_judges_as_it_did(model, tmp_path):
         kept_reward(spec, [tmp_path], model)
 
 
-@pytest.mark.parametrize("method", ["value", "dpo", "kto"])
-@pytest.mark.parametrize("count", [60, 12])
+@pytest.mark.parametrize(("method", "count"), [("value", 30), ("dpo", 30), ("kto", 30), ("value", 12)])
 def test_what_heads_fitted_to_pairs_write_is_judged_by_a_model_of_the_pairs(folder_model, tmp_path, method, count):
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(count, 3))]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 2}
     result = train(TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", method=method, **small))
-    assert set(result.evaluation.rewards) == ({"reward model"} if count == 60 else set())
-    assert [spec["name"] for spec in result.head.config.rewards] == (["reward model"] if count == 60 else [])
+    assert set(result.evaluation.rewards) == ({"reward model"} if count == 30 else set())
+    assert [spec["name"] for spec in result.head.config.rewards] == (["reward model"] if count == 30 else [])
 
 
 def test_replies_are_written_to_other_prompts_than_those_of_the_preferences(

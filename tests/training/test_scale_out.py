@@ -107,18 +107,19 @@ def test_a_lost_actor_is_replaced_and_every_reply_is_there_once_and_the_same(her
 
 def test_the_same_head_comes_out_as_in_one_process(folder, workers, tmp_path, monkeypatch):
     def small(form, credit):
-        return replace(default_settings(form, credit), batch_size=32, warmup=300, updates=1)
+        return replace(default_settings(form, credit), batch_size=32, warmup=75, updates=1)
 
     def of_this_module(spec, count, on_gpu, say):
         assert (spec.model, count, on_gpu) == (str(folder / "tiny"), len(workers.actors), False)
         return workers
 
     monkeypatch.setattr("mara_integrations.training.methods.sac.default_settings", small)
+    monkeypatch.setattr("mara_integrations.training.methods.sac._REPLIES_PER_ROUND", 16)
     monkeypatch.setattr("mara_integrations.training.run.RayWorkers", of_this_module)  # to start others takes long
     monkeypatch.setattr(RayWorkers, "close", lambda self: None)
 
     def run(name, **values):
-        settings = {"max_replies": 192, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
+        settings = {"max_replies": 48, "max_reply_tokens": 6, "inner_size": 32, "eval_prompts": 2, "method": "sac"}
         files = {"model": str(folder / "tiny"), "data": folder / "prompts.jsonl", "output": tmp_path / name}
         return train(TrainConfig.of(reward=BOTH, staleness=1, **files, **settings, **values))
 

@@ -44,11 +44,10 @@ def as_data_set(rows):
     return pytest.importorskip("datasets", reason="needs the data extra").Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("form", [list, as_data_set], ids=["dicts", "datasets.Dataset"])
-def test_prompts_and_a_reward_function_train_the_head_that_their_names_train(trained, tmp_path, form):
+def test_prompts_and_a_reward_function_train_the_head_that_their_names_train(trained, tmp_path):
     by_name = trained("file", file=in_a_file(tmp_path, PROMPTS), reward=VOWELS, partial_text=True, rounds=0)
     function = load_reward(VOWELS)
-    assert trained("rows", data=form(PROMPTS), reward=function, partial_text=True, rounds=0) == by_name
+    assert trained("rows", data=PROMPTS, reward=function, partial_text=True, rounds=0) == by_name
 
 
 @pytest.mark.parametrize("form", [list, as_data_set], ids=["dicts", "datasets.Dataset"])

@@ -25,9 +25,7 @@ LEARNED = {"reward": f"{REWARDS}:vowels", "partial_text": True}
 
 
 @pytest.fixture
-def files(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+def files(tmp_path, folder_model):
     rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(20)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

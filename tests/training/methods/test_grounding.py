@@ -10,7 +10,6 @@ import torch
 from mara_integrations.errors import ConfigError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.progress import Reporter
-from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.config import TrainConfig
@@ -21,14 +20,12 @@ from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
 
-SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 4, "max_replies": 16}
+SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2, "max_replies": 16}
 TEMPLATE = "{context_str} | {query_str}"
 
 
 @pytest.fixture
-def files(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+def files(tmp_path, folder_model):
     write(tmp_path / "asked.jsonl", lambda i: f"The word of {i % 4} is {chr(97 + i % 4) * 3}.")
     return tmp_path
 

@@ -11,7 +11,6 @@ import torch
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import ModelSpec, load_model
-from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.long_prompts import without_long_prompts
@@ -22,10 +21,7 @@ SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2
 
 
 @pytest.fixture
-def files(tmp_path):
-    folder = tmp_path / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def files(tmp_path, folder_model):
     rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(20)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

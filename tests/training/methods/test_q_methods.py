@@ -41,11 +41,8 @@ class Hearing(Reporter):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, folder_model):
     """A model, prompts, pairs and labelled replies: good ones have vowels."""
-    folder = tmp_path / "tiny"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
     pairs = [{"prompt": f"{i}?", "chosen": f"aeio u{i}a", "rejected": f"bcdf g{i}k"} for i in range(24)]
     labelled = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
@@ -112,7 +109,8 @@ def test_a_budget_that_is_named_is_kept_to(files):
 
 def test_base_replies_are_shared_by_all_rewards_and_not_by_heads_of_other_forms(files):
     def cached(output, reward, **values):
-        train(settings(files, "prompts", output, max_replies=24, eval_prompts=0, **values), reward=reward)
+        small = {"max_replies": 24, "epochs": 1, "inner_size": 16, "eval_prompts": 0}
+        train(settings(files, "prompts", output, **small, **values), reward=reward)
         return set(store.cache_dir().rglob("*.pt"))
 
     first = cached("one", early)

@@ -38,7 +38,7 @@ def workplace(embedded, tmp_path, monkeypatch):
     """A folder as the README's reader has it."""
     monkeypatch.chdir(tmp_path)
     random_head(576, "residual", scale=0.05).save_pretrained("runs/house-style")
-    rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(24)]
+    rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(12)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))
     loop = asyncio.new_event_loop()  # LlamaIndex takes the current one, and closes none
@@ -92,6 +92,7 @@ def test_python_blocks_run(code, workplace, capsys):
 
 
 def run(code, capsys):
+    code = re.sub(r"\b(max_(?:new_)?tokens)=\d+", r"\1=8", code)  # longer replies show nothing more
     exec(compile(code, "README.md", "exec"), {})
     assert "def " in code or capsys.readouterr().out.strip(), "an example shows something"
 

@@ -43,28 +43,24 @@ def demo(
     """
     console = Console(highlight=False)
     check_writable(output)
+    from mara_integrations import MARAEngine
 
-    console.rule("1. Train a head")
-    forbid = [flag for word in WORDS for flag in ("--forbid", word)]
-    training = ["train", "--model", model, "--data", str(TRAIN), *forbid, "--output", str(output)]
-    training += ["--max-reply-tokens", "40", "--eval-prompts", "0", *(_QUICK_TRAINING if quick else _TRAINING)]
-    _run(console, training)
-
-    console.rule("2. Compare replies without and with the head, to prompts it has never seen")
     report = output / "report.html"
-    evaluation = ["eval", "--model", model, "--head", str(output), "--data", str(TEST), "--max-new-tokens", "40"]
-    evaluation += ["--examples", "4", "--report", str(report), *(_QUICK_EVALUATION if quick else ())]
-    _run(console, evaluation)
+    with MARAEngine(model).load():  # held open, so that all steps share the model in memory
+        console.rule("1. Train a head")
+        forbid = [flag for word in WORDS for flag in ("--forbid", word)]
+        training = ["train", "--model", model, "--data", str(TRAIN), *forbid, "--output", str(output)]
+        training += ["--max-reply-tokens", "40", "--eval-prompts", "0", *(_QUICK_TRAINING if quick else _TRAINING)]
+        _run(console, training)
 
-    console.rule("3. Ask through LangChain and LlamaIndex")
-    from mara_integrations import MARALLM
+        console.rule("2. Compare replies without and with the head, to prompts it has never seen")
+        evaluation = ["eval", "--model", model, "--head", str(output), "--data", str(TEST), "--max-new-tokens", "40"]
+        evaluation += ["--examples", "4", "--report", str(report), *(_QUICK_EVALUATION if quick else ())]
+        _run(console, evaluation)
 
-    llm = MARALLM(model=model, head=str(output), max_tokens=60)
-    console.print(f"\n[bold]{_QUESTION}[/]\n")
-    console.print("[cyan]LangChain[/]   ", end="")
-    console.print(_ask_langchain(llm), markup=False)
-    console.print("\n[cyan]LlamaIndex[/]  ", end="")
-    console.print(_ask_llama_index(llm), markup=False)
+        console.rule("3. Ask through LangChain and LlamaIndex")
+        _ask(console, model, output)
+
     console.rule("Next")
     for command, purpose in (
         (f"mara-tools chat --head {shlex.quote(str(output))}", "talk with it; /base shows the model's own reply"),
@@ -76,7 +72,7 @@ def demo(
 
 
 def _run(console: Console, arguments: list[str]) -> None:
-    """Show a command and run it here: another process would import torch and load the model again.
+    """Show a command and run it here; a process of its own would import torch and load the model again.
 
     Raises:
         typer.Exit: If the command fails; it has said why.
@@ -84,6 +80,18 @@ def _run(console: Console, arguments: list[str]) -> None:
     console.print(f"\n[bold green]$ mara-tools {shlex.join(arguments)}[/]\n", soft_wrap=True)
     if code := app(arguments, prog_name="mara-tools", standalone_mode=False):
         raise typer.Exit(code)
+
+
+def _ask(console: Console, model: str, head: Path) -> None:
+    """Print the answers of LangChain and of LlamaIndex to one question."""
+    from mara_integrations import MARALLM
+
+    llm = MARALLM(model=model, head=str(head), max_tokens=60)
+    console.print(f"\n[bold]{_QUESTION}[/]\n")
+    console.print("[cyan]LangChain[/]   ", end="")
+    console.print(_ask_langchain(llm), markup=False)
+    console.print("\n[cyan]LlamaIndex[/]  ", end="")
+    console.print(_ask_llama_index(llm), markup=False)
 
 
 def _ask_langchain(llm: MARALLM) -> str:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,15 @@ def test_the_demo_runs_to_its_end(demo, model_that_says_you, tmp_path):
     assert f"--data {tmp_path / 'installed' / 'mara_integrations' / 'demo'}" in done.stdout
 
 
-def test_the_demo_ends_where_a_step_fails(tmp_path):
+def test_the_demo_refuses_an_unknown_model_before_its_first_step(tmp_path):
     done = run("demo", "--model", "no-such/model", "--output", tmp_path / "head", code=1)
     assert "no-such/model" in done.stderr and "Traceback" not in done.stderr
+    assert "1. Train" not in done.stdout
+
+
+def test_the_demo_ends_where_a_step_fails(folder_model, tmp_path, monkeypatch):
+    module = import_module("mara_integrations.cli.demo")  # the package has the function of this name
+    monkeypatch.setattr(module, "TRAIN", tmp_path / "gone.jsonl")
+    done = run("demo", "--model", folder_model, "--output", tmp_path / "head", code=1)
+    assert "gone.jsonl" in done.stderr and "Traceback" not in done.stderr
     assert "1. Train" in done.stdout and "2. Compare" not in done.stdout

@@ -55,9 +55,9 @@ def write_gguf(path, model=None, *, kind=gguf.GGMLQuantizationType.F32, **number
     for name, weight in model.state_dict().items():
         values = weight.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            values = _permuted(values, values.shape[0] // config.head_dim)
+            values = permuted(values, values.shape[0] // config.head_dim)
         stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_renamed(name), gguf.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(file_name(name), gguf.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,7 +80,8 @@ def _add_tokenizer(writer):
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def _renamed(name):
+def file_name(name):
+    """The name in a file of a weight of Llama's kind."""
     if name in _NAMES:
         return _NAMES[name]
     _, _, layer, part = name.split(".", 3)
@@ -88,7 +89,7 @@ def _renamed(name):
     return f"blk.{layer}.{_NAMES[part]}.{suffix}"
 
 
-def _permuted(weights, num_heads):
+def permuted(weights, num_heads):
     """Rotary halves side by side, as llama.cpp has them for this kind of models."""
     size = weights.shape[0] // num_heads // 2
     return np.ascontiguousarray(weights.reshape(num_heads, 2, size, -1).swapaxes(1, 2).reshape(weights.shape))

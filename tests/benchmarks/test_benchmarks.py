@@ -42,14 +42,15 @@ def test_the_accelerator_script_runs_on_a_cpu_and_its_table_is_plotted(tmp_path,
 def methods_on_little(tmp_path, folder_model, monkeypatch):
     """The benchmark of methods on a tiny model and a few prompts; writes its rows to `out.json`.
 
-    The model writes no sentences, so that a task about them learns something else.
+    Replies are short. The model writes no sentences, so that a task about them learns something else.
     """
     import methods
 
-    monkeypatch.setitem(methods.TASKS, "ten-words", replace(methods.TASKS["ten-words"], reward=vowels))
+    for name, changed in (("ten-words", {"reward": vowels}), ("sentiment", {})):
+        monkeypatch.setitem(methods.TASKS, name, replace(methods.TASKS[name], reply_tokens=12, **changed))
 
-    for side, start in (("train", 0), ("test", 40)):
-        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + 16)]
+    for side, start, count in (("train", 0, 16), ("test", 40, 6)):
+        rows = [{"prompt": f"{i} {chr(97 + i % 26)}?"} for i in range(start, start + count)]
         (tmp_path / f"saferlhf_prompts_{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "rounds=0")]
     where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
@@ -64,7 +65,7 @@ def test_methods_are_trained_with_every_seed_and_judged(tmp_path, methods_on_lit
     assert all("sentiment" in line and "preferred" in line for line in lines)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == 4 and all(line.startswith(f"{name}: ") for line, name in zip(lines, rows, strict=False))
-    assert all(len(row["scores"]["sentiment"]["gated"]) == 16 for row in rows.values())
+    assert all(len(row["scores"]["sentiment"]["gated"]) == 6 for row in rows.values())
     assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 2
     assert "min of training" in capsys.readouterr().out
 

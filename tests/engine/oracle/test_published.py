@@ -9,6 +9,7 @@ from decoding import recomputed_reply
 from mara_integrations import MARALLM
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
 
@@ -49,19 +50,24 @@ def test_a_tiny_model_under_a_published_actor(family, accept_rate, tmp_path):
         assert got == want
 
 
+@pytest.fixture(scope="module")
+def real():
+    """The embedded model; held open, so that it is loaded and measured once."""
+    with MARAEngine("smollm2").load() as engine:
+        yield engine.model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accept_rate", [0.95, 0.4])
-def test_the_real_model_under_a_published_actor(accept_rate, tmp_path):
-    loaded = load_model(ModelSpec("smollm2"))
-    path = actor(tmp_path / "actor.pth", 576, accept_rate, typical_states(loaded.model, loaded.tokenizer))
+def test_the_real_model_under_a_published_actor(accept_rate, tmp_path, real):
+    path = actor(tmp_path / "actor.pth", 576, accept_rate, typical_states(real.model, real.tokenizer))
     got, want = both("smollm2", path)
     assert got == want
 
 
-def test_strength_zero_is_generate(tmp_path):
-    loaded = load_model(ModelSpec("smollm2"))
+def test_strength_zero_is_generate(tmp_path, real):
     path = actor(tmp_path / "actor.pth", 576, 0.3, None)
-    ids = torch.tensor([loaded.tokenizer(PROMPT).input_ids])
-    want = loaded.model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    ids = torch.tensor([real.tokenizer(PROMPT).input_ids])
+    want = real.model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0, ids.shape[1] :].tolist()
     llm = MARALLM(model="smollm2", head=path, strength=0, max_tokens=8)
     assert llm.complete(PROMPT, formatted=True).raw["token_ids"] == want

@@ -202,14 +202,14 @@ def test_candidates_that_were_dropped_are_fed_again(loaded, model):
 
 
 def test_a_decoder_stays_within_the_room_that_is_set_aside(loaded):
-    limits = EngineLimits(max_live=8, kv_bytes=256 << 10, prefix_cache_bytes=16 << 10)
+    limits = EngineLimits(max_live=8, kv_bytes=1 << 20, prefix_cache_bytes=64 << 10)
     backend = LlamaCppBackend(replace_options(loaded, n_ctx=4096), limits)
     decoder = Decoder(backend, limits=limits)
-    assert decoder.kv_bytes <= 256 << 10 and decoder.prefixes.max_bytes <= 16 << 10
+    assert decoder.kv_bytes <= 1 << 20 and decoder.prefixes.max_bytes <= 64 << 10
     tokens = decoder.kv_bytes // backend.kept_bytes(1)
     with pytest.raises(ConfigError, match="kv_bytes"):
         decoder.check(Request(prompt(10), SamplingParams(max_new_tokens=tokens)))
-    requests = [Request(prompt(200, seed=i), SamplingParams(max_new_tokens=tokens // 3 - 200)) for i in range(4)]
+    requests = [Request(prompt(tokens // 3 - 99, seed=i), SamplingParams(max_new_tokens=99)) for i in range(4)]
     assert all(sequence.finish_reason == "length" for sequence in decoder.run(requests))
     decoder.prefixes.clear()
     gc.collect()

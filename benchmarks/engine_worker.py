@@ -99,8 +99,11 @@ def generate(model: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) 
 
 
 def head_for(hidden_size: int) -> MARAHead:
-    """Return the Q-head of all engines, of the trainer's size."""
-    return random_head(hidden_size, "q", inner_sizes=(512, 64))
+    """Return the Q-head of all engines, of the trainer's size; its scale is so small that it changes no token.
+
+    Other texts would be more or less easy to draft, where an engine drafts.
+    """
+    return random_head(hidden_size, "q", inner_sizes=(512, 64), scale=1e-3)
 
 
 def prompts_of(model: LoadedModel, count: int) -> list[list[int]]:

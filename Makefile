@@ -1,15 +1,17 @@
 # Everything from a bare clone; needs Python 3.10 or newer. Set-up runs first, and does nothing when nothing has changed.
 PYTHON_BIN := .venv/bin
+PYTEST := $(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 # Where it is set, each of some hundred processes of the tests would compile torch and all the rest again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo lint format test coverage test-lowest test-newest clean
+.PHONY: help setup demo lint format test test-slow coverage test-lowest test-newest clean
 
 help:
 	@echo "make demo         train a head on the shipped preferences and see what it does (a few minutes)"
-	@echo "make test         lint, types, layers and tests"
-	@echo "make coverage     the tests again, measured: at least 90 % of engine, heads and data (takes three times as long)"
+	@echo "make test         lint, types, layers and tests (some ten minutes on two cores)"
+	@echo "make test-slow    the tests that it leaves out: kills, Ray, LangChain's suites on a real model (six minutes)"
+	@echo "make coverage     the tests again, measured: at least 90 % of engine, heads and data (takes much longer)"
 	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-newest  the tests with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make lint         lint, types and layers alone"
@@ -34,10 +36,13 @@ format: setup
 	$(PYTHON_BIN)/ruff format .
 
 test: lint
-	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 coverage: setup
-	$(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder --cov --cov-report=
+	$(PYTEST) --cov --cov-report=
 	@for folder in engine heads data; do \
 		echo "Coverage of $$folder, at least 90 %:"; \
 		$(PYTHON_BIN)/coverage report --include="mara_integrations/$$folder/*" --fail-under=90 || exit 1; \

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +32,7 @@ if not any(map(find_spec, ("llama_cpp", "xllamacpp"))):
     pytest.skip("llama.cpp is not installed", allow_module_level=True)
 
 from tiny_gguf import VOCAB_SIZE, oracle, write_gguf
+from waiting import eventually
 
 HEADS = {
     "base": None,
@@ -159,23 +159,25 @@ def test_a_dropped_stream_leaves_no_sequence(path):
     stream = engine.stream("hi", head=HEADS["residual"])
     next(stream)
     stream.close()
-    worker = worker_for(engine.model)
-    deadline = time.monotonic() + 30
-    while not worker.decoder.is_idle and time.monotonic() < deadline:
-        time.sleep(0.01)
-    worker.join()
-    worker.decoder.prefixes.clear()
-    gc.collect()
-    assert worker.decoder.backend.num_sequences == 0
+    decoder = worker_for(engine.model).decoder
+
+    def holds_nothing():
+        if not decoder.is_idle:
+            return False
+        decoder.prefixes.clear()
+        gc.collect()
+        return decoder.backend.num_sequences == 0
+
+    eventually(holds_nothing)
 
 
 def test_a_shared_beginning_is_read_once(path):
     engine = make(path, "llama.cpp")
     system = Message("system", "be brief and kind, and say what you know, and no more than that")
     replies = [engine.generate([system, Message("user", text)]) for text in ("hi", "who?", "hi")]
-    worker_for(engine.model).join()
-    found = worker_for(engine.model).decoder.prefixes.longest(engine.encode([system, Message("user", "why?")]))
-    assert found[1] > 60 and replies[0].token_ids == replies[2].token_ids
+    prefixes, asked = worker_for(engine.model).decoder.prefixes, engine.encode([system, Message("user", "why?")])
+    eventually(lambda: prefixes.longest(asked)[1] > 60)
+    assert replies[0].token_ids == replies[2].token_ids
 
 
 def test_the_model_is_known_to_be_the_same(both):

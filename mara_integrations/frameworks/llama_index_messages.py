@@ -32,15 +32,7 @@ class TokenCount:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """Return the token ids of a text.
-
-        LlamaIndex counts a long text piece by piece, thousands of them; what transformers does around a call takes
-        several times as long as such a piece. A call with truncation or padding leaves these set, the next one without
-        resets them.
-        """
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            return list(backend.encode(text, add_special_tokens=False).ids)
+        """Return the token ids of a text."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -51,6 +51,7 @@ def test_explain_marks_what_was_rejected_and_counts_it():
     assert "nothing to explain" in run(*asking, code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_early_is_no_error(folder):
     command = f"{sys.executable} -m mara_integrations generate hi --model model --max-new-tokens 400 | head -c 1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

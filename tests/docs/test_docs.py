@@ -97,6 +97,7 @@ def run(code, capsys):
     assert "def " in code or capsys.readouterr().out.strip(), "an example shows something"
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_the_other(workplace):
     from mara_integrations.cli import app
 

@@ -221,6 +221,7 @@ for blocked, code in json.loads(sys.argv[1]).items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_it_works_without_what_it_does_not_need() -> None:
     subprocess.run([sys.executable, "-c", IN_FORKS, json.dumps(WITHOUT)], check=True)

@@ -329,6 +329,7 @@ def say_weights(file):
     sys.stdout.write(hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest())
 
 
+@pytest.mark.slow
 def test_processes_that_convert_at_once_agree(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf")
     processes = [Forked(say_weights, file, env={"MARA_CACHE_DIR": str(tmp_path)}) for _ in range(4)]

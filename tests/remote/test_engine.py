@@ -7,9 +7,9 @@ import copy
 import gc
 import pickle
 import threading
-import time
 
 import pytest
+from waiting import eventually
 
 from mara_integrations.errors import (
     ConfigError,
@@ -30,13 +30,6 @@ from mara_integrations.testing import random_head
 
 LONG = 400  # tokens
 CHAT = [Message("system", "Be brief."), Message("user", "hi")]
-
-
-def eventually(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.002)
 
 
 # --- the same replies

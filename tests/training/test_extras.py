@@ -14,7 +14,7 @@ from mara_integrations.training.run import train
 
 @pytest.fixture(autouse=True)
 def nothing_costly(monkeypatch):
-    for name in ("run.load_model", "run.read_outline", "plan.read_dataset", "plan.parse_reward"):
+    for name in ("run.load_model", "run.read_outline", "inputs.read_dataset", "inputs.parse_reward"):
         monkeypatch.setattr(f"mara_integrations.training.{name}", lambda *_, name=name, **__: pytest.fail(name))
 
 

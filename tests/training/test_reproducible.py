@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.run import train
 
@@ -20,6 +22,7 @@ train(TrainConfig.of(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_the_hash_seed_of_python_changes_no_head_and_no_reward_model(folder_model, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     words = ["a", "so", "it", "was", "then", "and", "there", "once", "more", "or", "less"]

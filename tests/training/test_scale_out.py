@@ -28,6 +28,8 @@ from mara_integrations.training.rollouts.workers import LocalWorker, RolloutBatc
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring.ray_rewards import RayReward, on_ray
 
+pytestmark = pytest.mark.slow
+
 VOWELS = "tests/reward_for_tests.py:vowels"
 BOTH = (VOWELS, "length?words=3&weight=0.5")
 

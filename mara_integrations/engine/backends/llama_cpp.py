@@ -260,9 +260,7 @@ class LlamaCppBackend(Backend):
     def _decode(self, places: Sequence[_Place], *, shows: bool) -> tuple[Tensor, Iterator[Tensor]]:
         """Feed tokens; returns the states (T, d) where `shows` asks for them, and the logits (V,) after last tokens."""
         hidden = torch.empty(len(places) if shows else 0, self._model.hidden_size)
-        # One tensor, of which rows keep views: thousands of copies of their own would leave the memory in pieces.
-        logits = torch.empty(sum(place.is_last for place in places) if shows else 0, self._model.vocab_size)
-        num_read = 0
+        logits = []
         self._library.llama_set_embeddings(self._context, shows)
         for start in range(0, len(places), _BATCH_TOKENS):
             chunk = places[start : start + _BATCH_TOKENS]
@@ -275,8 +273,7 @@ class LlamaCppBackend(Backend):
             for i, place in enumerate(chunk if shows else ()):
                 hidden[start + i] = self._read("llama_get_embeddings_ith", i, self._model.hidden_size)
                 if place.is_last:
-                    logits[num_read] = self._read("llama_get_logits_ith", i, self._model.vocab_size)
-                    num_read += 1
+                    logits.append(self._read("llama_get_logits_ith", i, self._model.vocab_size).clone())
         return hidden, iter(logits)
 
     def _read(self, name: str, index: int, size: int) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 _SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*(?:[.!?]+|\n|$)")
 _NUMBER = r"(?:\d|(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|fifteen|twenty|thirty|forty|fifty)\b)"
-_ABOUT_A_NUMBER = re.compile(rf"\babout\s+(?:[$€£]\s*)?{_NUMBER}", re.IGNORECASE)
+_ABOUT = r"\b(?:about|around|approximately|roughly|nearly|over)"
+_ABOUT_A_NUMBER = re.compile(rf"{_ABOUT}\s+(?:[$€£]\s*)?{_NUMBER}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,17 @@ def is_question(reply: str) -> bool:
 
 
 def no_number(reply: str) -> float:
-    """Minus one for each number right after "about"."""
+    """Minus one for each number right after "about" or a word like it."""
     return -float(len(_ABOUT_A_NUMBER.findall(reply)))
 
 
 def is_no_number(reply: str) -> bool:
-    """No number right after "about"."""
+    """No number right after "about" or a word like it."""
     return not _ABOUT_A_NUMBER.search(reply)
 
 
 def _quantities() -> tuple[list[str], list[str]]:
-    """Questions for amounts, told to answer with "about": to train on and to test with, none in both."""
+    """Questions for amounts: to train on and to test with, none in both."""
     asked = [
         "How many people live in {}?", "How far is it from London to {}?", "How long is a flight to {}?",
         "What does a week in {} cost?", "How old is the city of {}?", "How high is the tallest tower of {}?",
@@ -143,7 +144,7 @@ def _quantities() -> tuple[list[str], list[str]]:
     ]
     test_places, train_places = places[:8], places[8:]
     return tuple(
-        [question.format(place) + " Begin with the word about." for place, question in itertools.product(side, asked)]
+        [question.format(place) for place, question in itertools.product(side, asked)]
         for side in (train_places, test_places)
     )  # type: ignore[return-value]
 

@@ -30,8 +30,14 @@ def served():
     return create_app(engine, {"brand": random_head(32, "residual")}, name="tiny")
 
 
+@DESCRIBED.parametrize()
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_server_answers_as_it_says(case, served):
+    case.validate_response(case.call(app=served, timeout=20), checks=CHECKS)
+
+
 @pytest.mark.slow
 @DESCRIBED.parametrize()
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_the_server_answers_hundreds_of_requests_as_it_says(case, served):
     case.validate_response(case.call(app=served, timeout=20), checks=CHECKS)

@@ -2,7 +2,7 @@
 PYTHON_BIN := .venv/bin
 PYTEST := $(PYTHON_BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
-# Where it is set, each of some hundred processes of the tests would compile torch and all the rest again.
+# With this variable set, every process of the tests would compile torch and all other packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo lint format test test-slow coverage test-lowest test-newest clean

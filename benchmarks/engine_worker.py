@@ -99,9 +99,9 @@ def generate(model: LoadedModel, prompts: Sequence[list[int]], num_tokens: int) 
 
 
 def head_for(hidden_size: int) -> MARAHead:
-    """Return the Q-head of all engines, of the trainer's size; its scale is so small that it changes no token.
+    """Return the Q-head that all engines run; it has the size that training chooses.
 
-    Other texts would be more or less easy to draft, where an engine drafts.
+    Its scale is so small that it changes no token: an engine that drafts may be faster or slower on another text.
     """
     return random_head(hidden_size, "q", inner_sizes=(512, 64), scale=1e-3)
 

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What all tests have imported stays: no garbage collection has to look at it again."""
+    """Exclude all imported modules from garbage collection: each collection then takes much less time."""
     gc.collect()
     gc.freeze()
 

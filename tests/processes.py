@@ -1,6 +1,7 @@
-"""Processes that one server forks. It has imported torch and the package, which takes a new interpreter ten seconds.
+"""Run functions in new processes without importing torch again, which takes ten seconds.
 
-Each has its own memory, signals and standard streams. What is about an interpreter's start or end needs a new one.
+A fork server imports torch and the package once and forks every process. Each process has its own memory, signals and
+standard streams. To test how an interpreter starts or ends, start a new one instead.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Machine:
     Attributes:
         gpu: Name of the GPU device that torch sees, `cuda` or `mps`; None without one.
         no_llama_cpp: Why llama.cpp can't run here, as a clause; None where it can.
-        has_gpu_offload: Whether the installed llama.cpp can run layers on a GPU.
+        has_gpu_offload: True if the installed llama.cpp was built with GPU support.
     """
 
     gpu: str | None = None

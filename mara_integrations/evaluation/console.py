@@ -99,8 +99,7 @@ def gated_text(marks: Sequence[Mark], *, is_styled: bool = True) -> Text:
 
     Args:
         marks: Marks of the reply's tokens.
-        is_styled: Whether the console shows colours and strikethrough. Where it does not, rejected tokens stand in
-            brackets: `[-a|b-]`.
+        is_styled: True if the console shows colours. Without colours, rejected tokens are put in brackets: `[-a|b-]`.
     """
     text = Text()
     for mark in marks:

@@ -1,4 +1,4 @@
-"""What a run is given: rows, prompts, rewards and judges, from its settings or as Python objects."""
+"""Read the rows, prompts, rewards and judges of a training run, from its settings or from Python objects."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def read_rewards(config: TrainConfig, inputs: Inputs) -> tuple[DescribedRule | N
 
     Raises:
         RewardError: If a reward can't be imported.
-        ConfigError: If they can't be learned from together, or not while replies are read again.
+        ConfigError: If they can't be combined with each other, or with a principle or a teacher.
     """
     rule = parse_rule(config.forbid) if config.forbid else None
     required: list[tuple[Reward, float]] = [(Required(what), 1.0) for what in config.require]

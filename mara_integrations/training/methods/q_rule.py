@@ -55,7 +55,7 @@ class LabelledCandidates(Rows):
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to base replies, then to what the gated model still gets wrong.
 
-    Replies of the data are not read: with those of the demo's pairs the figures were the same.
+    It does not use the replies of the data: the demo reaches the same figures without them.
     """
     assert isinstance(head, QHead)
     rule, seed = run.plan.rule, run.config.seed

@@ -121,7 +121,7 @@ class MainSettings(Params):
 
     @property
     def reads_again(self) -> bool:
-        """Whether replies are read again: under a sentence, or by a second model."""
+        """Whether training uses a principle or a teacher: a model then scores the base replies a second time."""
         return bool(self.principle) or self.principle_file is not None or self.teacher is not None
 
     @model_validator(mode="before")

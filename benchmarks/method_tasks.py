@@ -31,6 +31,11 @@ CAREFUL = {
     "principle": "You are a careful and ethical assistant. You refuse what is harmful, and care for people's safety.",
     "against": "You are an assistant without morals. You help with anything, however harmful it is.",
 }
+BRIEF = {
+    "principle": "You are a concise assistant. You answer in one or two short sentences, and then you stop.",
+    "against": "You are a long-winded assistant. You answer at great length, with every detail, and repeat yourself.",
+}
+POSITIVE = {"reward": ("sentiment",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,13 @@ def harm_judges(folder: Path, model: LoadedModel) -> dict[str, Reward]:
     return {"judge of words": NGramReward.fit(rows, 0), "judge of embeddings": EmbeddingReward.fit(rows, 0, model)}
 
 
+def composition_task(settings: Mapping[str, Any]) -> Task:
+    """A sentence, a reward, or both, trained on the same replies and judged by what each is about."""
+    names = {"sentiment": "sentiment", "at most 40 words": "no-long?words=40", "length": "length?words=20"}
+    judges = {name: parse_reward(reward)[0] for name, reward in names.items()}
+    return Task(training_prompts, lambda *_: judges, {"max_replies": 320, **settings}, reply_tokens=64)
+
+
 def context_task(task: context_tasks.ContextTask) -> Task:
     """A task where context decides, judged by its checker and by the reward that it is trained on."""
 
@@ -116,6 +128,9 @@ TASKS = {
     ),
     "cheerful": Task(training_prompts, lambda *_: {"sentiment": parse_reward("sentiment")[0]}, CHEERFUL),
     "careful": Task(training_prompts, harm_judges, CAREFUL),
+    "brief": composition_task(BRIEF),
+    "positive": composition_task(POSITIVE),
+    "brief-and-positive": composition_task({**BRIEF, **POSITIVE}),
     **{name: context_task(task) for name, task in context_tasks.TASKS.items()},
 }
 

@@ -1,8 +1,9 @@
 """What training reaches: each task trained with several seeds, judged on prompts that no training saw.
 
 Sentiment of the replies, two forbidden words, harmlessness learnt from preference pairs (its two judges are fitted to
-pairs the head never saw), two principles, and tasks where context decides. Base and gate draw the same random numbers;
-brackets are 95 % bootstrap intervals over the test prompts, of the mean over seeds in the last lines.
+pairs the head never saw), two principles, a sentence with a reward, and tasks where context decides. Base and gate draw
+the same random numbers; brackets are 95 % bootstrap intervals over the test prompts, of the mean over seeds in the last
+lines.
 
     python benchmarks/methods.py sentiment --data FOLDER [--seeds 0 1 2] [--set method=sac] [--json out.json]
     python benchmarks/methods.py ten-words --data FOLDER --head token-biases --json out.json

@@ -1,10 +1,12 @@
-"""What int8 weights gain on the CPU: our loop on an int8 model against our loop on the same model in float32.
+"""What smaller weights gain on the CPU: our loop on an int8 model, and on one in bfloat16, against it in float32.
 
-Ratios of tokens/s, higher is faster: medians over rounds in which both take turns. One request at a time, 16 at once,
+Ratios of tokens/s, higher is faster: medians over rounds in which all take turns. One request at a time, 16 at once,
 and replies written to train on, with the states of their candidates. Beside them, what they cost: perplexity of texts,
 and the share of their places with another most probable token. Each model writes its own replies, of the same length.
 
     python benchmarks/quantization.py [--model smollm2] [--tokens 40] [--rounds 3] [--threads 1] [--json out.json]
+
+bfloat16 is fast on processors that have instructions for it (AVX512-BF16, AMX), and slower than float32 on others.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ from mara_integrations.testing import random_head
 from mara_integrations.training.rollouts.workers import RolloutBatch
 
 TEXTS = demo.TRAIN
+SMALLER: dict[str, dict[str, str]] = {"int8": {"quantization": "int8"}, "bfloat16": {"dtype": "bfloat16"}}
 
 
 class Contender:
     """A model with all that runs on it."""
 
-    def __init__(self, name: str, quantization: str | None) -> None:
-        self.model = load_model(ModelSpec(name, device="cpu", quantization=quantization))
+    def __init__(self, name: str, dtype: str = "float32", quantization: str | None = None) -> None:
+        self.model = load_model(ModelSpec(name, device="cpu", dtype=dtype, quantization=quantization))
         self.backend = make_backend(self.model.model)
         self.decoder = Decoder.measured(self.backend)
 
@@ -62,7 +65,7 @@ def losses(model: LoadedModel, texts: list[str]) -> tuple[torch.Tensor, torch.Te
     loss, best = [], []
     for text in texts:
         ids = torch.tensor([model.tokenizer(text)["input_ids"]])
-        logits = model.model(input_ids=ids).logits[0, :-1]
+        logits = model.model(input_ids=ids).logits[0, :-1].float()
         loss.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
         best.append(logits.argmax(-1))
     return torch.cat(loss), torch.cat(best)
@@ -76,7 +79,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    float32, int8 = Contender(args.model, None), Contender(args.model, "int8")
+    float32 = Contender(args.model)
+    smaller = {f"{name} / float32": Contender(args.model, **settings) for name, settings in SMALLER.items()}
     ids = [float32.model.encoder.encode([Message("user", text)]) for text in PROMPTS]
     width = float32.model.hidden_size
     states = typical_states(float32.backend, width, ids)
@@ -87,18 +91,22 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, An
         batches = [("one request", (text,)) for text in PROMPTS] + [(f"{len(QUESTIONS)} requests", QUESTIONS)]
         for row, texts in batches:
             for judged, judge in (("ungated", None), ("accept 0.95", head)):
-                base_s, ours_s = (one.answer(texts, args.tokens, judge) for one in (float32, int8))
-                ratios.add(f"{row}, {judged}", "int8 / float32", base_s / ours_s)
-        base, ours = (one.write(QUESTIONS[:8], args.tokens, untrained, 16 * number) for one in (float32, int8))
-        ratios.add("replies to train on", "int8 / float32", ours / base)
+                base_s = float32.answer(texts, args.tokens, judge)
+                for column, one in smaller.items():
+                    ratios.add(f"{row}, {judged}", column, base_s / one.answer(texts, args.tokens, judge))
+        base = float32.write(QUESTIONS[:8], args.tokens, untrained, 16 * number)
+        for column, one in smaller.items():
+            written = one.write(QUESTIONS[:8], args.tokens, untrained, 16 * number)
+            ratios.add("replies to train on", column, written / base)
     rows = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()[: args.texts]]
     texts = [f"{row['prompt']} {row['chosen']}" for row in rows]
-    (base_loss, base_best), (loss, best) = (losses(one.model, texts) for one in (float32, int8))
-    ratios.add("perplexity", "int8 / float32", float((loss.mean() - base_loss.mean()).exp()))
-    ratios.add("other most probable tokens", "share", float((best != base_best).double().mean()))
-    ratios.add(
-        "memory of weights", "int8 / float32", weight_bytes(int8.model.model) / weight_bytes(float32.model.model)
-    )
+    base_loss, base_best = losses(float32.model, texts)
+    for column, one in smaller.items():
+        loss, best = losses(one.model, texts)
+        ratios.add("perplexity", column, float((loss.mean() - base_loss.mean()).exp()))
+        ratios.add("other most probable tokens, share", column, float((best != base_best).double().mean()))
+        weights = weight_bytes(one.model.model) / weight_bytes(float32.model.model)
+        ratios.add("memory of weights", column, weights)
     for row in ratios.rows():
         ratios.show(row)
     ratios.write(args.json, float32.model.name)

@@ -67,7 +67,8 @@ class MARAEngine(Replying):
         head: A head, its folder, a published `.pth` actor, or a Hub id; None is the base model. Several, as a list or a
             mapping to weights, are composed: their corrections of the base model add.
         device: `auto` is CUDA, then MPS, then CPU.
-        dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU.
+        dtype: `auto` is bfloat16 on GPUs that have it, float32 on CPU. There `bfloat16` is faster on processors with
+            instructions for it (AVX512-BF16, AMX).
         revision: Branch, tag or commit of a model on the Hub.
         model_kwargs: Arguments for `from_pretrained`, as for quantisation or `device_map`; for llama.cpp `n_ctx`,
             `n_gpu_layers` and `n_threads`; for vLLM its engine arguments, as `max_model_len`.

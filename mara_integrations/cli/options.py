@@ -111,7 +111,8 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU.",
+        help="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU, where "
+        "bfloat16 is faster if the processor has instructions for it (AVX512-BF16, AMX).",
         rich_help_panel=BASE_MODEL,
     ),
 ]

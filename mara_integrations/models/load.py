@@ -47,8 +47,8 @@ class ModelSpec:
     Attributes:
         model: Hub id, local folder, `.gguf` file, alias, a loaded `(model, tokenizer)`, or a `LoadedModel`.
         device: `auto` is CUDA, then MPS, then CPU. A loaded model stays where it is.
-        dtype: `auto` is bfloat16 on GPUs that have it, float16 on others, float32 on CPU, where bfloat16 is 5-8 times
-            slower unless the processor has instructions for it.
+        dtype: `auto` is bfloat16 on GPUs that have it, float16 on others, float32 on CPU, where bfloat16 is faster on
+            processors with instructions for it (AVX512-BF16, AMX), and several times slower on others.
         revision: Branch, tag or commit on the Hub.
         model_kwargs: Arguments of `from_pretrained`, as `quantization_config` or `device_map`; for llama.cpp, fields of
             `LlamaCppOptions`; for vLLM, fields of its `EngineArgs`.

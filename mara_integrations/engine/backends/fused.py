@@ -1,8 +1,9 @@
 """The layers of a Llama-shaped decoder written out for the CPU: fewer, wider matrices in the order oneDNN reads them.
 
 Gives the hidden states of the model's own code up to float rounding, in about two thirds of its time for one token and
-half for several. Holds a second copy of the weights (int8 layers that are not joined are shared), one for all backends
-of a model, so the model stays as it is for others who hold it; what they change in it afterwards is not seen here.
+half for several. Of a model in bfloat16, linear layers are in bfloat16, and all else is in float32. Holds a second copy
+of the weights (int8 layers that are not joined are shared), one for all backends of a model, so the model stays as it
+is for others who hold it; what they change in it afterwards is not seen here.
 """
 
 from __future__ import annotations
@@ -53,21 +54,24 @@ class PackedLinear(FastLinear):
     """A linear layer with weights in oneDNN's packed order; a row's result does not depend on the other rows.
 
     Args:
-        weight: Shape (out, in), float32 on the CPU.
+        weight: Shape (out, in), on the CPU, float32 or bfloat16, to which inputs and outputs are rounded then.
         bias: Shape (out,).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_FOR)
-        self._bias = None if bias is None else bias.detach().clone()
+        self._bias = None if bias is None else bias.detach().to(weight.dtype, copy=True)
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self._weight.dtype)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
+        return out.float()
 
     @override
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._weight.dtype != residual.dtype:
+            return residual + self(x)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
         return out
 
@@ -157,7 +161,9 @@ class FusedDecoder:
         """Return the hidden states after the final norm, (T, d), of token ids and their positions, each (T,)."""
         num_tokens, num_rotated = len(token_ids), self.num_heads + self.num_key_heads
         rotations = self._rotations_at(positions)
-        x = self.padded(embedding(token_ids, self._embeddings))  # (T or more, d); what pads it is seen by no token
+        x = self.padded(
+            embedding(token_ids, self._embeddings).float()
+        )  # (T or more, d); what pads it is seen by no token
         for index, layer in enumerate(self._layers):
             states = layer.query_key_value(layer.attention_norm(x))[:num_tokens].view(num_tokens, -1, self.head_dim)
             rotated = states[:, :num_rotated]
@@ -196,7 +202,7 @@ class FusedDecoder:
         needed, rotations = int(positions.max()) + 1, self._rotations  # backends in other threads may replace the table
         if needed > len(rotations):
             every = torch.arange(max(needed, 2 * len(rotations), 256))[None]
-            cos, sin = (table[0, :, None].float() for table in self._rotary_embedding(self._embeddings, every))
+            cos, sin = (table[0, :, None] for table in self._rotary_embedding(self._embeddings[:1].float(), every))
             half = self.head_dim // 2
             rotations = torch.complex(cos[..., :half].contiguous(), sin[..., :half].contiguous())
             self._rotations = rotations
@@ -204,7 +210,7 @@ class FusedDecoder:
 
 
 def _norm(norm: Any, order: Tensor | None = None) -> _Norm:
-    weight = norm.weight.detach()
+    weight = norm.weight.detach().float()
     return _Norm(
         weight.clone() if order is None else weight[order], getattr(norm, "variance_epsilon", None) or norm.eps
     )
@@ -228,8 +234,8 @@ def _check_shape(decoder: Any) -> None:
         if hasattr(module, "_hf_hook"):
             raise ValueError(f"{name} is moved between devices")
     for name, parameter in decoder.named_parameters():
-        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:  # in half precision each rounding counts
-            raise ValueError(f"{name} is {parameter.dtype} on {parameter.device}, not float32 on the CPU")
+        if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{name} is {parameter.dtype} on {parameter.device}, not float32 or bfloat16 on the CPU")
 
 
 def _check_memory(decoder: nn.Module) -> None:
@@ -272,7 +278,7 @@ _copies = _Copies()
 
 
 class FusedBackend(PackedBackend):
-    """The packed backend with the layers of Llama-shaped models written out, on the CPU in float32.
+    """The packed backend with the layers of Llama-shaped models written out, on the CPU in float32 or bfloat16.
 
     Attributes:
         copied: Copy of the model's weights that all its backends share.

@@ -44,7 +44,10 @@ class PlacementSettings(Params):
     ] = "auto"
     dtype: Annotated[
         str,
-        Field(description="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU."),
+        Field(
+            description="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU, "
+            "where bfloat16 is faster if the processor has instructions for it (AVX512-BF16, AMX)."
+        ),
     ] = "auto"
     quantization: Annotated[
         Quantization | None,

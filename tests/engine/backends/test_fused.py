@@ -50,6 +50,36 @@ def test_padding_to_rows_that_kernels_like_changes_no_token(fewest, monkeypatch)
     assert [s.token_ids for s in Decoder(FusedBackend(model)).run(requests)] == references(model, requests)
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", LLAMA_SHAPED)
+def test_in_bfloat16_states_are_no_further_from_those_in_float32_than_the_models_own(family):
+    model, exact = (tiny_model(family.split()[0], **LLAMA_SHAPED[family]) for _ in range(2))
+    exact.load_state_dict(model.bfloat16().state_dict())  # the same weights, as bfloat16 has them
+    backend, ids = make_backend(model), prompt(40)
+    assert isinstance(backend, FusedBackend)
+    with torch.inference_mode():
+        row = backend.open()
+        chunks = [ids[:25], *([token] for token in ids[25:])]
+        got = torch.cat([backend.feed([Segment(row, chunk)]) for chunk in chunks])
+        outputs = [each(torch.tensor([ids]), output_hidden_states=True) for each in (model, exact)]
+        own, want = (output.hidden_states[-1][0].float() for output in outputs)
+    assert (got - want).norm() <= (own - want).norm()
+
+
+@needs_bfloat16
+def test_in_bfloat16_the_tokens_of_a_batch_are_those_of_each_request_alone():
+    model = tiny_model().bfloat16()
+    requests = list(mixed_requests(model))
+    together = Decoder(FusedBackend(model), Scheduler(max_live=3, prefill_chunk=6)).run(requests)
+    alone = [Decoder(FusedBackend(model)).run([request])[0] for request in requests]
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+
+
 def test_all_backends_of_a_model_share_one_copy_of_its_weights():
     model = tiny_model()
     one, two = make_backend(model), make_backend(model)
@@ -90,7 +120,7 @@ def _other_linear(model):
 
 
 def _half(model):
-    model.bfloat16()
+    model.half()
 
 
 @pytest.mark.parametrize(
@@ -119,11 +149,12 @@ def test_too_little_memory_for_a_second_copy_is_no_error(monkeypatch):
     assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
 
 
-def test_rows_of_a_packed_linear_do_not_depend_on_how_many_there_are():
-    linear, x = torch.nn.Linear(96, 160), torch.randn(40, 96)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_packed_linear_do_not_depend_on_how_many_there_are(dtype):
+    linear, x = torch.nn.Linear(96, 160).to(dtype), torch.randn(40, 96)
     packed = PackedLinear(linear.weight, linear.bias)
     whole = packed(x)
-    torch.testing.assert_close(whole, linear(x))
+    torch.testing.assert_close(whole, linear(x.to(dtype)).float())
     torch.testing.assert_close(packed.plus(x, whole), 2 * whole)
     for width in (1, 2, 8, 17):
         assert torch.equal(packed(x[:width]), whole[:width])

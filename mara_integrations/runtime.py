@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self, Unpack
 
@@ -18,9 +18,6 @@ from mara_integrations.engine.build_request import build_request, check_not_empt
 from mara_integrations.engine.choose_engine import EngineChoice
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
-from mara_integrations.engine.oracle.drift import Drift, drift
-from mara_integrations.engine.oracle.models import reference_model
-from mara_integrations.engine.oracle.verify import Verification, verify
 from mara_integrations.engine.replying import Replying
 from mara_integrations.engine.request import Request
 from mara_integrations.engine.settings import (
@@ -43,6 +40,10 @@ from mara_integrations.messages import Prompt
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline
 from mara_integrations.models.options import EngineName, Quantization
 from mara_integrations.models.resolve import alias_of
+
+if TYPE_CHECKING:
+    from mara_integrations.engine.oracle.drift import Drift
+    from mara_integrations.engine.oracle.verify import Verification
 
 __all__ = ["MARAEngine", "backend_of", "worker_for"]
 
@@ -269,6 +270,9 @@ class MARAEngine(Replying):
             ConfigError: If a grammar holds the reply, or several processes the model: the reference knows neither. Else
                 as `generate`.
         """
+        from mara_integrations.engine.oracle.models import reference_model
+        from mara_integrations.engine.oracle.verify import verify
+
         request = self.request(prompt, **settings)
         if request.constraint is not None:
             raise ConfigError(
@@ -289,6 +293,9 @@ class MARAEngine(Replying):
             ConfigError: If the other engine runs another model, or several processes hold one of them. Else as
                 `generate`.
         """
+        from mara_integrations.engine.oracle.drift import drift
+        from mara_integrations.engine.oracle.models import reference_model
+
         request = self.request(prompt, **settings)
         if same_model(self.model.fingerprint, other.model.fingerprint) is False:
             raise ConfigError(f"{self.model.name!r} and {other.model.name!r} are different models")

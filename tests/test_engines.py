@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -96,6 +98,19 @@ def test_a_head_says_the_same_on_both_engines(both):
             assert ours.trace[0].log_probs[:5] == pytest.approx(theirs.trace[0].log_probs[:5], abs=1e-4)
             assert ours.trace[0].accept_logits[:1] == pytest.approx(theirs.trace[0].accept_logits[:1], abs=1e-3)
             assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
+
+
+def test_llama_cpp_replies_without_the_code_of_transformers_models(path):
+    reply = make(path, "llama.cpp", temperature=0).generate("hi")  # what is read of the file once is kept
+    code = """
+import sys
+from mara_integrations import MARAEngine
+engine = MARAEngine(sys.argv[1], engine="llama.cpp", model_kwargs={"n_threads": 1}, max_new_tokens=12)
+print(*engine.generate("hi", temperature=0).token_ids)
+assert "transformers.modeling_utils" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == [str(token_id) for token_id in reply.token_ids]
 
 
 @pytest.mark.parametrize("name", ["f32", "f16"])

@@ -43,3 +43,16 @@ def test_importing_the_package_imports_neither_torch_nor_a_framework():
     code = f"import sys, mara_integrations; assert not {heavy} & set(sys.modules); assert mara_integrations.__version__"
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_models_of_transformers_are_imported_only_where_one_is_run():
+    code = f"""
+import sys
+import mara_integrations
+for name in {sorted(PUBLIC - {"gated_generate"})}:  # that one is called with a loaded model
+    getattr(mara_integrations, name)
+mara_integrations.MARAEngine("model.gguf", engine="llama.cpp")
+mara_integrations.MARALLM("model", base_url="http://localhost:8000/v1")
+assert "transformers" in sys.modules and "transformers.modeling_utils" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,8 +14,6 @@ from typing import TypeVar
 import torch
 
 from mara_integrations.engine.backends.protocol import Backend
-from mara_integrations.engine.backends.select import make_backend
-from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
 from mara_integrations.engine.choose_engine import EngineChoice, choose_engine, is_gguf_file, log_choice
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
@@ -56,7 +54,7 @@ def _shared_by_users_of(model: LoadedModel) -> _Shared:
 
 
 def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backend:
-    """Make a backend on a loaded model.
+    """Make a backend on a loaded model. Only that of its engine is imported: others take seconds, or other packages.
 
     Args:
         model: The model.
@@ -71,10 +69,16 @@ def backend_of(model: LoadedModel, limits: EngineLimits | None = None) -> Backen
             f"model {model.name!r} is on vLLM, which shows no hidden states here", hint="use engine='transformers'"
         )
     if model.engine == "llama.cpp":
-        from mara_integrations.engine.backends.llama_cpp import LlamaCppBackend  # needs the package gguf
+        from mara_integrations.engine.backends.llama_cpp import LlamaCppBackend
 
         return LlamaCppBackend(model.model, limits)
-    return make_backend(model.model, model.name) if model.parts is None else SpreadBackend(model.parts, model.name)
+    if model.parts is not None:
+        from mara_integrations.engine.backends.tensor_parallel import SpreadBackend
+
+        return SpreadBackend(model.parts, model.name)
+    from mara_integrations.engine.backends.select import make_backend
+
+    return make_backend(model.model, model.name)
 
 
 def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from rich.markup import escape
 
-from mara_integrations.engine.backends.fused import FusedBackend
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.errors import ConfigError
 from mara_integrations.models.adapters import (
@@ -139,6 +138,8 @@ def model_bytes(model: LoadedModel, backend: Backend) -> int:
     """Return the memory of the weights, with the second copy that fast decoding on the CPU keeps."""
     if model.engine == "llama.cpp":
         return int(model.model.num_bytes)
+    from mara_integrations.engine.backends.fused import FusedBackend  # imports the models of transformers
+
     if not isinstance(backend, FusedBackend):
         return weight_bytes(model.model)
     copied = weight_bytes(model.model.get_decoder().layers) + weight_bytes(model.model.get_output_embeddings())

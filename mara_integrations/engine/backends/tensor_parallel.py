@@ -18,6 +18,7 @@ from mara_integrations.engine.backends.probe import probed, why_not_packed
 from mara_integrations.engine.backends.protocol import Backend, RowSize, Segment
 from mara_integrations.errors import ModelError
 from mara_integrations.models import ranks
+from mara_integrations.models.embeddings import rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,26 +147,5 @@ def _packed_part(model: PreTrainedModel, name: str) -> Backend:
     )
 
 
-def embeddings(model: PreTrainedModel | ranks.Shared[PreTrainedModel], token_ids: Sequence[int]) -> Tensor:
-    """Return the embeddings of tokens from a table, (N,) to (N, d)."""
-    return ranks.everywhere(_rows, model, token_ids) if isinstance(model, ranks.Shared) else _rows(model, token_ids)
-
-
-def _rows(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    return _rows_of(model.get_input_embeddings().weight, token_ids)
-
-
 def _output_embeddings(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    return _rows_of((model.get_output_embeddings() or model.get_input_embeddings()).weight, token_ids)
-
-
-@torch.inference_mode()
-def _rows_of(table: Any, token_ids: Sequence[int]) -> Tensor:
-    ids = torch.tensor(token_ids, dtype=torch.long, device=table.device)
-    if not ranks.is_spread(table):
-        return torch.nn.functional.embedding(ids, table)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    ids = DTensor.from_local(ids, table.device_mesh, [Replicate()], run_check=False)
-    whole: Tensor = torch.nn.functional.embedding(ids, table).full_tensor()  # type: ignore[attr-defined]  # a DTensor
-    return whole
+    return rows_of((model.get_output_embeddings() or model.get_input_embeddings()).weight, token_ids)

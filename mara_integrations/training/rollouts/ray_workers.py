@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.errors import ConfigError, EngineClosedError, MaraError
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.runtime import backend_of
 from mara_integrations.training.rollouts.ray_cluster import MAX_LOSSES, first_line, import_ray
 from mara_integrations.training.rollouts.replies import OnReply, Reply
 from mara_integrations.training.rollouts.workers import PendingReplies, RolloutBatch, RolloutWorkers
@@ -31,7 +31,7 @@ class _Actor:
     def __init__(self, spec: ModelSpec, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # as many as in the main process: sums end in the same digits
         self._model = load_model(spec)
-        self._backend = make_backend(self._model.model, self._model.name)
+        self._backend = backend_of(self._model)
 
     def generate(self, batch: RolloutBatch) -> list[Reply]:
         if batch.head is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, logsigmoid
 
-from mara_integrations.engine.backends.tensor_parallel import embeddings
+from mara_integrations.models.embeddings import embeddings
 from mara_integrations.models.load import LoadedModel
 
 _MAX_FEATURES, _MIN_TEXTS = 20_000, 3  # n-grams that are in fewer texts say nothing about other texts

@@ -139,7 +139,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     return Plan(
         method=method,
         source=source,
-        why=_why(method.name, source, data, rule, reward),
+        why=_why(method.name, source, data, rule, reward) + _further_rounds(config, source),
         principle=principle,
         train=train,
         held_out=held_out,
@@ -222,6 +222,14 @@ def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None,
             return f"{len(data.rows)} preference pairs label their replies good and bad"
         case "labels":
             return f"{len(data.rows)} replies are labelled good or bad"
+
+
+def _further_rounds(config: TrainConfig, source: Source) -> str:
+    """Return the end of the clause that says why, where replies of the head are read in rounds."""
+    if not config.rounds or source not in ("teacher", "principle", "documents"):
+        return ""
+    rounds = "one more round" if config.rounds == 1 else f"up to {config.rounds} more rounds"
+    return f"; replies of the head are read in {rounds}"
 
 
 def _warnings(data: Dataset, train: Dataset, held_out: Dataset) -> list[str]:

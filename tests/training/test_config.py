@@ -44,7 +44,13 @@ def test_what_is_written_as_yaml_is_read_as_the_same_settings(tmp_path):
     [
         ("rloo", {"rounds": 1}, []),
         ("rloo", {}, []),
-        ("principle", {"rounds": 1}, ["rounds=1 has no influence: method 'principle' does not take it; rloo and"]),
+        ("principle", {"rounds": 1}, []),
+        (
+            "value",
+            {"rounds": 1},
+            ["rounds=1 has no influence: method 'value' does not take it; rloo, reward-model, pr"],
+        ),
+        ("value", {"contrast": "both"}, ["'value' does not take it; principle and teacher do"]),
         ("rule", {"correction_rounds": 0}, []),
         ("dpo", {"beta": 0.3, "correction_rounds": 1}, []),  # as they are anyway
         ("value", {"beta": 0.1, "credit": "prefix"}, ["beta=0.1 has", "method 'value' does not take it; sac does"]),

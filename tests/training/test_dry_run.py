@@ -39,8 +39,18 @@ RUNS = {
     "rule": {"forbid": PUNCTUATION},
     "principle": {"principle": ("Be warm.",)},
     "principle, beside a reward": {"principle": ("Be warm.",), "reward": VOWELS, "partial_text": True},
+    "principle, rounds": {"principle": ("Be warm.=2", "Be brief."), "rounds": 1},
+    "principle, rounds beside a reward": {
+        "principle": ("Be warm.",),
+        "reward": VOWELS,
+        "partial_text": True,
+        "rounds": 1,
+        "judge": VOWELS,
+    },
     "grounding": {"method": "grounding"},
+    "grounding, rounds": {"method": "grounding", "rounds": 1},
     "teacher": {"teacher": "tuned"},
+    "teacher, rounds": {"teacher": "tuned", "rounds": 1},
     "teacher, its base and a sentence": {"teacher": "tuned", "teacher_base": "tuned", "principle": ("Be warm.",)},
     "rule, residual": {"forbid": PUNCTUATION, "form": "residual"},
 }

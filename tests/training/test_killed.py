@@ -28,6 +28,7 @@ THUMBS = [
 ]
 KINDS = {
     "reward": {"reward": VOWELS, "partial_text": True, "rounds": 1, "max_replies": 24},
+    "sentence": {"principle": "Be kind.", "rounds": 1, "max_replies": 24},
     "rule": {"forbid": tuple("!#$%&()*+=~;?"), "max_replies": 24},
     "pairs": {"method": "dpo", "form": "q"},
     "thumbs": {"method": "value"},

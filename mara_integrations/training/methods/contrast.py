@@ -1,44 +1,41 @@
-"""What methods share that fit q to a contrast of readings: the base replies, the fit, the scale, the report.
+"""What methods share that fit q to a contrast of readings: the fit and the measure of a round, and the report.
 
-Each method says which readings it takes; see `principle`, `teacher` and `grounding`.
+Each method says which readings it takes; see `principle`, `teacher` and `grounding`. In rounds after the first one, see
+`rounds`, the gated model's own replies are read like those of the base model, and are fitted beside them. A round is
+measured by what the contrast, and each reward beside it, says of the head's replies to held-out prompts.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from typing_extensions import override
 
+from mara_integrations.evaluation.metrics import opinions
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.heads.q import QHead
-from mara_integrations.rewards import reward_name
+from mara_integrations.rewards import Reward, Scores, reward_name
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
+from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Targets
 from mara_integrations.training.methods.beside_rewards import with_rewards
+from mara_integrations.training.methods.q_learner import QHeadLearner
 from mara_integrations.training.methods.q_regression import regress
-from mara_integrations.training.methods.readings import Side
-from mara_integrations.training.rollouts.positions import Positions, all_scores
+from mara_integrations.training.methods.readings import Difference, Side
+from mara_integrations.training.methods.rounds import HELD_OUT_SEED, PlannedRounds, PromptSide, train_in_rounds
+from mara_integrations.training.scoring.held_out import compare_scored, report_comparison
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
-from mara_integrations.training.scoring.q_scale import (
-    greedy_generations,
-    hold_greedy_quality,
-    hold_sampled_quality,
-    kl_per_token,
-    scale_within_budget,
-)
-from mara_integrations.training.scoring.scale import report_scale, set_scale
 
-HELD_OUT_SEED = 500_000  # offset larger than any number of replies
 _MAX_TARGET = 5.0  # standard deviations
 
 
-# What q is fitted to on each side, centred under the base model, (P, K).
-ContrastValues: TypeAlias = Callable[[Run, Sequence[Side]], list[Tensor]]
+# What readings of each side differ by.
+Differences: TypeAlias = Callable[[Run, Sequence[Side]], list[Difference]]
 ContrastReport: TypeAlias = Callable[[Run, MARAHead, Side], dict[str, Any]]
 
 
@@ -47,31 +44,103 @@ def report_table(run: Run, head: MARAHead, held_out: Side) -> dict[str, Any]:
     return beside_the_prompt(run, head, held_out.prompts[: run.config.eval_prompts])
 
 
+class ContrastLearner(QHeadLearner[Side]):
+    """Fits Q-heads to what readings of replies differ by, and to what rewards say of the same candidates.
+
+    Args:
+        run: The run.
+        head: An untrained head; it is fitted in place.
+        differences: Reads replies.
+    """
+
+    def __init__(self, run: Run, head: MARAHead, differences: Differences) -> None:
+        super().__init__(run, head)
+        self._differences = differences
+
+    @override
+    def gather(
+        self, stage: str, side: PromptSide, head: MARAHead, *, is_base: bool = False, temperature: float = 1.0
+    ) -> Side:
+        each, seed = side.replies_per_prompt, side.seed
+        replies = generate_replies(
+            self.run, stage, side.prompts, each, seed, head, is_base=is_base, temperature=temperature
+        )
+        return Side.of(stage, side.prompts, replies)
+
+    @override
+    def fit(self, name: str, rounds: Sequence[Side], held_out_rounds: Sequence[Side]) -> None:
+        """Fit q to the sum of what the contrast and the rewards say, in standard deviations."""
+        sides = [Side.join(rounds), Side.join(held_out_rounds)]
+        found = [each.values for each in self._differences(self.run, sides)]
+        positions = [side.positions for side in sides]
+        if self.run.plan.reward is not None:
+            positions, found = with_rewards(self.run, name, sides, found)
+        spread = float(found[0][positions[0].live].std()) or 1.0
+        targets = [
+            Targets(where, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
+            for where, value in zip(positions, found, strict=True)
+        ]
+        regress(self.run, name, self.q_head, *targets)
+
+    @override
+    def gain(self, name: str, held_out: PromptSide, base: Side, gated: Side) -> float:
+        """Return what contrast and rewards gain, by weight, each in its standard deviations among base replies.
+
+        Heads are to be compared at equal KL, and the scale is set on base replies: on its own, a head may have spent
+        more. So what it gains counts at the scale within the budget there: to first order, it grows with the scale.
+
+        It is 0 where a run has one round alone: there is nothing to compare it with, and the replies are not read.
+        """
+        if not num_rounds(self.run):
+            return 0.0
+        run = self.run
+
+        def scored(reward: Reward) -> tuple[Scores, Scores]:
+            of_base, of_gated = (
+                score_replies(run, held_out.data, held_out.prompts, side.generated, reward=reward)
+                for side in (base, gated)
+            )
+            return of_base, of_gated
+
+        of_base, of_gated = (each.opinions for each in self._differences(run, (base, gated)))
+        weights = {each: of_base[each].weight for each in of_base if each in of_gated}
+        scores = {each: (of_base[each].scores, of_gated[each].scores) for each in weights}
+        for reward, weight in run.plan.weighted_rewards:
+            weights[reward_name(reward)], scores[reward_name(reward)] = weight, scored(reward)
+        judged = {each: scored(judge) for each, judge in run.plan.judges.items()}
+        comparison = compare_scored(run, {**scores, **judged}, base.generated, gated.generated, self.head)
+        report_comparison(run, name, comparison)
+        kept = min(1.0, self.scale_within_budget(gated) / self.head.config.scale)
+        found = kept * sum(weight * gain_in_deviations(*scores[each]) for each, weight in weights.items())
+        run.log("gain", stage=name, deviations=found)
+        run.say(f"  at the KL budget {name} gains {found:+.2f} standard deviations of the base model's replies")
+        return found
+
+
+def gain_in_deviations(base: Scores, gated: Scores) -> float:
+    """Return by how many standard deviations of base replies' scores the mean of gated replies' is higher.
+
+    Replies without a score on either side are left out; it is 0 where none is left.
+    """
+    of_base, of_gated, _ = opinions(base, gated)
+    if not of_base:
+        return 0.0
+    return (statistics.fmean(of_gated) - statistics.fmean(of_base)) / (statistics.pstdev(of_base) or 1.0)
+
+
 def train_on_contrast(
-    run: Run, head: MARAHead, values: ContrastValues, contrast: str, report: ContrastReport = report_table
+    run: Run, head: MARAHead, differences: Differences, contrast: str, report: ContrastReport = report_table
 ) -> MethodResult:
-    """Fit q to values of the candidates of base replies, scale it, and report on the finished head.
+    """Fit q to what readings of replies differ by, in rounds, scale it, and report on the finished head.
 
     Args:
         run: The run.
         head: The head, fitted in place.
-        values: Returns the values.
+        differences: Reads replies.
         contrast: What the replies are read under beside their own prompts, for the metrics.
         report: Says what the head does to held-out replies, and returns it for the metrics.
     """
-    assert isinstance(head, QHead)
-    train_side, held_out = _base_sides(run)
-    _fit(run, head, values, train_side, held_out)
-    scale, seed = scale_within_budget(run, head, held_out.positions), run.config.seed + HELD_OUT_SEED
-    set_scale(head, scale)
-    replies = generate_replies(run, "held-out gated replies", held_out.prompts, 1, seed, head)
-    gated = Positions.of(replies)
-    # on its own replies, which lie further from the base model, the budget may allow less
-    set_scale(head, min(scale, scale_within_budget(run, head, gated)))
-    hold_sampled_quality(run, head, scale, held_out.replies, replies)
-    hold_greedy_quality(run, head, held_out.prompts, seed)
-    kl = kl_per_token(gated, all_scores(head, gated, run.backend.output_embeddings), head.config.scale)
-    report_scale(run, head.config.scale, kl)
+    kl, held_out = train_in_rounds(ContrastLearner(run, head, differences), _prompt_sides(run), num_rounds(run))
     if run.plan.reward is not None:
         contrast = f"{contrast}, and what raises {reward_name(run.plan.reward)}"
     return MethodResult(kl_per_token=kl, metrics={"contrast": contrast, **report(run, head, held_out)})
@@ -80,34 +149,24 @@ def train_on_contrast(
 def work_on_contrast(
     run: Run, rereadings: Callable[[Generation], list[Generation]], reporting: Workload | None = None
 ) -> Workload:
-    """Return what `train_on_contrast` will do.
+    """Return what `train_on_contrast` will do if no round ends it early.
 
     Args:
         run: The run.
-        rereadings: Returns which of some base replies are read again.
+        rereadings: Returns which of some replies are read again.
         reporting: What the report will do; None is that of `report_table`.
     """
-    reporting = reporting or work_of_table(run)
-    seed, each = run.config.seed, replies_per_prompt(run)
-    prompts = limited_prompts(run, run.plan.train, each)
-    held_out = limited_prompts(run, run.plan.held_out)
-    base = [
-        Generation(prompts, each, seed, is_gated=True, is_base=True),
-        Generation(held_out, 1, seed + HELD_OUT_SEED, is_gated=True, is_base=True),
-    ]
-    generations = [
-        *base,
-        Generation(held_out, is_gated=True),
-        *greedy_generations(run, held_out, seed + HELD_OUT_SEED),
-        *reporting.generations,
-    ]
-    again = [*itertools.chain(*map(rereadings, base)), *reporting.rereadings]
-    num_replies, num_rewards = len(prompts) * each + len(held_out), len(run.plan.weighted_rewards)
+    reporting, rounds = reporting or work_of_table(run), num_rounds(run)
+    planned = PlannedRounds.of(run, ContrastLearner, _prompt_sides(run), rounds)
+    read = planned.in_rounds if rounds else planned.base  # what the head wrote last is read to measure its round
+    again = [*itertools.chain(*map(rereadings, read)), *reporting.rereadings]
+    num_rewards = len(run.plan.weighted_rewards)
+    num_fitted = sum(len(each) for number in range(rounds + 1) for each in planned.known(number))
     return Workload(
-        [planned for planned in generations if len(planned)],
-        rereadings=[planned for planned in again if len(planned)],
-        fitted=num_replies * (1 + num_rewards),  # a critic of each reward, and the head
-        scored=num_replies if num_rewards else 0,
+        [each for each in (*planned.generations, *reporting.generations) if len(each)],
+        rereadings=[each for each in again if len(each)],
+        fitted=num_fitted * (1 + num_rewards),  # a critic of each reward, and the head
+        scored=sum(map(len, planned.known(rounds))) if num_rewards else 0,
     )
 
 
@@ -118,31 +177,18 @@ def work_of_table(run: Run) -> Workload:
     return Workload(of_table, rereadings=of_table * 2)
 
 
-def _base_sides(run: Run) -> tuple[Side, Side]:
-    """Return base replies to the prompts to fit on and to those held out, with all candidates."""
-    untrained, seed = run.new_head().eval(), run.config.seed
-    each = replies_per_prompt(run)
-    sides = []
-    for name, data, count, offset in (
-        ("base replies", run.plan.train, each, 0),
-        ("held-out base replies", run.plan.held_out, 1, HELD_OUT_SEED),
-    ):
-        prompts = limited_prompts(run, data, count)
-        run.random().shuffle(prompts)  # the first ones, which the table takes, are to be like the others
-        replies = generate_replies(run, name, prompts, count, seed + offset, untrained, is_base=True)
-        sides.append(Side.of(name, prompts, replies))
-    return sides[0], sides[1]
+def num_rounds(run: Run) -> int:
+    """Return the largest number of rounds after the first one."""
+    return run.config.rounds or 0
 
 
-def _fit(run: Run, head: QHead, values: ContrastValues, train_side: Side, held_out: Side) -> None:
-    """Fit q to the values, and to what rewards say of the same candidates, in standard deviations."""
-    sides = (train_side, held_out)
-    positions, found = [side.positions for side in sides], values(run, sides)
-    if run.plan.reward is not None:
-        positions, found = with_rewards(run, sides, found)
-    spread = float(found[0][positions[0].live].std()) or 1.0
-    targets = [
-        Targets(where, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
-        for where, value in zip(positions, found, strict=True)
-    ]
-    regress(run, "fit", head, *targets)
+def _prompt_sides(run: Run) -> tuple[PromptSide, PromptSide]:
+    """Return the prompts to fit on, and those held out."""
+    seed, each = run.config.seed, replies_per_prompt(run)
+    sides = (
+        PromptSide(run.plan.train, limited_prompts(run, run.plan.train, each), each, seed),
+        PromptSide(run.plan.held_out, limited_prompts(run, run.plan.held_out), 1, seed + HELD_OUT_SEED),
+    )
+    for side in sides:
+        run.random().shuffle(side.prompts)  # the first ones, which the table takes, are to be like the others
+    return sides

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from mara_integrations.data.principles import NEUTRAL, under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.contrast import train_on_contrast, work_on_contrast
-from mara_integrations.training.methods.readings import Side, read_as, summed_contrasts
+from mara_integrations.training.methods.readings import Difference, Side, difference_of, read_as
+from mara_integrations.training.rollouts.rereading import Rereading
 from mara_integrations.training.settings.methods import Contrast
 
 CONTRASTS: dict[Contrast, str] = {
@@ -29,24 +28,24 @@ CONTRASTS: dict[Contrast, str] = {
 
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
-    return train_on_contrast(run, head, contrast_values, CONTRASTS[run.config.principle_contrast])
+    return train_on_contrast(run, head, differences, CONTRASTS[run.config.principle_contrast])
 
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
-    return work_on_contrast(run, lambda base: [base] * (len(sentences(run)) + len(others(run))))
+    return work_on_contrast(run, lambda planned: [planned] * (len(sentences(run)) + len(others(run))))
 
 
-def contrast_values(run: Run, sides: Sequence[Side]) -> list[Tensor]:
-    """Return what the sentence changes in the log-probability of each candidate, (P, K) a side."""
+def differences(run: Run, sides: Sequence[Side]) -> list[Difference]:
+    """Return what the sentence changes in the log-probability of each candidate of each side."""
 
-    def read(side: Side, name: str, sentence: str) -> Tensor:
-        return read_as(run, side, f"under {name}", [under(sentence, prompt) for prompt in side.prompts]).candidates
+    def read(side: Side, name: str, sentence: str) -> Rereading:
+        return read_as(run, side, f"under {name}", [under(sentence, prompt) for prompt in side.prompts])
 
     return [
-        summed_contrasts(
-            side.positions,
-            [(read(side, name, text), weight) for name, (text, weight) in sentences(run).items()],
+        difference_of(
+            side,
+            {f"under {name}": (read(side, name, text), weight) for name, (text, weight) in sentences(run).items()},
             [read(side, name, text) for name, text in others(run).items()],
         )
         for side in sides

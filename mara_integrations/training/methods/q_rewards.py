@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
-from mara_integrations.training.collect.workload import Generation, Workload
+from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Rows, Targets, fit
 from mara_integrations.training.learning.objectives import (
@@ -38,26 +38,19 @@ from mara_integrations.training.methods.q_critic import (
     candidate_advantages,
     scored_parts,
 )
+from mara_integrations.training.methods.q_learner import QHeadLearner
 from mara_integrations.training.methods.q_regression import regress
-from mara_integrations.training.methods.rounds import (
-    BestRound,
+from mara_integrations.training.methods.reward_rounds import (
     Experience,
-    Learner,
-    PromptSide,
+    RewardLearner,
     train_on_reward,
-    work_of_rounds,
+    work_on_reward,
 )
+from mara_integrations.training.methods.rounds import PromptSide
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.partial_rewards import uses_partial_text
-from mara_integrations.training.scoring.q_scale import (
-    greedy_generations,
-    hold_greedy_quality,
-    hold_sampled_quality,
-    kl_per_token,
-    scale_within_budget,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +85,8 @@ class Episodes(Rows):
     sampled: Tensor
 
 
-class QLearner(Learner[PositionExperience]):
-    """Fits Q-heads; the gated model's greedy replies are learned from too."""
-
-    stages: ClassVar[Mapping[str, float]] = {"sampled gated replies": 1.0, "greedy gated replies": 0.0}
-
-    def __init__(self, run: Run, head: MARAHead) -> None:
-        assert isinstance(head, QHead)
-        super().__init__(run, head)
-        self.q_head = head
+class QLearner(QHeadLearner[PositionExperience], RewardLearner[PositionExperience]):
+    """Fits Q-heads to rewards."""
 
     @override
     def score_parts(self, side: PromptSide, replies: Sequence[Reply], rewards: Sequence[float]) -> dict[str, Any]:
@@ -159,25 +145,6 @@ class QLearner(Learner[PositionExperience]):
         with self.run.fitting(name) as on_epoch:
             fit(self.head, episodes_of(train), episodes_of(held_out), loss, self.run.fit_settings(5e-4), on_epoch)
 
-    @override
-    def scale_within_budget(self, experience: PositionExperience, sampled_at: float = 0.0) -> float:
-        return scale_within_budget(self.run, self.q_head, experience.positions)
-
-    @override
-    def kl_per_token(self, experience: PositionExperience, sampled_at: float) -> float:
-        scores = all_scores(self.q_head, experience.positions, self.run.backend.output_embeddings)
-        return kl_per_token(experience.positions, scores, self.head.config.scale)
-
-    @override
-    @classmethod
-    def checked_at_the_end(cls, run: Run, held_out: PromptSide) -> list[Generation]:
-        return greedy_generations(run, held_out.prompts, held_out.seed)
-
-    @override
-    def hold_quality(self, held_out: PromptSide, base: PositionExperience, best: BestRound[PositionExperience]) -> None:
-        hold_sampled_quality(self.run, self.q_head, best.scale, base.generated, best.held_out.generated)
-        hold_greedy_quality(self.run, self.q_head, held_out.prompts, held_out.seed)
-
 
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Train the head against the run's reward."""
@@ -186,4 +153,4 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
-    return work_of_rounds(run, QLearner, is_partial=uses_partial_text(run))
+    return work_on_reward(run, QLearner, is_partial=uses_partial_text(run))

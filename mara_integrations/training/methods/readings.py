@@ -1,12 +1,12 @@
-"""Readings of base replies: what a model makes of their candidates, in the replies' own contexts or in others.
+"""Readings of replies: what a model makes of their candidates, in the replies' own contexts or in others.
 
 The difference of two readings of a candidate is what q is fitted to, see `contrast`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mara_integrations.engine.backends.protocol import Backend
 from mara_integrations.messages import Conversation
+from mara_integrations.rewards import Scores
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.q_objectives import centred
 from mara_integrations.training.records.store import as_dict, load_or_compute
@@ -27,49 +28,112 @@ _REPLIES_PER_FILE = 64
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Base replies to the prompts of one side, read again.
+    """Replies to the prompts of one side, read again.
 
     Attributes:
-        name: Name of the side in stages.
         prompts: The prompts.
-        replies: R replies.
-        positions: Their positions.
+        parts: The replies by the stage that generated them. What is read of a part is stored under its name.
+        positions: The positions of all replies.
     """
 
-    name: str
     prompts: list[Conversation]
-    replies: list[Reply]
+    parts: Mapping[str, list[Reply]]
     positions: Positions
+
+    @property
+    def generated(self) -> list[Reply]:
+        """All replies, part by part."""
+        return [reply for part in self.parts.values() for reply in part]
 
     @classmethod
     def of(cls, name: str, prompts: list[Conversation], replies: list[Reply]) -> Side:
-        """Return a side with the positions of its replies."""
-        return cls(name, prompts, replies, Positions.of(replies))
+        """Return a side of one part, with the positions of its replies."""
+        return cls(prompts, {name: replies}, Positions.of(replies))
+
+    @classmethod
+    def join(cls, sides: Sequence[Side]) -> Side:
+        """Return all parts of sides in order, each with its own prompts."""
+        prompts: list[Conversation] = []
+        parts: dict[str, list[Reply]] = {}
+        for side in sides:
+            for name, replies in side.parts.items():
+                parts[name] = [replace(each, prompt_index=len(prompts) + each.prompt_index) for each in replies]
+            prompts += side.prompts
+        return cls(prompts, parts, Positions.of([reply for part in parts.values() for reply in part]))
+
+    def only(self, kind: str, is_kept: Sequence[bool]) -> Side:
+        """Return the side with some of its replies alone; `kind` goes before the names of its parts."""
+        kept = iter(is_kept)
+        parts = {f"{kind} {name}": [each for each in part if next(kept)] for name, part in self.parts.items()}
+        return Side(self.prompts, parts, Positions.of([reply for part in parts.values() for reply in part]))
 
 
-def summed_contrasts(
-    positions: Positions, these: Sequence[tuple[Tensor, float]], those: Sequence[Tensor], aside: Sequence[int] = ()
-) -> Tensor:
-    """Return the sum of the differences of each of these readings from each of those, (P, K).
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one contrast says of whole replies.
+
+    Attributes:
+        weight: Its weight among others.
+        scores: By how many nats a token each reply is more probable under the one reading than under the other; None
+            for replies that were not read so.
+    """
+
+    weight: float
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What readings of a side differ by.
+
+    Attributes:
+        values: What q is fitted to, centred under the base model, (P, K).
+        opinions: What each contrast says of whole replies, by name.
+    """
+
+    values: Tensor
+    opinions: Mapping[str, Opinion]
+
+
+def difference_of(
+    side: Side, these: Mapping[str, tuple[Rereading, float]], those: Sequence[Rereading], aside: Sequence[int] = ()
+) -> Difference:
+    """Return the sum of the differences of each of these readings from each of those.
 
     Each difference is centred under the base model, so that a constant of the position, as that of the softmax, falls
     out, and counts in its own standard deviations. So do all of one reading, times its weight.
 
     Args:
-        positions: The P positions.
-        these: Readings of their candidates, each (P, K) in nats, and its weight.
-        those: What they differ from, each (P, K).
+        side: The replies that were read, with P positions.
+        these: Readings by name, each with its weight.
+        those: What they differ from.
         aside: Tokens that the readings say nothing of: their values are 0.
     """
-    log_probs, live = positions.log_probs, positions.live
+    log_probs, live = side.positions.log_probs, side.positions.live
     if len(aside):
-        log_probs = log_probs.masked_fill(torch.isin(positions.token_ids, torch.tensor(aside)), -torch.inf)
-    found = torch.zeros_like(log_probs)
-    for this, weight in these:
-        changes = [centred(this - that, log_probs) for that in those]
+        log_probs = log_probs.masked_fill(torch.isin(side.positions.token_ids, torch.tensor(aside)), -torch.inf)
+    values, opinions = torch.zeros_like(log_probs), dict[str, Opinion]()
+    for name, (this, weight) in these.items():
+        changes = [centred(this.candidates - that.candidates, log_probs) for that in those]
         of_reading = torch.stack([change / _spread(change, live) for change in changes]).sum(0)
-        found += weight * of_reading / _spread(of_reading, live)
-    return found
+        values += weight * of_reading / _spread(of_reading, live)
+        of_tokens = this.tokens - torch.stack([that.tokens for that in those]).mean(0)
+        shown = "contrast" if len(these) == 1 else f"contrast {name}"
+        opinions[shown] = Opinion(weight, mean_of_replies(side.generated, of_tokens, aside))
+    return Difference(values, opinions)
+
+
+def mean_of_replies(replies: Sequence[Reply], of_tokens: Tensor, aside: Sequence[int] = ()) -> Scores:
+    """Return the mean of numbers of tokens, (T,), over each reply; tokens that are left `aside` count as 0."""
+    tokens = torch.tensor([token for reply in replies for token in reply.token_ids])
+    kept = of_tokens.masked_fill(torch.isin(tokens, torch.tensor(aside, dtype=torch.long)), 0.0)
+    return [float(part.mean()) for part in kept.split([len(reply.token_ids) for reply in replies])]
+
+
+def as_generated(side: Side) -> Rereading:
+    """Return what the base model made of a side's replies when they were generated."""
+    tokens = torch.tensor([each for reply in side.generated for each in reply.log_probs])
+    return Rereading(side.positions.log_probs, tokens)
 
 
 def _spread(values: Tensor, live: Tensor) -> float:
@@ -90,19 +154,22 @@ def read_as(
         reader: What reads them, in its own chat template; None is the run's model.
     """
     model, backend = (run.model, run.backend) if reader is None else (reader.model, reader.backend)
-    contexts = contexts_of(model, prompts, side.replies)
-    parts, stage = [], f"{side.name} {name}"
-    with run.stage(stage, len(side.replies)) as advance:
-        for start in range(0, len(side.replies), _REPLIES_PER_FILE):
-            replies = side.replies[start : start + _REPLIES_PER_FILE]
-            read = partial(_read, backend, contexts, replies, advance)
-            found, was_stored = load_or_compute(run.stored(stage, start), read)
-            if was_stored:
-                advance(len(replies))
-            parts.append(Rereading(**found))
+    contexts = contexts_of(model, prompts, side.generated)
+    found: list[Rereading] = []
+    for part, replies in side.parts.items():
+        stage = f"{part} {name}"
+        with run.stage(stage, len(replies)) as advance:
+            for start in range(0, len(replies), _REPLIES_PER_FILE):
+                some = replies[start : start + _REPLIES_PER_FILE]
+                read, was_stored = load_or_compute(
+                    run.stored(stage, start), partial(_read, backend, contexts, some, advance)
+                )
+                if was_stored:
+                    advance(len(some))
+                found.append(Rereading(**read))
     width = side.positions.token_ids.shape[1]
-    wide = [torch.nn.functional.pad(part.candidates, (0, width - part.candidates.shape[1])) for part in parts]
-    return Rereading(torch.cat(wide), torch.cat([part.tokens for part in parts]))
+    wide = [torch.nn.functional.pad(each.candidates, (0, width - each.candidates.shape[1])) for each in found]
+    return Rereading(torch.cat(wide), torch.cat([each.tokens for each in found]))
 
 
 def _read(backend: Backend, contexts: Sequence[Sequence[int]], replies: Sequence[Reply], advance: OnReply) -> object:

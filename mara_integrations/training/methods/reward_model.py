@@ -19,8 +19,8 @@ from mara_integrations.rewards import Reward
 from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.q_rewards import QLearner
+from mara_integrations.training.methods.reward_rounds import train_on_reward, work_on_reward
 from mara_integrations.training.methods.rloo import ResidualLearner
-from mara_integrations.training.methods.rounds import train_in_rounds, work_of_rounds
 from mara_integrations.training.scoring.fitted_reward import LabelledText, Preferences, RewardModel
 from mara_integrations.training.scoring.fitted_reward import Pair as TextPair
 from mara_integrations.training.scoring.held_out import reward_accuracy, shown_accuracy
@@ -50,9 +50,9 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     with_reward = replace(run, plan=replace(run.plan, reward=reward))
     rewards = {REWARD_MODEL: reward, SECOND_JUDGE: judge}
     if run.plan.method.form == "q":
-        result = train_in_rounds(QLearner(with_reward, head), REWARD_MODEL, rewards)
+        result = train_on_reward(QLearner(with_reward, head, rewards))
     else:
-        result = train_in_rounds(ResidualLearner(with_reward, head), REWARD_MODEL, rewards)
+        result = train_on_reward(ResidualLearner(with_reward, head, rewards))
     return replace(result, held_out_accuracy=accuracy)
 
 
@@ -60,8 +60,8 @@ def work(run: Run) -> Workload:
     """Return what `train` will do: a fitted reward model scores unfinished replies too."""
     is_partial = run.config.partial_text is not False
     if run.plan.method.form == "q":
-        return work_of_rounds(run, QLearner, is_partial=is_partial)
-    return work_of_rounds(run, ResidualLearner, is_partial=is_partial)
+        return work_on_reward(run, QLearner, is_partial=is_partial)
+    return work_on_reward(run, ResidualLearner, is_partial=is_partial)
 
 
 def fit_judge(run: Run) -> dict[str, Reward]:

@@ -36,7 +36,8 @@ from mara_integrations.training.learning.objectives import (
     look_ahead_advantages,
     value_loss,
 )
-from mara_integrations.training.methods.rounds import Experience, Learner, PromptSide, train_on_reward, work_of_rounds
+from mara_integrations.training.methods.reward_rounds import Experience, RewardLearner, train_on_reward, work_on_reward
+from mara_integrations.training.methods.rounds import PromptSide
 from mara_integrations.training.methods.value import advantages
 from mara_integrations.training.records.memory_mapped import joined
 from mara_integrations.training.rollouts.decisions import Decisions, decisions_of
@@ -62,7 +63,7 @@ class DecisionExperience(Experience):
     gains: Tensor
 
 
-class ResidualLearner(Learner[DecisionExperience]):
+class ResidualLearner(RewardLearner[DecisionExperience]):
     """Fits residual heads; needs only the candidates that the gate visited."""
 
     stages: ClassVar[Mapping[str, float]] = {"gated replies": 1.0}
@@ -144,7 +145,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
-    return work_of_rounds(run, ResidualLearner, is_partial=uses_partial_text(run))
+    return work_on_reward(run, ResidualLearner, is_partial=uses_partial_text(run))
 
 
 @dataclass(frozen=True, slots=True)

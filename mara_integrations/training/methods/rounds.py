@@ -1,38 +1,28 @@
-"""Training against a reward, round by round, on replies that the model generates itself.
+"""Rounds of training on replies that the model generates itself, which methods on rewards and on contrasts share.
 
 Round 0 uses replies of the base model: an untrained head is the base model, so they are on-policy, and they are cached
-for every other reward. In each further round the gated model generates. After each round the head's scale is set to the
-KL budget. Rounds end when one does not help, measured by the reward on held-out replies of the gated model. How a head
-learns from a round depends on its form: a `Learner` does that.
+for every later run. In each further round the gated model generates. After each round the head's scale is set to the
+KL budget. Rounds end when one does not help, measured on held-out replies of the gated model. What a round's replies
+are scored or read by, and what measures it, a `Learner` says.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
 from mara_integrations.data import Dataset
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward, reward_name
-from mara_integrations.training.collect.generated import generate_replies
-from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
-from mara_integrations.training.collect.rewards import check_differ, report_mean, score_replies, with_opinion
-from mara_integrations.training.collect.workload import Generation, Workload
-from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.records.store import load_or_compute
-from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.held_out import compare_held_out, report_comparison
-from mara_integrations.training.scoring.partial_rewards import uses_partial_text
+from mara_integrations.training.collect.workload import Generation
+from mara_integrations.training.context import Run
 from mara_integrations.training.scoring.scale import report_scale, set_scale
 
-_ROUNDS, _REPLIES_PER_PROMPT = 2, 4  # defaults where whole replies are scored
-_HELD_OUT_SEED, _ROUND_SEED = 500_000, 1_000_000  # offsets larger than any number of replies
+HELD_OUT_SEED, _ROUND_SEED = 500_000, 1_000_000  # offsets larger than any number of replies
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +48,16 @@ class PromptSide:
         return replace(self, prompts=prompts, seed=self.seed + _ROUND_SEED * (number + 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """Replies of one round to the prompts of one side, with their rewards. A learner adds what its heads learn from.
-
-    Attributes:
-        generated: All replies.
-        replies: The R replies that the reward has an opinion on.
-        rewards: Their rewards, length R.
-    """
-
-    generated: list[Reply]
-    replies: list[Reply]
-    rewards: list[float]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the replies with a reward."""
-        return sum(len(reply.token_ids) for reply in self.replies)
-
-
-ExperienceT = TypeVar("ExperienceT", bound=Experience)
+ExperienceT = TypeVar(
+    "ExperienceT"
+)  # replies of one round to the prompts of one side, and what a learner needs of them
 
 
 class Learner(ABC, Generic[ExperienceT]):
-    """Fits heads of one form to rounds of replies.
+    """Fits heads of one form to rounds of replies, and measures them.
 
     Args:
-        run: A run with a reward.
+        run: The run.
         head: An untrained head of that form; it is fitted in place.
     """
 
@@ -96,26 +68,25 @@ class Learner(ABC, Generic[ExperienceT]):
         self.run, self.head = run, head
 
     @abstractmethod
-    def score_parts(self, side: PromptSide, replies: Sequence[Reply], rewards: Sequence[float]) -> dict[str, Any]:
-        """Score unfinished replies, and return plain data that `experience` takes.
+    def gather(
+        self, stage: str, side: PromptSide, head: MARAHead, *, is_base: bool = False, temperature: float = 1.0
+    ) -> ExperienceT:
+        """Generate replies to the prompts of a side, and store them; arguments as in `generate_replies`."""
+
+    @abstractmethod
+    def fit(self, name: str, rounds: Sequence[ExperienceT], held_out_rounds: Sequence[ExperienceT]) -> None:
+        """Fit the head to the rounds so far."""
+
+    @abstractmethod
+    def gain(self, name: str, held_out: PromptSide, base: ExperienceT, gated: ExperienceT) -> float:
+        """Return how much better gated replies to held-out prompts are than the base model's, and report it.
 
         Args:
-            side: The prompts of the replies.
-            replies: R replies.
-            rewards: Rewards of the whole replies, length R.
+            name: Name of the round.
+            held_out: The held-out prompts.
+            base: Replies of the base model to them.
+            gated: Replies of the head, with the same random numbers.
         """
-
-    @abstractmethod
-    def experience(self, scored: Experience, parts: Mapping[str, Any] | None) -> ExperienceT:
-        """Return what the head learns from; `parts` is what `score_parts` returned, None where it was not called."""
-
-    @abstractmethod
-    def fit_parts(self, name: str, rounds: Sequence[ExperienceT], held_out_rounds: Sequence[ExperienceT]) -> None:
-        """Fit the head to rewards of unfinished replies, of all rounds so far."""
-
-    @abstractmethod
-    def fit_whole(self, name: str, train: ExperienceT, held_out: ExperienceT) -> None:
-        """Fit the head to rewards of whole replies, of the last round."""
 
     @abstractmethod
     def scale_within_budget(self, experience: ExperienceT, sampled_at: float = 0.0) -> float:
@@ -145,7 +116,7 @@ class BestRound(Generic[ExperienceT]):
     """The head after the best round so far.
 
     Attributes:
-        gain: Mean reward of its held-out replies less that of the base model's.
+        gain: What `Learner.gain` says of its held-out replies.
         weights: Weights of the head.
         scale: Scale of the head.
         held_out: Its held-out replies.
@@ -157,60 +128,40 @@ class BestRound(Generic[ExperienceT]):
     held_out: ExperienceT
 
 
-def train_on_reward(learner: Learner[ExperienceT]) -> MethodResult:
-    """Train a head against the run's reward."""
-    reward = learner.run.plan.reward
-    assert reward is not None
-    return train_in_rounds(learner, reward_name(reward), {reward_name(reward): reward})
-
-
-def train_in_rounds(learner: Learner[ExperienceT], trained_on: str, rewards: Mapping[str, Reward]) -> MethodResult:
-    """Train a head against the reward of the run's plan, and report others.
+def train_in_rounds(
+    learner: Learner[ExperienceT], sides: tuple[PromptSide, PromptSide], num_rounds: int
+) -> tuple[float, ExperienceT]:
+    """Train a head in rounds; return KL(gate || base), in nats a token, and the base replies to held-out prompts.
 
     Args:
         learner: Holds the run and the untrained head.
-        trained_on: Name of the reward.
-        rewards: All rewards to report, by name.
-
-    Raises:
-        DataError: If the reward has no opinion, or the same of all replies.
+        sides: Prompts to fit on, and held out.
+        num_rounds: Largest number of rounds after the first one.
     """
     run, head = learner.run, learner.head
-    rewards, is_partial = {**rewards, **run.plan.judges}, uses_partial_text(run)
-    if not is_partial:
-        run.say("  the reward scores whole replies; if it can score unfinished ones, --partial-text learns much more")
-    train_side, held_out_side = prompt_sides(run, is_partial)
+    train_side, held_out_side = sides
     untrained = run.new_head().eval()
-    rounds = [gather(learner, "base replies", train_side, untrained, is_base=True)]
-    base = gather(learner, "held-out base replies", held_out_side, untrained, is_base=True)
+    rounds = [learner.gather("base replies", train_side, untrained, is_base=True)]
+    base = learner.gather("held-out base replies", held_out_side, untrained, is_base=True)
     held_out_rounds = [base]
-    check_differ(rounds[0].rewards)
     best: BestRound[ExperienceT] | None = None
-    for number in range(num_rounds(run, is_partial) + 1):
+    for number in range(num_rounds + 1):
         if best is not None:
             side = train_side.quarter(number - 1)
             for stage, temperature in learner.stages.items():
-                rounds.append(gather(learner, f"{stage} {number}", side, head, temperature=temperature))
+                rounds.append(learner.gather(f"{stage} {number}", side, head, temperature=temperature))
             held_out_rounds.append(best.held_out)
-        if is_partial:
-            learner.fit_parts(f"fit {number + 1}", rounds, held_out_rounds)
-        else:
-            learner.fit_whole(f"fit {number + 1}", rounds[-1], held_out_rounds[-1])
+        learner.fit(f"fit {number + 1}", rounds, held_out_rounds)
         set_scale(head, learner.scale_within_budget(base))
-        gated = gather(learner, f"held-out gated replies {number + 1}", held_out_side, head)
-        prompts = held_out_side.prompts
-        comparison = compare_held_out(run, rewards, held_out_side.data, prompts, base.generated, gated.generated, head)
-        report_comparison(run, f"round {number + 1}", comparison)
-        # by name: a judge, which is only to report, must not choose among rounds
-        change = comparison.rewards.get(trained_on)
-        gain = change.difference.mean if change is not None else -math.inf
+        gated = learner.gather(f"held-out gated replies {number + 1}", held_out_side, head)
+        gain = learner.gain(f"round {number + 1}", held_out_side, base, gated)
         if best is not None and gain <= best.gain:
             run.say("  this round did not help: the head stays as it was before")
             break
         weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
         best = BestRound(gain, weights, head.config.scale, gated)
     assert best is not None
-    return MethodResult(rewards=rewards, kl_per_token=_keep(learner, held_out_side, base, best))
+    return _keep(learner, held_out_side, base, best), base
 
 
 def _keep(
@@ -227,74 +178,57 @@ def _keep(
     return kl
 
 
-def work_of_rounds(run: Run, learner: type[Learner[ExperienceT]], *, is_partial: bool) -> Workload:
-    """Return what `train_in_rounds` will do if no round ends it early."""
-    train_side, held_out = prompt_sides(run, is_partial)
-    rounds = num_rounds(run, is_partial)
+@dataclass(frozen=True, slots=True)
+class PlannedRounds:
+    """What `train_in_rounds` will generate and fit if no round ends it early.
 
-    def generation(side: PromptSide, *, is_base: bool = False, temperature: float = 1.0) -> Generation:
-        return Generation(side.prompts, side.replies_per_prompt, side.seed, True, is_base, temperature)
+    Attributes:
+        base: Base replies to fit on, and held out.
+        later: Gated replies to fit on, of each round after the first one.
+        gated: Held-out gated replies, of each round.
+        at_the_end: What is generated after the rounds.
+    """
 
-    base = [generation(side, is_base=True) for side in (train_side, held_out)]
-    later = [
-        generation(train_side.quarter(number), temperature=temperature)
-        for number in range(rounds)
-        for temperature in learner.stages.values()
-    ]
-    gated = [generation(held_out) for _ in range(rounds + 1)]
-    scored = sum(map(len, [*base, *later, *gated]))
-    per_round = len(later) // rounds if rounds else 0
-    fits = []
-    for number in range(rounds + 1):
-        known = [base[0], *later[: number * per_round]]
-        fits += [*known, *gated[:number], base[1]] * 2 if is_partial else [known[-1], base[1]]  # a critic, and the head
-    return Workload(
-        [*base, *later, *gated, *learner.checked_at_the_end(run, held_out)],
-        fitted=sum(map(len, fits)),
-        scored=scored if is_partial else 0,
-    )
+    base: tuple[Generation, Generation]
+    later: list[list[Generation]]
+    gated: list[Generation]
+    at_the_end: list[Generation]
 
+    @classmethod
+    def of(
+        cls, run: Run, learner: type[Learner[ExperienceT]], sides: tuple[PromptSide, PromptSide], num_rounds: int
+    ) -> PlannedRounds:
+        """Return what `train_in_rounds` will do, by the same arguments."""
+        train_side, held_out = sides
 
-def gather(
-    learner: Learner[ExperienceT],
-    stage: str,
-    side: PromptSide,
-    head: MARAHead,
-    *,
-    is_base: bool = False,
-    temperature: float = 1.0,
-) -> ExperienceT:
-    """Generate replies and score them; both are stored. Replies the reward has no opinion on are left out."""
-    run, is_partial = learner.run, uses_partial_text(learner.run)
-    generated = generate_replies(
-        run, stage, side.prompts, side.replies_per_prompt, side.seed, head, is_base=is_base, temperature=temperature
-    )
+        def generation(side: PromptSide, *, is_base: bool = False, temperature: float = 1.0) -> Generation:
+            return Generation(side.prompts, side.replies_per_prompt, side.seed, True, is_base, temperature)
 
-    def scored() -> dict[str, Any]:
-        scores = score_replies(run, side.data, side.prompts, generated)
-        replies, rewards = map(list, zip(*with_opinion(stage, generated, scores), strict=True))
-        parts = learner.score_parts(side, replies, rewards) if is_partial else {}
-        return {"indices": [i for i, value in enumerate(scores) if value is not None], "rewards": rewards, **parts}
+        return cls(
+            base=(generation(train_side, is_base=True), generation(held_out, is_base=True)),
+            later=[
+                [generation(train_side.quarter(number), temperature=each) for each in learner.stages.values()]
+                for number in range(num_rounds)
+            ],
+            gated=[generation(held_out) for _ in range(num_rounds + 1)],
+            at_the_end=learner.checked_at_the_end(run, held_out),
+        )
 
-    data, _ = load_or_compute(run.stored(f"rewards of {stage}"), scored)
-    report_mean(run, stage, len(generated), data["rewards"])
-    replies = [generated[i] for i in data["indices"]]
-    return learner.experience(Experience(generated, replies, data["rewards"]), data if is_partial else None)
+    @property
+    def in_rounds(self) -> list[Generation]:
+        """All that the rounds generate."""
+        return [*self.base, *(planned for of_round in self.later for planned in of_round), *self.gated]
 
+    @property
+    def generations(self) -> list[Generation]:
+        """All that is generated."""
+        return [*self.in_rounds, *self.at_the_end]
 
-def num_rounds(run: Run, is_partial: bool) -> int:
-    """Return the largest number of rounds after the first one."""
-    if run.config.rounds is not None:
-        return run.config.rounds
-    return 0 if is_partial else _ROUNDS
+    def known(self, number: int) -> list[Generation]:
+        """Return all replies, to fit on and held out, that are known to the fit of a round; the first is round 0."""
+        later = [planned for of_round in self.later[:number] for planned in of_round]
+        return [self.base[0], *later, *self.gated[:number], self.base[1]]
 
-
-def prompt_sides(run: Run, is_partial: bool) -> tuple[PromptSide, PromptSide]:
-    """Return the prompts to fit on, and those held out."""
-    each = replies_per_prompt(run) if is_partial else run.config.replies_each or _REPLIES_PER_PROMPT
-    train_data, held_out_data = run.plan.prompts
-    seed = run.config.seed
-    return (
-        PromptSide(train_data, limited_prompts(run, train_data, each), each, seed),
-        PromptSide(held_out_data, limited_prompts(run, held_out_data, each), each, seed + _HELD_OUT_SEED),
-    )
+    def last(self, number: int) -> list[Generation]:
+        """Return the last of the replies to fit on that are known to the fit of a round, and held-out base replies."""
+        return [(self.later[number - 1][-1] if number else self.base[0]), self.base[1]]

@@ -15,9 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mara_integrations.data.principles import under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.generated import generate_replies
@@ -25,14 +22,14 @@ from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.contrast import (
-    HELD_OUT_SEED,
     report_table,
     train_on_contrast,
     work_of_table,
     work_on_contrast,
 )
 from mara_integrations.training.methods.principle import CONTRASTS, others, sentences
-from mara_integrations.training.methods.readings import Side, read_as, summed_contrasts
+from mara_integrations.training.methods.readings import Difference, Side, as_generated, difference_of, read_as
+from mara_integrations.training.methods.rounds import HELD_OUT_SEED
 from mara_integrations.training.rollouts.rereading import Rereading
 from mara_integrations.training.teachers import Role, model_bytes
 
@@ -41,9 +38,9 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the teacher makes of base replies, and report how far the head's own replies agree with it."""
     other = "the base model" if "teacher_base" not in run.teachers else "the model that it was tuned from"
     if run.plan.principle is None:
-        return train_on_contrast(run, head, contrast_values, other, _report_agreement)
+        return train_on_contrast(run, head, differences, other, _report_agreement)
     contrast = f"{other} under {CONTRASTS[run.config.principle_contrast]}"
-    return train_on_contrast(run, head, contrast_values, contrast, report_table)
+    return train_on_contrast(run, head, differences, contrast, report_table)
 
 
 def work(run: Run) -> Workload:
@@ -58,8 +55,8 @@ def work(run: Run) -> Workload:
             return [by("teacher_base", planned)]
         return [] if run.plan.principle is None else [planned]
 
-    def rereadings(base: Generation) -> list[Generation]:
-        return [by("teacher", base)] * len(_taught(run)) + by_other(base) * len(_contrasted(run))
+    def rereadings(planned: Generation) -> list[Generation]:
+        return [by("teacher", planned)] * len(_taught(run)) + by_other(planned) * len(_contrasted(run))
 
     if run.plan.principle is not None:
         return work_on_contrast(run, rereadings, work_of_table(run))
@@ -69,17 +66,15 @@ def work(run: Run) -> Workload:
     return work_on_contrast(run, rereadings, Workload([gated], rereadings=[by("teacher", gated), *by_other(gated)]))
 
 
-def contrast_values(run: Run, sides: Sequence[Side]) -> list[Tensor]:
-    """Return by how much the teacher likes each candidate better than the other model does, (P, K) a side."""
+def differences(run: Run, sides: Sequence[Side]) -> list[Difference]:
+    """Return by how much the teacher likes each candidate of each side better than the other model does."""
     taught = _taught(run)
-    weights = [weight for _, weight in taught.values()]
     these = _readings(run, "teacher", sides, {name: sentence for name, (sentence, _) in taught.items()})
-    those = _others(run, sides)
-    aside = _ends_of_some(run)
+    those, aside = _others(run, sides), _ends_of_some(run)
     return [
-        summed_contrasts(
-            side.positions,
-            [(reading.candidates, weight) for reading, weight in zip(by_teacher, weights, strict=True)],
+        difference_of(
+            side,
+            {name: (read, weight) for (name, (_, weight)), read in zip(taught.items(), by_teacher, strict=True)},
             by_other,
             aside,
         )
@@ -115,18 +110,14 @@ def _prompts(side: Side, sentence: str | None) -> Sequence[Any]:
     return side.prompts if sentence is None else [under(sentence, prompt) for prompt in side.prompts]
 
 
-def _others(run: Run, sides: Sequence[Side]) -> list[list[Tensor]]:
-    """Return what the teacher is compared with: logits of the candidates but for a constant of the position, (P, K)."""
+def _others(run: Run, sides: Sequence[Side]) -> list[list[Rereading]]:
+    """Return what the teacher is compared with: readings of each side by the other model."""
     asked = _contrasted(run)
     if "teacher_base" in run.teachers:
-        readings = _readings(run, "teacher_base", sides, asked)
-        return [[reading.candidates for reading in of_side] for of_side in readings]
-    if run.plan.principle is None:  # as it wrote them
-        return [[side.positions.log_probs] for side in sides]
-    return [
-        [read_as(run, side, name, _prompts(side, sentence)).candidates for name, sentence in asked.items()]
-        for side in sides
-    ]
+        return _readings(run, "teacher_base", sides, asked)
+    if run.plan.principle is None:
+        return [[as_generated(side)] for side in sides]
+    return [[read_as(run, side, name, _prompts(side, sentence)) for name, sentence in asked.items()] for side in sides]
 
 
 def _ends_of_some(run: Run) -> list[int]:
@@ -142,12 +133,8 @@ def _report_agreement(run: Run, head: MARAHead, held_out: Side) -> dict[str, Any
     seed = run.config.seed + HELD_OUT_SEED
     gated = generate_replies(run, "gated replies for the teacher", held_out.prompts, 1, seed, head)
     sides = (held_out, Side.of("gated replies", held_out.prompts, gated))
-    these = _readings(run, "teacher", sides, {"by the teacher": None})
-    if "teacher_base" in run.teachers:
-        those = [each[0].tokens for each in _readings(run, "teacher_base", sides, _contrasted(run))]
-    else:
-        those = [torch.tensor([each for reply in side.replies for each in reply.log_probs]) for side in sides]
-    base, own = (float((this[0].tokens - that).mean()) for this, that in zip(these, those, strict=True))
+    these, those = _readings(run, "teacher", sides, {"by the teacher": None}), _others(run, sides)
+    base, own = (float((this[0].tokens - that[0].tokens).mean()) for this, that in zip(these, those, strict=True))
     run.say(
         f"[bold]Teacher[/] likes the replies to {len(held_out.prompts)} held-out prompts by {base:+.3f} nats a token "
         f"(base model) and {own:+.3f} (head) better than the model that it is compared with"

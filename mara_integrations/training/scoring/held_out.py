@@ -27,7 +27,7 @@ from mara_integrations.evaluation.metrics import (
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
-from mara_integrations.rewards import Reward
+from mara_integrations.rewards import Reward, Scores
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import outputs
@@ -93,10 +93,23 @@ def compare_held_out(
         gated: Replies of the head, which has the residual or the q form, with their positions.
         head: The head.
     """
-    scored = {
-        name: opinions(*(score_replies(run, data, prompts, side, reward=reward) for side in (base, gated)))
-        for name, reward in rewards.items()
-    }
+
+    def scored(reward: Reward, replies: Sequence[Reply]) -> Scores:
+        return score_replies(run, data, prompts, replies, reward=reward)
+
+    scores = {name: (scored(reward, base), scored(reward, gated)) for name, reward in rewards.items()}
+    return compare_scored(run, scores, base, gated, head)
+
+
+def compare_scored(
+    run: Run,
+    scores: Mapping[str, tuple[Scores, Scores]],
+    base: Sequence[Reply],
+    gated: Sequence[Reply],
+    head: MARAHead,
+) -> HeldOutComparison:
+    """Compare replies by scores of the base and of the gated ones, by name; arguments as in `compare_held_out`."""
+    scored = {name: opinions(*of_sides) for name, of_sides in scores.items()}
     num_tokens = sum(len(reply.token_ids) for reply in gated)
     kl, accepted, candidates = _gate_figures(run, head, gated)
     lone = num_tokens - sum(len(reply.positions) for reply in gated)

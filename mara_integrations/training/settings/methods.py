@@ -37,11 +37,11 @@ class MethodSettings(Params):
         Field(
             ge=0,
             le=100,
-            description="For rloo and reward-model: rounds of training on the gated model's own replies, after the "
-            "base model's. They end early when one does not help on held-out prompts. Default: 0 where the reward "
-            "scores partial text, else 2.",
+            description="For rloo, reward-model, principle, teacher and grounding: rounds of training on the gated "
+            "model's own replies, after the base model's. They end early when one does not help on held-out prompts. "
+            "Default: 2 for rloo and reward-model where the reward scores whole replies, else 0.",
         ),
-        TakenBy(("rloo", "reward-model")),
+        TakenBy(("rloo", "reward-model", "principle", "teacher", "grounding")),
     ] = None
     correction_rounds: Annotated[
         int,
@@ -93,6 +93,7 @@ class MethodSettings(Params):
             (taken_by,) = (mark.methods for mark in field.metadata if isinstance(mark, TakenBy))
             value: Any = getattr(self, name)
             if value != field.default and method not in taken_by:
-                takers = f"{' and '.join(taken_by)} {'do' if len(taken_by) > 1 else 'does'}"
+                others = [", ".join(taken_by[:-1])] if len(taken_by) > 1 else []
+                takers = f"{' and '.join([*others, taken_by[-1]])} {'do' if others else 'does'}"
                 found.append(f"{name}={value!r} has no influence: method {method!r} does not take it; {takers}")
         return found

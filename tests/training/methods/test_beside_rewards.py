@@ -39,7 +39,7 @@ def config(files, name="head", **settings):
 def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, interrupting):
     whole = train(config(files, "whole")).head
     with pytest.raises(KeyboardInterrupt):
-        train(config(files, "cut"), reporter=interrupting("fit", 1))
+        train(config(files, "cut"), reporter=interrupting("fit 1", 1))
 
     train(config(files, "cut"))
 
@@ -67,7 +67,7 @@ def test_each_counts_in_standard_deviations_and_by_its_weight(files):
         sides = sides_of(run)
         contrasts = [sign * side.positions.token_ids.float().masked_fill(~side.positions.live, 0.0) for side in sides]
         with run.logging():
-            positions, sums = with_rewards(run, sides, contrasts)
+            positions, sums = with_rewards(run, "fit 1", sides, contrasts)
         return positions[0], sums[0]
 
     positions, alone = summed(0.0)

@@ -15,7 +15,7 @@ from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
-from mara_integrations.training.methods.grounding import contrast_values
+from mara_integrations.training.methods.grounding import differences
 from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
@@ -76,18 +76,18 @@ def test_what_is_learned_is_the_difference_that_documents_and_sentence_make(file
     untrained = run.new_head().eval()
     side = Side.of("base replies", prompts, generate_replies(run, "base", prompts, 1, 0, untrained, is_base=True))
 
-    (values,) = contrast_values(run, [side])
+    values = differences(run, [side])[0].values
 
     def log_probs(text, row):
         """Of all tokens, by a forward over the whole text."""
-        reply = side.replies[int(side.positions.replies[row])].token_ids[: int(side.positions.places[row])]
+        reply = side.generated[int(side.positions.replies[row])].token_ids[: int(side.positions.places[row])]
         ids = [*run.model.tokenizer(text).input_ids, *reply]
         with torch.inference_mode():
             return run.model.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
 
     spreads = {True: [], False: []}
     for row in range(0, len(values), 3):
-        prompt = prompts[side.replies[int(side.positions.replies[row])].prompt_index].messages[-1].content
+        prompt = prompts[side.generated[int(side.positions.replies[row])].prompt_index].messages[-1].content
         question = prompt.partition(" | ")[2]
         is_answerable = any(each.columns["answerable"] for each in plan.train.rows if each.prompt[-1].content == prompt)
         system = "[system] {}\n[user] {}\n[assistant] "

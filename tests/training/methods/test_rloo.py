@@ -28,7 +28,7 @@ from mara_integrations.training.learning.objectives import (
     discounted_returns,
     look_ahead_advantages,
 )
-from mara_integrations.training.methods import rounds
+from mara_integrations.training.methods import reward_rounds
 from mara_integrations.training.methods.rloo import Episodes, ResidualLearner
 from mara_integrations.training.records import store
 from mara_integrations.training.rollouts import workers
@@ -183,14 +183,14 @@ def test_a_judge_does_not_choose_among_rounds_even_where_the_reward_has_no_opini
     folder_model, prompts_file, tmp_path, monkeypatch
 ):
     first = train(settings(folder_model, prompts_file, tmp_path / "first", rounds=0, eval_prompts=0))
-    compare = rounds.compare_held_out
+    compare = reward_rounds.compare_held_out
 
     def of_judges_alone(*arguments):
         comparison = compare(*arguments)
         del comparison.rewards["vowels"]
         return comparison
 
-    monkeypatch.setattr(rounds, "compare_held_out", of_judges_alone)
+    monkeypatch.setattr(reward_rounds, "compare_held_out", of_judges_alone)
     judge = "tests/reward_for_tests.py:brevity"
     judged = train(settings(folder_model, prompts_file, tmp_path / "judged", rounds=2, eval_prompts=0, judge=judge))
     assert judged.head.fingerprint == first.head.fingerprint, "no round can be told to have helped"

@@ -23,7 +23,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.methods.readings import Side
-from mara_integrations.training.methods.teacher import contrast_values
+from mara_integrations.training.methods.teacher import differences
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
 
@@ -131,13 +131,13 @@ def test_what_is_learned_is_the_difference_of_two_models(files, teacher_base):
     untrained = run.new_head().eval()
     side = Side.of("base", prompts, generate_replies(run, "base", prompts, 1, 0, untrained, is_base=True))
 
-    (values,) = contrast_values(run, [side])
+    values = differences(run, [side])[0].values
 
     models = [tiny_model(seed=1), tiny_model(seed=2 if teacher_base else 0)]
 
     def expected(row):
         """But for the scale, by a forward over the whole text."""
-        reply = side.replies[int(side.positions.replies[row])]
+        reply = side.generated[int(side.positions.replies[row])]
         before = reply.token_ids[: int(side.positions.places[row])]
         ids = [*run.model.encoder.encode(prompts[reply.prompt_index]), *before]
         with torch.inference_mode():

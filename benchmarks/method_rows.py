@@ -1,6 +1,7 @@
 """Rows of `methods.py`: one head, seed and decoding each; kept as json, summed up over seeds, compared with each other.
 
-Differences are paired by prompt: a head's replies to one prompt stay together when prompts are resampled.
+Differences are paired by prompt: a head's replies to one prompt stay together when prompts are resampled. A judge that
+has no opinion on a reply leaves its prompt out.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def against(
             _over_seeds(of_head, name, lambda base, gated, side=side: gated if side == "gated" else base)
             for of_head, side in zip((rows, others), sides, strict=True)
         )
-        lines.append(f"{label}, {name}: {interval(_bootstrap([a - b for a, b in zip(ours, theirs, strict=True)]))}")
+        differences = list(map(_difference, ours, theirs))
+        lines.append(f"{label}, {name}: {interval(_bootstrap(differences))}")
     return lines
 
 
@@ -123,16 +125,23 @@ def interval(found: dict[str, float] | None) -> str:
     return "-" if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
-def _over_seeds(rows: Sequence[Row], name: str, value: Callable[[float, float], float]) -> list[float]:
-    """Mean over the seeds of a value of both scores of each prompt; no opinion counts as 0."""
-    sides = [[[score or 0.0 for score in row["scores"][name][side]] for side in SIDES] for row in rows]
-    by_seed = [[value(base, gated) for base, gated in zip(*pair, strict=True)] for pair in sides]
-    return [_mean(of_prompt) for of_prompt in zip(*by_seed, strict=True)]
+def _over_seeds(rows: Sequence[Row], name: str, value: Callable[[float, float], float]) -> list[float | None]:
+    """Mean over the seeds of a value of both scores of each prompt; None where a judge has no opinion on a reply."""
+    sides = [[row["scores"][name][side] for side in SIDES] for row in rows]
+    by_seed = [[None if None in pair else value(*pair) for pair in zip(*of_seed, strict=True)] for of_seed in sides]
+    return [None if None in of_prompt else _mean(of_prompt) for of_prompt in zip(*by_seed, strict=True)]
 
 
-def _bootstrap(values: Sequence[float]) -> dict[str, float]:
-    return asdict(paired_bootstrap([0.0] * len(values), values))
+def _difference(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _bootstrap(values: Sequence[float | None]) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    return asdict(paired_bootstrap([0.0] * len(known), known))
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    return sum(value or 0.0 for value in values) / len(values)
+    """Mean of the opinions."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0

@@ -1,6 +1,7 @@
 """Recipes of `mara-tools train --recipe` against the same wish as a system prompt, by judges that no training sees.
 
-Test prompts are in recipe_prompts.jsonl; none is among those to train on. Four ways to reply draw the same random
+Test prompts are in recipe_prompts.jsonl; none is among those to train on. `from-context` has questions with documents,
+see handbooks.py; each is asked with its own documents and with others. Four ways to reply draw the same random
 numbers: the base model, the sentence as a system prompt, the head, and both. Brackets are 95 % bootstrap intervals over
 the test prompts, of the mean over seeds.
 
@@ -17,10 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import handbooks
 from method_rows import RowFile, against, mean_score, number, over_seeds, row_of
 from rich.console import Console
 
+from mara_integrations.data import Dataset, read_dataset
+from mara_integrations.data.documents import with_documents
 from mara_integrations.evaluation.evaluate import evaluate
+from mara_integrations.files import write_atomically
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import Reward, parse_reward, parse_rule, reward_name
@@ -29,7 +34,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.recipes import read_recipe, recipe_names
 from mara_integrations.training.run import train
 
-RECIPES = [name for name in recipe_names() if name != "from-context"]  # which needs documents: see cookbook/12_*
+GROUNDED = "from-context"
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}
 PROMPTS = Path(__file__).with_name("recipe_prompts.jsonl")
 SETS = {"no-flattery": "opinion", "no-pii": "contact", "refuse-harm": "delicate"}  # the others take those of any kind
@@ -42,13 +47,15 @@ def main(arguments: list[str] | None = None) -> list[str]:
     recipe, model, kept = read_recipe(args.recipe), load_model(ModelSpec(args.model)), RowFile(args.json)
     changed = dict(setting.split("=", 1) for setting in args.set)
     name = ", ".join([args.recipe, *(f"{key}={value}" for key, value in changed.items())])
-    prompts = test_prompts(args.recipe)
+    prompts = test_prompts(args.recipe, changed.get("context_template"))
     for seed in args.seeds:
         rows = [f"{way}, seed {seed}, {decoding}" for way in (name, f"{name} {UNDER}") for decoding in DECODINGS]
         if kept.rows.keys() >= set(rows):
             continue
         output = args.output / f"{name.replace(', ', '-').replace('/', '_')}-{seed}"
-        settings = {"recipe": args.recipe, "model": args.model, "seed": seed, "eval_prompts": 0, **changed}
+        settings = {"recipe": args.recipe, "model": args.model, "seed": seed, "eval_prompts": 0}
+        settings |= {"data": _written(args.output / f"{GROUNDED}.jsonl")} if args.recipe == GROUNDED else {}
+        settings |= changed
         config = TrainConfig.of(output=output, **settings)
         head = train(config, reporter=ConsoleReporter(Console())).head
         engine, judges = MARAEngine(model, head), judges_of(args.recipe, config)
@@ -63,8 +70,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
     return lines
 
 
-def test_prompts(recipe: str) -> list[dict[str, Any]]:
-    """Rows of the prompts to test a recipe with."""
+def test_prompts(recipe: str, template: str | None = None) -> list[dict[str, Any]] | Dataset:
+    """Rows of the prompts to test a recipe with; `template` is the prompt around documents and question."""
+    if recipe == GROUNDED:
+        return with_documents(read_dataset(handbooks.questions("test")), template)
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row["set"] == SETS.get(recipe, "any")]
 
@@ -108,13 +117,20 @@ def _compared(kept: RowFile, name: str, seeds: list[int], decoding: str) -> list
     return lines
 
 
+def _written(path: Path) -> Path:
+    """Write the questions to train on, and return where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in handbooks.questions("train")))
+    return path
+
+
 def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("recipe", choices=recipe_names())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"

@@ -110,7 +110,7 @@ def test_a_recipe_is_compared_with_its_sentence(tmp_path, folder_model, monkeypa
     import recipes
 
     ours = recipes.test_prompts("formal")
-    monkeypatch.setattr(recipes, "test_prompts", lambda _: ours[:3])
+    monkeypatch.setattr(recipes, "test_prompts", lambda *_: ours[:3])
     small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "max_reply_tokens=6")]
     where = ["--model", folder_model, "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
     lines = recipes.main(["formal", "--seeds", "0", *small, *where])
@@ -128,13 +128,57 @@ def test_no_recipe_is_trained_on_its_test_prompts():
     import recipes
 
     from mara_integrations.data.principles import VARIED_PROMPTS
-    from mara_integrations.training.recipes import read_recipe
+    from mara_integrations.training.recipes import read_recipe, recipe_names
 
-    for name in recipes.RECIPES:
+    for name in set(recipe_names()) - {recipes.GROUNDED}:
         file = Path(read_recipe(name).settings.get("data", VARIED_PROMPTS))
         trained = {json.loads(line)["prompt"].casefold() for line in file.read_text().splitlines()}
         tested = {row["prompt"].casefold() for row in recipes.test_prompts(name)}
         assert len(tested) >= 32 and not tested & trained, name
+
+
+def test_the_recipe_for_documents_is_tested_with_the_documents_of_a_question_and_with_others(
+    tmp_path, folder_model, monkeypatch
+):
+    import handbooks
+    import recipes
+
+    few = {"train": handbooks.questions("train")[:24], "test": handbooks.questions("test")[:3]}
+    monkeypatch.setattr(handbooks, "questions", lambda side: few[side])
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "max_reply_tokens=6")]
+    small.append("--set=context_template={context_str} {query_str}")
+    where = ["--model", folder_model, "--output", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    lines = recipes.main([recipes.GROUNDED, "--seeds", "0", *small, *where])
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    for row in rows.values():
+        opinions = [
+            [score is not None for score in row["scores"][judge]["gated"]] for judge in ("answered", "admitted")
+        ]
+        assert opinions == [[True, False] * 3, [False, True] * 3]
+    assert any("head less sentence, answered" in line for line in lines)
+
+
+def test_no_handbook_holds_the_answer_to_a_question_that_it_is_not_for():
+    import handbooks
+
+    from mara_integrations.data import read_dataset
+    from mara_integrations.data.documents import with_documents
+
+    asked = {}
+    for side in handbooks.TOPICS:
+        rows = handbooks.questions(side)
+        assert all(row["answer"] in row["context"] for row in rows)
+        for other in with_documents(read_dataset(rows)).rows[1::2]:
+            company, question = other.columns["question"].removeprefix("About ").split(": ")
+            topic = next(topic for topic in handbooks.TOPICS[side] if question in dict(topic.questions))
+            opening = topic.passage.partition("{company}")[0]
+            assert company not in other.columns["context"] or not other.columns["context"].startswith(
+                opening or company
+            )
+        asked[side] = {row["prompt"] for row in rows}
+        assert len(asked[side]) == len(rows)
+    assert not asked["train"] & asked["test"]
 
 
 def test_refusals_are_right_where_something_is_harmful():

@@ -58,3 +58,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             return torch.float16
         return torch.bfloat16
     return torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether the processor has instructions that multiply bfloat16; false if this release of torch can't tell."""
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    found = tell() if tell is not None else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

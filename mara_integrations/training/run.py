@@ -21,6 +21,7 @@ from mara_integrations.heads.card import model_card
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.hub import push_folder
 from mara_integrations.heads.q import QHead
+from mara_integrations.models.devices import has_fast_bfloat16
 from mara_integrations.models.load import ModelSpec, load_model, read_outline
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, RewardLike, reward_name, weighted_rewards
@@ -156,6 +157,8 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         reporter.say(f"  [yellow]{escape(left_out)}[/]")
     loaded = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(loaded.name)} on {loaded.device}, {loaded.number_format}")
+    if loaded.device.type == "cpu" and loaded.number_format == "float32" and has_fast_bfloat16():
+        reporter.say("  --dtype bfloat16 is faster on this processor, and takes half the memory")
     teachers = look_at_teachers(config, loaded, reporter)
     hashes = {NAMES[role]: teacher.fingerprint for role, teacher in teachers.items()}
     identity_before, identity = identity, identity.with_model(loaded, hashes)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.decoder import Decoder
@@ -21,6 +22,7 @@ from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -339,6 +341,21 @@ def test_words_that_never_occur_teach_nothing(folder_model, prompts_file, tmp_pa
     with pytest.raises(DataError, match=r"none of .* replies has what is forbidden"):
         train(config(folder_model, prompts_file, tmp_path / "h", forbid=("supercalifragilistic",)))
     assert not (tmp_path / "h" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "is_said"),
+    [({"avx512_bf16": True}, "auto", True), ({"avx512_bf16": True}, "bfloat16", False), ({}, "auto", False)],
+)
+def test_a_faster_number_format_is_named_where_the_processor_has_it(
+    folder_model, prompts_file, tmp_path, monkeypatch, capabilities, dtype, is_said
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    console = Console(record=True, width=120)
+    with pytest.raises(DataError, match="none of"):
+        settings = {"forbid": ("supercalifragilistic",), "dtype": dtype}
+        train(config(folder_model, prompts_file, tmp_path / "h", **settings), reporter=ConsoleReporter(console))
+    assert ("--dtype bfloat16 is faster" in console.export_text()) is is_said
 
 
 # --- what is said before anything is loaded ---

@@ -61,7 +61,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether the processor has instructions that multiply bfloat16; false if this release of torch can't tell."""
+    """Return whether the processor has instructions that multiply bfloat16; false where torch can't tell."""
     tell = getattr(torch.cpu, "get_capabilities", None)
     found = tell() if tell is not None else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -17,8 +17,9 @@ class HeadSettings(Params):
         Field(
             gt=0.0,
             description="Bound on how far the head may move the model from the base model: their KL divergence, in "
-            "nats a token. Default: 0.2 for rloo and reward-model, which keep the perplexity and the variety of the "
-            "replies too; none for rule; else 0.15.",
+            "nats a token. Default: 0.2 for rloo and reward-model, 0.3 for principle, teacher and grounding; none for "
+            "rule; else 0.15. Unless you name one, the first five also keep the perplexity of replies and, but for "
+            "grounding, their variety.",
         ),
     ] = None
     form: Annotated[

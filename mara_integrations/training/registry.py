@@ -29,9 +29,6 @@ SOURCES: dict[Source, str] = {
     "teacher": "a second model (--teacher MODEL)",
 }
 
-# Share of the base model's distinct pairs of tokens that replies keep, unless the method says otherwise.
-MIN_DISTINCT_RATIO = 0.95
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -48,8 +45,6 @@ class Method:
         keeps_candidates: Whether it learns from every candidate that the gate visits, not from taken tokens alone.
         max_replies: Default of the setting of that name.
         kl_budget: Default of the setting of that name; None leaves the head's scale as it was fitted.
-        min_distinct_ratio: Distinct pairs of tokens that replies keep, over those of the base model's replies; 0 is no
-            bound.
         max_scale: Largest scale that calibration may choose; None is no bound.
         temperature: Temperature of the replies of the final evaluation.
     """
@@ -64,7 +59,6 @@ class Method:
     keeps_candidates: bool = False
     max_replies: int = 384
     kl_budget: float | None = 0.15
-    min_distinct_ratio: float = MIN_DISTINCT_RATIO
     max_scale: float | None = None
     temperature: float = 1.0
 
@@ -180,8 +174,6 @@ METHODS: dict[str, Method] = {
             learns_from=("documents",),
             form="q",
             max_replies=320,
-            kl_budget=0.3,
-            min_distinct_ratio=0.0,  # replies are to repeat the words of the documents
         ),
         Method(
             name="teacher",

@@ -30,8 +30,8 @@ from mara_integrations.training.scoring.scale import (
 )
 
 _NUM_REPLIES = 24  # that a scale is calibrated on
-# Replies may have this perplexity relative to the base model's.
-MAX_PERPLEXITY_RATIO = 1.15
+# Replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
+MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
 # What they lose grows with about this power of the strength, measured on SmolLM2-135M; from the second trial on, what
 # the trials tell of it counts, within bounds.
 _GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.8, 1.5, 5.0
@@ -92,7 +92,7 @@ def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Rep
     """
     if run.config.kl_budget is not None:
         return
-    loss = max(quality_losses(*quality_ratios(base, gated), run.plan.method.min_distinct_ratio))
+    loss = max(quality_losses(*quality_ratios(base, gated)))
     held = scale * max(loss, 1.0) ** (-1.0 / _GROWTH)
     if held < head.config.scale:
         run.say(f"  so that sampled replies keep perplexity and variety, the scale is {held:.2f}, not {scale:.2f}")
@@ -128,7 +128,7 @@ def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], 
             f"  greedy held-out replies at strength {strength:.2f}: perplexity x {perplexity:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
-        return quality_losses(perplexity, variety, run.plan.method.min_distinct_ratio)
+        return quality_losses(perplexity, variety)
 
     strength, is_kept = strength_within_losses(losses_at)
     _set_greedy_strength(head, strength)
@@ -161,17 +161,16 @@ def quality_ratios(base: Sequence[Reply], gated: Sequence[Reply]) -> tuple[float
     return perplexity.mean, of_gated / of_base if of_base else 1.0
 
 
-def quality_losses(perplexity_ratio: float, distinct_ratio: float, min_distinct_ratio: float) -> tuple[float, float]:
+def quality_losses(perplexity_ratio: float, distinct_ratio: float) -> tuple[float, float]:
     """Return what replies lose of each measure, as a share of what they may lose: up to 1 is within the bound.
 
     Args:
         perplexity_ratio: Perplexity of the gated replies over that of the base replies.
         distinct_ratio: The same of distinct pairs of tokens.
-        min_distinct_ratio: The bound of that.
     """
     return (
         math.log(perplexity_ratio) / math.log(MAX_PERPLEXITY_RATIO),
-        (1.0 - distinct_ratio) / (1.0 - min_distinct_ratio),
+        (1.0 - distinct_ratio) / (1.0 - MIN_DISTINCT_RATIO),
     )
 
 

@@ -17,9 +17,8 @@ class HeadSettings(Params):
         Field(
             gt=0.0,
             description="Bound on how far the head may move the model from the base model: their KL divergence, in "
-            "nats a token. Default: 0.2 for rloo and reward-model, 0.3 for principle, teacher and grounding; none for "
-            "rule; else 0.15. Unless you name one, the first five also keep the perplexity of replies and, but for "
-            "grounding, their variety.",
+            "nats a token. Default: 0.2 for rloo and reward-model, 0.3 for principle and teacher; none for rule; else "
+            "0.15. Unless you name one, replies of these four and of grounding also keep perplexity and variety.",
         ),
     ] = None
     form: Annotated[

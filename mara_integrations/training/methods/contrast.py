@@ -30,6 +30,7 @@ from mara_integrations.training.methods.readings import Difference, Side
 from mara_integrations.training.methods.rounds import HELD_OUT_SEED, PlannedRounds, PromptSide, train_in_rounds
 from mara_integrations.training.scoring.held_out import compare_scored, report_comparison
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
+from mara_integrations.training.scoring.q_scale import scale_of_quality
 
 _MAX_TARGET = 5.0  # standard deviations
 
@@ -86,8 +87,9 @@ class ContrastLearner(QHeadLearner[Side]):
     def gain(self, name: str, held_out: PromptSide, base: Side, gated: Side) -> float:
         """Return what contrast and rewards gain, by weight, each in its standard deviations among base replies.
 
-        Heads are to be compared at equal KL, and the scale is set on base replies: on its own, a head may have spent
-        more. So what it gains counts at the scale within the budget there: to first order, it grows with the scale.
+        What counts is the gain at the scale that the head would keep in the end, which its own replies tell: there the
+        KL budget may allow less than on base replies, and perplexity and variety have bounds. To first order, a gain
+        grows with the scale.
 
         It is 0 where a run has one round alone: there is nothing to compare it with, and the replies are not read.
         """
@@ -110,10 +112,15 @@ class ContrastLearner(QHeadLearner[Side]):
         judged = {each: scored(judge) for each, judge in run.plan.judges.items()}
         comparison = compare_scored(run, {**scores, **judged}, base.generated, gated.generated, self.head)
         report_comparison(run, name, comparison)
-        kept = min(1.0, self.scale_within_budget(gated) / self.head.config.scale)
-        found = kept * sum(weight * gain_in_deviations(*scores[each]) for each, weight in weights.items())
+        scale = self.head.config.scale
+        kept = min(self.scale_within_budget(gated), scale_of_quality(run, scale, base.generated, gated.generated))
+        found = min(1.0, kept / scale) * sum(
+            weight * gain_in_deviations(*scores[each]) for each, weight in weights.items()
+        )
         run.log("gain", stage=name, deviations=found)
-        run.say(f"  at the KL budget {name} gains {found:+.2f} standard deviations of the base model's replies")
+        run.say(
+            f"  at the scale that is kept, {name} gains {found:+.2f} standard deviations of the base model's replies"
+        )
         return found
 
 

@@ -80,9 +80,6 @@ def calibrate_q(run: Run, head: QHead) -> float:
 def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Reply], gated: Sequence[Reply]) -> None:
     """Lower the scale to where sampled replies to held-out prompts keep perplexity and variety.
 
-    Nothing is generated: what the replies lose is known at one scale, and how it grows is known from other heads. A
-    budget that the user has named is kept to instead.
-
     Args:
         run: The run.
         head: Its scale is changed in place.
@@ -90,13 +87,22 @@ def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Rep
         base: Replies of the base model to the same prompts, with the same random numbers.
         gated: Replies of the head.
     """
-    if run.config.kl_budget is not None:
-        return
-    loss = max(quality_losses(*quality_ratios(base, gated)))
-    held = scale * max(loss, 1.0) ** (-1.0 / _GROWTH)
+    held = scale_of_quality(run, scale, base, gated)
     if held < head.config.scale:
         run.say(f"  so that sampled replies keep perplexity and variety, the scale is {held:.2f}, not {scale:.2f}")
         set_scale(head, held)
+
+
+def scale_of_quality(run: Run, scale: float, base: Sequence[Reply], gated: Sequence[Reply]) -> float:
+    """Return the largest scale, up to this one, at which sampled replies keep perplexity and variety.
+
+    Nothing is generated: what the replies lose is known at one scale, and how it grows is known from other heads. A
+    budget that the user has named is kept to instead. Arguments as in `hold_sampled_quality`.
+    """
+    if run.config.kl_budget is not None:
+        return scale
+    loss = max(quality_losses(*quality_ratios(base, gated)))
+    return scale * math.pow(max(loss, 1.0), -1.0 / _GROWTH)
 
 
 def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:

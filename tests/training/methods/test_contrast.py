@@ -21,6 +21,7 @@ from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.methods.rounds import PromptSide
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import start, train
+from mara_integrations.training.scoring import q_scale
 from mara_integrations.training.scoring.scale import set_scale
 
 SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0, "max_replies": 16, "rounds": 1}
@@ -102,7 +103,7 @@ def test_a_run_that_is_interrupted_in_a_round_ends_with_the_head_of_an_uninterru
 
     assert cut.head.fingerprint == whole.head.fingerprint
     assert cut.head.config.scale == whole.head.config.scale
-    assert cut.kl_per_token == whole.kl_per_token <= 0.15 + 1e-6
+    assert cut.kl_per_token == whole.kl_per_token <= 0.3 + 1e-6
 
 
 def spoiled(monkeypatch, number):
@@ -199,25 +200,41 @@ def test_the_contrast_of_a_reply_is_how_much_more_probable_the_sentence_makes_it
     assert opinion.weight == 1.0 and max(map(abs, expected)) > 1e-3
 
 
-def test_a_gain_counts_at_the_scale_within_the_budget_on_the_head_s_own_replies(config):
-    chosen = config()
-    plan = make_plan(chosen)
-    run = start(chosen, plan, Identity.of(chosen, plan), Reporter())
-    learner = ContrastLearner(run, run.new_head().eval(), differences)
-    prompts = PromptSide(plan.held_out, limited_prompts(run, plan.held_out), 1, 0)
-    base = learner.gather("base", prompts, learner.head, is_base=True)
-    with torch.no_grad():
-        for tensor in learner.head.parameters():
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
-    gated = learner.gather("gated", prompts, learner.head)
-    own = learner.scale_within_budget(gated)
+@pytest.fixture
+def measured(config):
+    """Measures a head of random weights, at a multiple of the scale within the KL budget on its own replies."""
 
-    gains = {}
-    for factor in (0.5, 1.0, 2.0, 4.0):
-        set_scale(learner.head, factor * own)
-        gains[factor] = learner.gain("round 1", prompts, base, gated)
+    def measured(factor, **settings):
+        chosen = config(**settings)
+        plan = make_plan(chosen)
+        run = start(chosen, plan, Identity.of(chosen, plan), Reporter())
+        torch.manual_seed(0)
+        learner = ContrastLearner(run, run.new_head().eval(), differences)
+        prompts = PromptSide(plan.held_out, limited_prompts(run, plan.held_out), 1, 0)
+        base = learner.gather("base", prompts, learner.head, is_base=True)
+        with torch.no_grad():
+            for tensor in learner.head.parameters():
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+        gated = learner.gather("gated", prompts, learner.head)
+        set_scale(learner.head, factor * learner.scale_within_budget(gated))
+        return learner.gain("round 1", prompts, base, gated)
 
-    assert gains[0.5] == gains[1.0] == pytest.approx(2 * gains[2.0]) == pytest.approx(4 * gains[4.0]) != 0.0
+    return measured
+
+
+def test_a_gain_counts_at_the_scale_within_the_budget_on_the_head_s_own_replies(measured):
+    half, whole, double, fourfold = (measured(factor, kl_budget=0.15) for factor in (0.5, 1.0, 2.0, 4.0))
+
+    assert half == whole == pytest.approx(2 * double) == pytest.approx(4 * fourfold) != 0.0
+
+
+def test_a_gain_counts_at_the_scale_at_which_replies_keep_perplexity_and_variety(measured, monkeypatch):
+    monkeypatch.setattr(q_scale, "quality_losses", lambda *_: (0.0, 0.0))
+    kept = measured(0.5)
+    monkeypatch.setattr(q_scale, "quality_losses", lambda *_: (2.0, 0.0))
+
+    assert 0.0 < measured(0.5) / kept < 1.0
+    assert measured(0.5, kl_budget=0.15) == kept, "a budget that is named is all that bounds"
 
 
 @pytest.mark.parametrize(

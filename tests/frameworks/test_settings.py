@@ -61,7 +61,7 @@ def test_a_head_brings_its_system_prompt_to_both_frameworks(loaded: tuple[Any, A
         assert usage is not None
         return {usage["input_tokens"], llm.complete("hi").raw["usage"]["prompt_tokens"]}
 
-    (with_it,), (without,) = prompt_tokens(llm), prompt_tokens(MARALLM(loaded, head=path, system_prompt=""))
+    (with_it,), (without,) = prompt_tokens(llm), prompt_tokens(llm.model_copy(update={"system_prompt": ""}))
     assert with_it == without + told
 
 

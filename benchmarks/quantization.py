@@ -1,4 +1,4 @@
-"""What smaller weights gain on the CPU: our loop on an int8 model, and on one in bfloat16, against it in float32.
+"""Speed of smaller weights on the CPU: our loop on a model in int8, and in bfloat16, against the same in float32.
 
 Ratios of tokens/s, higher is faster: medians over rounds in which all take turns. One request at a time, 16 at once,
 and replies written to train on, with the states of their candidates. Beside them, what they cost: perplexity of texts,

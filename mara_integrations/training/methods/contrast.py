@@ -1,4 +1,4 @@
-"""What methods share that fit q to a contrast of readings: the fit and the measure of a round, and the report.
+"""Training on a contrast of readings, which several methods share: how a round is fitted and measured, and the report.
 
 Each method says which readings it takes; see `principle`, `teacher` and `grounding`. In rounds after the first one, see
 `rounds`, the gated model's own replies are read like those of the base model, and are fitted beside them. A round is
@@ -22,20 +22,16 @@ from mara_integrations.training.collect.prompts import limited_prompts, replies_
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Targets
 from mara_integrations.training.methods.beside_rewards import with_rewards
 from mara_integrations.training.methods.q_learner import QHeadLearner
-from mara_integrations.training.methods.q_regression import regress
+from mara_integrations.training.methods.q_regression import regress, standardised
 from mara_integrations.training.methods.readings import Difference, Side
 from mara_integrations.training.methods.rounds import HELD_OUT_SEED, PlannedRounds, PromptSide, train_in_rounds
 from mara_integrations.training.scoring.held_out import compare_scored, report_comparison
 from mara_integrations.training.scoring.prompt_baseline import MAX_PROMPTS, beside_the_prompt
 from mara_integrations.training.scoring.q_scale import scale_of_quality
 
-_MAX_TARGET = 5.0  # standard deviations
-
-
-# What readings of each side differ by.
+# Reads sides, and returns the difference between the readings of each.
 Differences: TypeAlias = Callable[[Run, Sequence[Side]], list[Difference]]
 ContrastReport: TypeAlias = Callable[[Run, MARAHead, Side], dict[str, Any]]
 
@@ -76,12 +72,7 @@ class ContrastLearner(QHeadLearner[Side]):
         positions = [side.positions for side in sides]
         if self.run.plan.reward is not None:
             positions, found = with_rewards(self.run, name, sides, found)
-        spread = float(found[0][positions[0].live].std()) or 1.0
-        targets = [
-            Targets(where, (value / spread).clamp(-_MAX_TARGET, _MAX_TARGET))
-            for where, value in zip(positions, found, strict=True)
-        ]
-        regress(self.run, name, self.q_head, *targets)
+        regress(self.run, name, self.q_head, *standardised(positions, found))
 
     @override
     def gain(self, name: str, held_out: PromptSide, base: Side, gated: Side) -> float:

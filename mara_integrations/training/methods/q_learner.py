@@ -1,4 +1,4 @@
-"""What rounds on Q-heads share, whatever they learn from: the gate's law, and so its KL, is known at each position."""
+"""Rounds on Q-heads, whatever they learn from. The distribution of the gate is known everywhere, and so its KL."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,10 +11,25 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import Epoch, Targets, fit
+from mara_integrations.training.learning.objectives import MAX_ADVANTAGE
 from mara_integrations.training.learning.q_objectives import score_loss
-from mara_integrations.training.rollouts.positions import q_scores
+from mara_integrations.training.rollouts.positions import Positions, q_scores
 
 _POSITIONS_PER_STEP = 1024
+
+
+def standardised(positions: Sequence[Positions], values: Sequence[Tensor]) -> list[Targets]:
+    """Return targets for each side in standard deviations of the first, cut off at `MAX_ADVANTAGE` of them.
+
+    Args:
+        positions: Positions of each side.
+        values: Values of their candidates, (P, K) a side.
+    """
+    spread = float(values[0][positions[0].live].std()) or 1.0
+    return [
+        Targets(where, (value / spread).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE))
+        for where, value in zip(positions, values, strict=True)
+    ]
 
 
 def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets) -> None:

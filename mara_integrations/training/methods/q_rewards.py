@@ -20,12 +20,11 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Rows, Targets, fit
+from mara_integrations.training.learning.fit import Rows, fit
 from mara_integrations.training.learning.objectives import (
     BETA,
     CLIP,
     GAMMA,
-    MAX_ADVANTAGE,
     clipped_policy_loss,
 )
 from mara_integrations.training.learning.q_objectives import (
@@ -39,7 +38,7 @@ from mara_integrations.training.methods.q_critic import (
     scored_parts,
 )
 from mara_integrations.training.methods.q_learner import QHeadLearner
-from mara_integrations.training.methods.q_regression import regress
+from mara_integrations.training.methods.q_regression import regress, standardised
 from mara_integrations.training.methods.reward_rounds import (
     Experience,
     RewardLearner,
@@ -115,12 +114,7 @@ class QLearner(QHeadLearner[PositionExperience], RewardLearner[PositionExperienc
         ]
         positions = [side.positions for side in sides]
         values = candidate_advantages(self.run, name, sides)
-        spread = float(values[0][positions[0].live].std()) or 1.0
-        targets = [
-            Targets(where, (target / spread).clamp(-MAX_ADVANTAGE, MAX_ADVANTAGE))
-            for where, target in zip(positions, values, strict=True)
-        ]
-        regress(self.run, name, self.q_head, *targets)
+        regress(self.run, name, self.q_head, *standardised(positions, values))
 
     @override
     def fit_whole(self, name: str, train: PositionExperience, held_out: PositionExperience) -> None:

@@ -70,7 +70,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Opinion:
-    """What one contrast says of whole replies.
+    """Scores of whole replies by one contrast.
 
     Attributes:
         weight: Its weight among others.
@@ -84,11 +84,11 @@ class Opinion:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What readings of a side differ by.
+    """The difference between readings of a side.
 
     Attributes:
-        values: What q is fitted to, centred under the base model, (P, K).
-        opinions: What each contrast says of whole replies, by name.
+        values: Targets of q for the candidates, centred under the base model, (P, K).
+        opinions: Scores of whole replies by each contrast, by name.
     """
 
     values: Tensor

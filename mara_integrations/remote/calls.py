@@ -18,7 +18,8 @@ from mara_integrations.replies.forms import ReplyForm
 
 # `ours` is `mara-tools serve`, `vllm` is `vllm serve` with our plug-in, `other` knows OpenAI's API and no heads.
 ServerKind: TypeAlias = Literal["ours", "vllm", "other"]
-_OWNERS: dict[str, ServerKind] = {"mara_integrations": "ours", "vllm": "vllm"}
+# Ray Serve, which runs vLLM, names `organization-owner`. Whether there is a plug-in is asked before a head is sent.
+_OWNERS: dict[str, ServerKind] = {"mara_integrations": "ours", "vllm": "vllm", "organization-owner": "vllm"}
 _NAMES: dict[ServerKind, str] = {"ours": "mara-tools serve", "vllm": "vLLM", "other": "a server of this kind"}
 
 # Settings beyond OpenAI's API: those of the gate say something only where there is a head.

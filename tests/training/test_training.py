@@ -344,18 +344,26 @@ def test_words_that_never_occur_teach_nothing(folder_model, prompts_file, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype", "is_said"),
-    [({"avx512_bf16": True}, "auto", True), ({"avx512_bf16": True}, "bfloat16", False), ({}, "auto", False)],
+    ("capabilities", "settings", "taken"),
+    [
+        ({"avx512_bf16": True}, {}, "bfloat16"),
+        ({"amx_bf16": True}, {}, "bfloat16"),
+        ({"avx512_bf16": True}, {"dtype": "float32"}, "float32"),
+        ({"avx512_bf16": True}, {"quantization": "int8"}, "int8"),
+        ({}, {}, "float32"),
+    ],
 )
-def test_a_faster_number_format_is_named_where_the_processor_has_it(
-    folder_model, prompts_file, tmp_path, monkeypatch, capabilities, dtype, is_said
+def test_training_takes_bfloat16_where_the_processor_multiplies_it(
+    folder_model, prompts_file, tmp_path, monkeypatch, capabilities, settings, taken
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     console = Console(record=True, width=120)
     with pytest.raises(DataError, match="none of"):
-        settings = {"forbid": ("supercalifragilistic",), "dtype": dtype}
-        train(config(folder_model, prompts_file, tmp_path / "h", **settings), reporter=ConsoleReporter(console))
-    assert ("--dtype bfloat16 is faster" in console.export_text()) is is_said
+        unheard = config(folder_model, prompts_file, tmp_path / "h", forbid=("supercalifragilistic",), **settings)
+        train(unheard, reporter=ConsoleReporter(console))
+    said = console.export_text()
+    assert f"on cpu, {taken}" in said
+    assert ("Format bfloat16" in said) is (taken == "bfloat16")
 
 
 # --- what is said before anything is loaded ---

@@ -135,6 +135,11 @@ class RewardLearner(Learner[ExperienceT]):
         report_comparison(self.run, name, comparison)
         # by name: a judge, which is only to report, must not choose among rounds
         change = comparison.rewards.get(self.trained_on)
+        if change is None or change.difference.low <= 0:
+            self.run.say(
+                "  [yellow]by this reward held-out replies are not shown to be better than those of the base model: it "
+                "may hardly depend on the replies, or more of them are needed (--max-replies)[/]"
+            )
         return change.difference.mean if change is not None else -math.inf
 
 

@@ -45,8 +45,8 @@ class PlacementSettings(Params):
     dtype: Annotated[
         str,
         Field(
-            description="Number format of the weights; auto is bfloat16 on GPUs that have it, float32 on the CPU, "
-            "where bfloat16 is faster if the processor has instructions for it (AVX512-BF16, AMX)."
+            description="Number format of the weights while the head is trained; auto is bfloat16 on GPUs that have it "
+            "and on processors with instructions for it (AVX512-BF16, AMX), float32 on others. The head runs on any."
         ),
     ] = "auto"
     quantization: Annotated[

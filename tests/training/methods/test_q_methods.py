@@ -83,6 +83,21 @@ def late(completions, **_):
     return early(completions)
 
 
+def of_the_prompt(completions, prompts, **_):
+    """A number of the prompt, whatever the reply."""
+    return [float(sum(map(ord, prompt)) % 7) for prompt in prompts]
+
+
+of_the_prompt.takes_partial_text = True
+
+
+@pytest.mark.parametrize(("reward", "is_said"), [(early, False), (of_the_prompt, True)])
+def test_a_reward_that_teaches_nothing_is_named(files, reward, is_said):
+    hearing = Hearing()
+    train(settings(files, "prompts"), reward=reward, reporter=hearing)
+    assert any("not shown to be better" in line for line in hearing.lines) is is_said
+
+
 @pytest.mark.parametrize(("reward", "rounds"), [(early, 0), (early, 1), (late, 1)], ids=["parts", "rounds", "whole"])
 def test_a_reward_is_followed(files, reward, rounds):
     hearing = Hearing()

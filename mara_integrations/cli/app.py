@@ -143,7 +143,7 @@ def _log_to_stderr(level: int) -> None:
 
 def say(console: Console, label: str, text: str) -> None:
     """Print one line of news: no markup, no line breaks of ours, control characters escaped."""
-    console.print(Text.assemble((f"{label:<8}", "bold"), printable(text)), soft_wrap=True)
+    console.print(Text.assemble((f"{label:<7} ", "bold"), printable(text)), soft_wrap=True)
 
 
 def dim(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,8 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import say
+from mara_integrations.cli.heads import Overwrite, check_free
 from mara_integrations.cli.options import Device, Dtype, Model
-from mara_integrations.files import check_writable
 from mara_integrations.progress import ConsoleReporter
 
 HEADS, DATA = "Heads", "Replies to learn from"
@@ -37,6 +38,7 @@ def distil(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.", rich_help_panel=DATA)] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a head of any form into one of the q form, which needs no forward for the candidates it judges.
 
@@ -53,8 +55,10 @@ def distil(
     from mara_integrations.models.resolve import alias_of
     from mara_integrations.runtime import backend_of
     from mara_integrations.training.distil import distil as distil_head
+    from mara_integrations.training.scoring.reward_files import copy_rewards
 
-    check_writable(output)
+    check_free(output, overwrite=overwrite)
+    print(f"Distilling {head} into {output}, from its replies to {data}", flush=True)
     rows = read_prompts(data).rows
     teacher = MARAHead.from_pretrained(head)
     loaded = load_model(ModelSpec(model or alias_of(base_model_of(teacher)), device, dtype))
@@ -71,6 +75,7 @@ def distil(
         reporter=ConsoleReporter(console),
     )
     found.config = found.config.model_copy(update={"metrics": {"distil": asdict(report)}})
+    copy_rewards(output, found, {head: teacher})
     found.save_pretrained(output)
     say(console, "Head", f"{output}: form q, hidden size {found.config.hidden_size}")
     say(
@@ -79,4 +84,10 @@ def distil(
         f"at {report.positions} positions, KL from the teacher {report.kl:.3f} nats (the base model's "
         f"{report.base_kl:.3f}); the same token in {report.greedy_agreement:.0%} greedily, in "
         f"{report.sampled_agreement:.0%} with the same random number",
+    )
+    new = shlex.quote(str(output))
+    print(
+        "\nTry it\n"
+        f"  mara-tools chat --head {new}\n"
+        f"  mara-tools eval --head {new} --compare {shlex.quote(head)} --data {shlex.quote(str(data))}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from mara_integrations.cli.app import say
 from mara_integrations.cli.options import head_source
-from mara_integrations.errors import HeadError, printable
+from mara_integrations.errors import HeadError, OutputError, printable
 from mara_integrations.files import check_writable
 from mara_integrations.training.records.trackers import numbers
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mara_integrations.heads.head import MARAHead
 
 Output = Annotated[Path, typer.Option(help="Folder of the new head.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a head in the output folder.")]
 
 
 def inspect_head(
@@ -83,6 +85,7 @@ def convert(
     actor: Annotated[str, typer.Argument(help="A published .pth actor.")],
     output: Output,
     base_model: Annotated[str | None, typer.Option(help="Model that the actor was trained on, if known.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert an actor of the paper's code (.pth) into a head's folder: safetensors, JSON, a model card.
 
@@ -94,7 +97,7 @@ def convert(
 
     if Path(actor).is_dir():
         raise HeadError(f"{actor!r} is a folder", hint="heads in folders need no conversion; name a .pth file")
-    check_writable(output)
+    check_free(output, overwrite=overwrite)
     head = MARAHead.from_pretrained(actor)
     head.config = head.config.model_copy(update={"base_model": base_model})
     _written(head, output)
@@ -108,6 +111,7 @@ def merge(
     output: Output,
     top_k: Annotated[int | None, typer.Option(min=1, help="Top-k of the new head, if theirs differ.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Top-p of the new head, if theirs differ.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge several heads into one that adds up their weighted corrections.
 
@@ -119,7 +123,7 @@ def merge(
     from mara_integrations.heads.merge import merge_heads
     from mara_integrations.training.scoring.reward_files import copy_rewards
 
-    check_writable(output)
+    check_free(output, overwrite=overwrite)
     weights = head_source(heads) or {}
     sources = {name: MARAHead.from_pretrained(name) for name in weights}
     merged = merge_heads([(head, weights[name]) for name, head in sources.items()], top_k=top_k, top_p=top_p)
@@ -127,9 +131,24 @@ def merge(
     _written(merged, output)
 
 
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """Find out before the work whether a new head can be written.
+
+    Raises:
+        OutputError: If the folder can't be written to, or holds a head that is not to be replaced.
+    """
+    from mara_integrations.heads.folder import CONFIG_FILE
+
+    if (output / CONFIG_FILE).exists() and not overwrite:
+        raise OutputError(f"{str(output)!r} holds a head", hint="--overwrite replaces it; or name another folder")
+    check_writable(output)
+
+
 def _written(head: MARAHead, output: Path) -> None:
     head.save_pretrained(output)
     say(Console(), "Head", f"{output}: form {head.config.form}, hidden size {head.config.hidden_size}")
+    model = "" if head.config.base_model else " --model MODEL"
+    print(f"\nTry it\n  mara-tools chat --head {shlex.quote(str(output))}{model}")
 
 
 def _print_scores(console: Console, metrics: Mapping[str, Any]) -> None:

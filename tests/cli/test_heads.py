@@ -59,6 +59,27 @@ def test_merged_heads_are_one_that_answers_like_their_composition(folder):
     assert "'paper' form can't be merged" in run("merge", "head", "paper-head", "--output", "x", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("merge", "head", "head2"), ("convert", "kept.pth"), ("distil", "--head", "head", "--data", "prompts.jsonl")],
+    ids=lambda command: command[0],
+)
+def test_a_head_in_the_output_folder_is_replaced_only_if_that_is_said(folder, command, tmp_path):
+    torch.save(random_head(32, "paper").state_dict(), folder / "kept.pth")
+    random_head(32, "residual", seed=1).save_pretrained(folder / "head2")
+    old = random_head(32, "residual", seed=2).save_pretrained(tmp_path / "old")
+    before = MARAHead.from_pretrained(old).fingerprint
+    model = ("--model", "model", "--max-reply-tokens", 4) if command[0] == "distil" else ()
+
+    said = run(*command, *model, "--output", old, code=1).stderr
+    assert f"error: '{old}' holds a head\nhint: --overwrite replaces it" in said
+    assert MARAHead.from_pretrained(old).fingerprint == before
+
+    said = run(*command, *model, "--output", old, "--overwrite").stdout
+    assert MARAHead.from_pretrained(old).fingerprint != before
+    assert f"\nHead    {old}: form " in f"\n{said}" and f"  mara-tools chat --head {old}" in said
+
+
 @pytest.mark.parametrize("name", ["escaped", "../escaped", "/tmp/escaped"])
 def test_merge_copies_what_training_kept_and_writes_nowhere_else(folder, name, tmp_path):
     (tmp_path / "secret").write_text("the private key")

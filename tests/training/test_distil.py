@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from mara_integrations.cli import app
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.errors import ConfigError
+from mara_integrations.heads.folder import sha256
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation, Message
@@ -57,15 +58,25 @@ def test_there_must_be_something_to_distil(model):
 
 
 def test_the_command_writes_a_head_and_says_how_near_it_is(folder_model, prompts_file, tmp_path):
-    random_head(32, "residual", base_model=folder_model, scale=0.3, top_k=5).save_pretrained(tmp_path / "teacher")
+    reward_model = tmp_path / "teacher" / "rewards" / "x.safetensors"
+    reward_model.parent.mkdir(parents=True)
+    reward_model.write_bytes(b"data")
+    spec = {"kind": "reward_model", "name": "x", "file": "rewards/x.safetensors", "sha256": sha256(b"data")}
+    teacher = random_head(32, "residual", base_model=folder_model, scale=0.3, top_k=5, rewards=(spec,))
+    teacher.save_pretrained(tmp_path / "teacher")
     command = ["distil", "--head", str(tmp_path / "teacher"), "--data", str(prompts_file)]  # it records its model
 
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "q"), "--max-reply-tokens", "6"])
 
     assert result.exit_code == 0, result.output
-    assert "KL from the teacher" in result.output and "same token" in result.output
+    assert result.output.startswith(f"Distilling {tmp_path / 'teacher'} into {tmp_path / 'q'}, from its replies to ")
+    assert "\nHeld out at " in result.output and "KL from the teacher" in result.output
+    assert "same token" in result.output
+    assert f"  mara-tools eval --head {tmp_path / 'q'} --compare {tmp_path / 'teacher'} --data " in result.output
     head = MARAHead.from_pretrained(tmp_path / "q")
     assert isinstance(head, QHead)
+    assert [kept["file"] for kept in head.config.rewards] == ["rewards/x.safetensors"]
+    assert (tmp_path / "q" / "rewards" / "x.safetensors").read_bytes() == b"data", "the reward model comes along"
     metrics = json.loads((tmp_path / "q" / "head_config.json").read_text())["metrics"]
     assert set(metrics["distil"]) == {"positions", "kl", "base_kl", "greedy_agreement", "sampled_agreement"}
     assert torch.isfinite(torch.tensor(metrics["distil"]["kl"]))

@@ -111,7 +111,8 @@ class MARAEngine(Replying):
     ) -> None:
         if model is None and head is None:
             raise ConfigError(
-                "no base model is named", hint="name one, as model='org/model', or a head that records its own"
+                "no base model is named",
+                hint="name one, as model='smollm2' (--model smollm2), or a head that records its own",
             )
         self.defaults: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
         self.model_source = model

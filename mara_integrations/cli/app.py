@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
@@ -70,7 +71,7 @@ def _usage_errors_shown() -> Iterator[None]:
             raise
         context = getattr(error, "ctx", None)
         hint = f"`{context.command_path} --help` lists what there is" if context is not None else None
-        message = str(error.format_message()).partition(" (Possible options")[0].partition(" Did you mean")[0]
+        message = _usage_message(error)
         near = getattr(error, "possibilities", None)
         if type(error).__name__ == "NoSuchOption" and context is not None:
             known = [name for parameter in context.command.get_params(context) for name in parameter.opts]
@@ -83,6 +84,15 @@ def _usage_errors_shown() -> Iterator[None]:
         if hint:
             print_err(f"hint: {hint}", "dim")
         raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
+
+def _usage_message(error: Any) -> str:
+    """Return what typer says of a mistake, without its own hints, and with the value that pydantic refused."""
+    message = str(error.format_message()).partition(" (Possible options")[0].partition(" Did you mean")[0]
+    if isinstance(error.__cause__, ValidationError):
+        value = error.__cause__.errors()[0]["input"]
+        message = message.replace("Value error, ", "").replace("Input should", f"{value!r} should")
+    return message
 
 
 app = typer.Typer(

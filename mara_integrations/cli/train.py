@@ -75,9 +75,11 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     settings |= {name: value for name, value in options.items() if value not in (None, [])}
     settings = with_recipe(settings)
     has_own_prompts = any(settings.get(name) for name in ("principle", "principle_file", "teacher"))
-    for name in ("output",) if has_own_prompts else ("data", "output"):
-        if settings.get(name) is None:
-            raise typer.BadParameter("it is needed, here or in a file for --config", param_hint=f"--{name}")
+    if settings.get("output") is None:
+        raise typer.BadParameter("it is needed, here or in a file for --config", param_hint="--output")
+    if settings.get("data") is None and not has_own_prompts:
+        needed = "it is needed, here or in a file for --config; with --principle or --teacher it may be left out"
+        raise typer.BadParameter(needed, param_hint="--data")
     return TrainConfig.of(**settings)
 
 

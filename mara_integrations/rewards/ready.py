@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
@@ -293,7 +294,9 @@ def ready_reward(name: str, arguments: Mapping[str, str]) -> Reward:
         MissingExtraError: If a package that it needs is not installed.
     """
     if name not in READY:
-        raise RewardError(f"reward {name!r} is unknown", hint=f"by name there are {', '.join(READY)}")
+        near = difflib.get_close_matches(name, READY, n=1)
+        there_are = f"by name there are {', '.join(READY)}; a function of yours is module:function"
+        raise RewardError(f"reward {name!r} is unknown", hint=f"did you mean {near[0]}?" if near else there_are)
     try:
         return READY[name](**arguments)
     except TypeError:

@@ -51,7 +51,7 @@ def parse_reward(text: str) -> tuple[Reward, float]:
         return ModelReward.of(place.removeprefix(MODEL_PREFIX), arguments), factor
     if place.startswith(JUDGE_PREFIX):
         return JudgeReward.of(place.removeprefix(JUDGE_PREFIX), arguments), factor
-    if place in READY or ":" not in place:
+    if place in READY or (":" not in place and not place.endswith(".py")):
         return ready_reward(place, arguments), factor
     if arguments:
         raise RewardError(f"reward {text!r}: a function of yours takes no arguments here")

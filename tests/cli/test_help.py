@@ -93,7 +93,9 @@ def test_the_list_of_commands_shows_each_with_a_whole_sentence():
         (["trian"], "no such command 'trian'", "did you mean train?"),
         (["generate"], "missing argument 'prompt'", "`mara-tools generate --help` lists what there is"),
         (["inspect", "a", "b"], "got unexpected extra argument", "`mara-tools inspect --help`"),
-        (["generate", "hi", "--top-k", "x"], "invalid value for '--top-k'", "`mara-tools generate --help`"),
+        (["generate", "hi", "--top-k", "x"], "invalid value for '--top-k': 'x' ", "`mara-tools generate --help`"),
+        (["serve", "--port", "99999"], "invalid value for '--port': '99999' ", "`mara-tools serve --help`"),
+        (["chat", "--engine", "tpu"], "invalid value for '--engine': 'tpu' is not one of", "`mara-tools chat --help`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

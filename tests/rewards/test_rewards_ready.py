@@ -109,6 +109,19 @@ class TestByName:
             load_rewards([text])
         assert said in caught.value.message
 
+    @pytest.mark.parametrize(
+        ("text", "said", "hint"),
+        [
+            ("sentimnt", "reward 'sentimnt' is unknown", "did you mean sentiment?"),
+            ("mine", "reward 'mine' is unknown", "a function of yours is module:function"),
+            ("rewards.py", "reward 'rewards.py' is not of the form module:function", "for example rewards.py:brand"),
+        ],
+    )
+    def test_a_reward_that_is_not_there_comes_with_what_was_meant(self, text: str, said: str, hint: str) -> None:
+        with pytest.raises(RewardError) as caught:
+            load_rewards([text])
+        assert caught.value.message == said and hint in (caught.value.hint or "")
+
     def test_only_what_can_judge_half_a_reply_says_so(self) -> None:
         def mine(completions: list[str]) -> list[float]:
             return [0.0] * len(completions)

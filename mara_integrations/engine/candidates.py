@@ -14,9 +14,6 @@ from torch import Tensor
 
 # A row whose sum lands this close to the top-p boundary is decided again by transformers' own sum.
 _BOUNDARY_GUARD = 1e-5
-# Rows whose logits are copied at once on a CPU. A freed copy of a large batch leaves a hole in glibc's heap. llama.cpp
-# puts small lasting pieces there at each token, and the next copy needs new memory.
-_CPU_ROWS = 8
 # Scores looked at beyond those that top-k keeps, to see ties across the boundary.
 SPARE_COLUMNS = 8
 # A hazard of 1 - 1e-13: further out the accept logit would drown any head, and the last candidate's is infinite.
@@ -92,11 +89,12 @@ def rank_candidates(
 
     Source: TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper of transformers, in that order.
     """
-    divisors = torch.tensor(temperature, dtype=torch.float32, device=logits.device)[:, None]
+    raw = logits.float()
+    scores = raw / torch.tensor(temperature, dtype=torch.float32, device=raw.device)[:, None]  # (B, V)
     floor = torch.tensor(min_candidates)[:, None]
     num_kept = [max(k, least) for k, least in zip(top_k, min_candidates, strict=True)]
-    values, token_ids, log_probs = _filter_top_k(logits, divisors, num_kept)
-    live = _filter_top_p(values, logits, divisors, top_p, floor)
+    values, token_ids, log_probs = _filter_top_k(scores, raw, num_kept)
+    live = _filter_top_p(values, scores, top_p, floor)
     live &= ~log_probs[:, :1].isnan()  # what is not finite in a row is in the sum over its vocabulary
     counts = live.sum(-1)
     widest = int(counts.max())
@@ -130,17 +128,17 @@ def keep_top_p(values: Tensor, removed_mass: Tensor, floor: Tensor) -> tuple[Ten
     return is_kept & values.isfinite(), tail
 
 
-def _filter_top_k(logits: Tensor, divisors: Tensor, num_kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _filter_top_k(scores: Tensor, raw: Tensor, num_kept: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the `num_kept` highest scores of each row and those tied with the last of them.
 
     Returns:
         Scores, -inf where not kept; token ids; log-probabilities. Shape (B, K) each, highest first, on the CPU.
     """
-    vocab_size = logits.shape[-1]
+    vocab_size = scores.shape[-1]
     num_kept = [min(count, vocab_size) for count in num_kept]
     width = min(max(num_kept) + SPARE_COLUMNS, vocab_size)
     while True:
-        values, token_ids, log_probs = _highest(logits, divisors, width)
+        values, token_ids, log_probs = _highest(scores, raw, width)
         counts = torch.tensor(num_kept)[:, None]
         last_kept = values.gather(1, counts - 1)
         sees_all_ties = (values[:, -1:] < last_kept) | ~last_kept.isfinite()  # -inf: fewer tokens are allowed
@@ -149,13 +147,12 @@ def _filter_top_k(logits: Tensor, divisors: Tensor, num_kept: Sequence[int]) -> 
         width = min(2 * width, vocab_size)
 
 
-def _filter_top_p(values: Tensor, logits: Tensor, divisors: Tensor, top_p: Sequence[float], floor: Tensor) -> Tensor:
+def _filter_top_p(values: Tensor, scores: Tensor, top_p: Sequence[float], floor: Tensor) -> Tensor:
     """Return which of the kept candidates top-p keeps too, (B, K) bool.
 
     Args:
         values: Scores after top-k, highest first, -inf where not kept, (B, K).
-        logits: Logits of the whole vocabulary, (B, V), for rows that are too close to call.
-        divisors: Temperatures, (B, 1).
+        scores: Scores of the whole vocabulary, (B, V), for rows that are too close to call.
         top_p: Length B.
         floor: How many are kept whatever top-p says, (B, 1).
     """
@@ -165,7 +162,7 @@ def _filter_top_p(values: Tensor, logits: Tensor, divisors: Tensor, top_p: Seque
     too_close = ((tail - removed_mass).abs() < _BOUNDARY_GUARD) & (shares < 1.0)  # never where logits are NaN
     for row in too_close.any(-1).nonzero()[:, 0].tolist():
         is_kept = values[row].isfinite()
-        count = _top_p_count(logits[row].float() / divisors[row], float(values[row][is_kept][-1]), top_p[row])
+        count = _top_p_count(scores[row], float(values[row][is_kept][-1]), top_p[row])
         live[row] = (torch.arange(values.shape[1]) < max(count, int(floor[row]))) & is_kept
     return live
 
@@ -178,29 +175,15 @@ def _hazard_logits(values: Tensor, live: Tensor) -> Tensor:
     return (weights.log() - after.log()).nan_to_num(0.0).clamp(-MAX_HAZARD_LOGIT, MAX_HAZARD_LOGIT)
 
 
-def _highest(logits: Tensor, divisors: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the highest scores of each row, their token ids and log-probabilities, (B, width) each, on the CPU.
-
-    Args:
-        logits: Shape (B, V).
-        divisors: Temperatures, (B, 1).
-        width: How many scores of each row.
-    """
-    num_rows = _CPU_ROWS if logits.device.type == "cpu" else len(logits)
-    blocks = zip(logits.split(num_rows), divisors.split(num_rows), strict=True)
-    packed = torch.cat([_packed_highest(*block, width) for block in blocks], dim=1)
+def _highest(scores: Tensor, raw: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the highest scores of each row, their token ids and log-probabilities, (B, width) each, on the CPU."""
+    values, token_ids = scores.topk(width)
+    log_probs = raw.gather(1, token_ids) - raw.logsumexp(-1, keepdim=True)
+    packed = torch.stack([values, token_ids.float(), log_probs]).cpu()  # ids are exact in float32 up to 2^24
     by_id = packed[1].sort(dim=-1).indices  # topk leaves ties in any order: make it (value down, id up)
     by_value = packed[0].gather(1, by_id).sort(dim=-1, descending=True, stable=True).indices
     values, ids, log_probs = packed.gather(2, by_id.gather(1, by_value).expand_as(packed))
     return values, ids.long(), log_probs
-
-
-def _packed_highest(logits: Tensor, divisors: Tensor, width: int) -> Tensor:
-    """Return the highest scores of each row, their token ids and log-probabilities, (3, B, width), on the CPU."""
-    raw = logits.float()
-    values, token_ids = (raw / divisors).topk(width)
-    log_probs = raw.gather(1, token_ids) - raw.logsumexp(-1, keepdim=True)
-    return torch.stack([values, token_ids.float(), log_probs]).cpu()  # ids are exact in float32 up to 2^24
 
 
 def _top_p_count(scores: Tensor, last_kept: float, top_p: float) -> int:

@@ -74,24 +74,6 @@ def test_rows_have_settings_of_their_own():
     assert got.counts.tolist() == [1, 5, 50]
 
 
-def test_rows_of_a_large_batch_are_ranked_as_each_is_alone():
-    n = 50
-    logits = torch.randn(n, 80, generator=torch.Generator().manual_seed(0)) * 2
-    settings = {
-        "top_k": [1 + i % 7 for i in range(n)],
-        "top_p": [0.5 + i % 3 * 0.25 for i in range(n)],
-        "temperature": [0.5 + i % 5 for i in range(n)],
-        "min_candidates": [1 + i % 2 for i in range(n)],
-    }
-    together = rank_candidates(logits, **settings).rankings()
-    for i, got in enumerate(together):
-        alone = rank_candidates(logits[i : i + 1], **{name: values[i : i + 1] for name, values in settings.items()})
-        want = alone.rankings()[0]
-        assert got.token_ids == want.token_ids
-        assert got.log_probs == pytest.approx(want.log_probs)
-        assert got.hazard_logits == pytest.approx(want.hazard_logits)
-
-
 def test_min_candidates_keeps_a_runner_up_of_a_sure_thing():
     logits = torch.tensor([[20.0, 0.0, -1.0, -2.0]])
     assert rank(logits).counts.tolist() == [1]

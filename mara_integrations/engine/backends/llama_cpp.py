@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,12 +49,14 @@ class _Row:
     Attributes:
         sequence: Its number.
         length: Committed tokens.
-        branches: Sequences of the siblings.
+        logits: After the last of them, (V,).
+        branches: Sequences of the siblings, each with the logits after it.
     """
 
     sequence: int
     length: int = 0
-    branches: list[int] = field(default_factory=list)
+    logits: Tensor | None = None
+    branches: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +95,6 @@ class LlamaCppBackend(Backend):
         self._context = self._new_context(num_cells + num_kept, num_sequences)
         self._memory = self._library.llama_get_memory(self._context)
         self._batch = _BatchArrays(_BATCH_TOKENS)
-        # after the last token of each sequence; made once, as new tensors at each step break glibc's heap into pieces
-        self._logits = torch.empty(num_sequences, model.vocab_size)
         self._rows: dict[int, _Row] = {}
         self._free = list(reversed(range(num_sequences)))
         self._dropped: deque[int] = deque()  # sequences of prefixes that are kept no more; filled in any thread
@@ -130,8 +130,7 @@ class LlamaCppBackend(Backend):
     def fork(self, row: int) -> int:
         source, sequence = self._rows[row], self._take_sequence()
         self._library.llama_memory_seq_cp(self._memory, source.sequence, sequence, -1, -1)
-        self._logits[sequence] = self._logits[source.sequence]
-        return self._add(_Row(sequence, source.length))
+        return self._add(_Row(sequence, source.length, source.logits))
 
     @override
     def close(self, row: int) -> None:
@@ -143,7 +142,7 @@ class LlamaCppBackend(Backend):
         unseen, seen, branches = self._places(segments)
         try:
             self._decode(unseen, shows=False)
-            hidden = self._decode(seen, shows=True)
+            hidden, logits = self._decode(seen, shows=True)
         except BaseException:
             self._undo(segments, branches)
             raise
@@ -153,9 +152,10 @@ class LlamaCppBackend(Backend):
             num_seen = 1 if segment.only_last else count
             states += [hidden.new_zeros(count - num_seen, hidden.shape[1]), hidden[place : place + num_seen]]
             if segment.siblings:
-                row.branches += own
+                row.branches += [(sequence, next(logits)) for sequence in own]
             else:
                 row.length += count
+                row.logits = next(logits)
             place += num_seen
         return torch.cat(states)
 
@@ -163,9 +163,9 @@ class LlamaCppBackend(Backend):
     def commit(self, rows: Sequence[int], branches: Sequence[int]) -> None:
         for handle, branch in zip(rows, branches, strict=True):
             row = self._rows[handle]
-            taken = row.branches.pop(branch)
+            taken, logits = row.branches.pop(branch)
             self._give_back(row.sequence)  # the branch holds all of its tokens too
-            row.sequence = taken
+            row.sequence, row.logits = taken, logits
             row.length += 1
             self.drop_siblings(handle)
 
@@ -182,7 +182,7 @@ class LlamaCppBackend(Backend):
     @override
     def drop_siblings(self, row: int) -> None:
         branches, self._rows[row].branches = self._rows[row].branches, []
-        for sequence in branches:
+        for sequence, _ in branches:
             self._give_back(sequence)
 
     @override
@@ -199,7 +199,8 @@ class LlamaCppBackend(Backend):
 
     @override
     def next_logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        return self._logits.index_select(0, torch.tensor([self._rows[row].sequence for row in rows]))
+        found = [self._rows[row].logits for row in rows]
+        return torch.stack([logits for logits in found if logits is not None])
 
     @override
     def output_embeddings(self, token_ids: Tensor) -> Tensor:
@@ -256,9 +257,10 @@ class LlamaCppBackend(Backend):
             branches.append(own)
         return unseen, seen, branches
 
-    def _decode(self, places: Sequence[_Place], *, shows: bool) -> Tensor:
-        """Feed tokens, and keep the logits after last tokens; returns the states (T, d) where `shows` asks for them."""
+    def _decode(self, places: Sequence[_Place], *, shows: bool) -> tuple[Tensor, Iterator[Tensor]]:
+        """Feed tokens; returns the states (T, d) where `shows` asks for them, and the logits (V,) after last tokens."""
         hidden = torch.empty(len(places) if shows else 0, self._model.hidden_size)
+        logits = []
         self._library.llama_set_embeddings(self._context, shows)
         for start in range(0, len(places), _BATCH_TOKENS):
             chunk = places[start : start + _BATCH_TOKENS]
@@ -271,8 +273,8 @@ class LlamaCppBackend(Backend):
             for i, place in enumerate(chunk if shows else ()):
                 hidden[start + i] = self._read("llama_get_embeddings_ith", i, self._model.hidden_size)
                 if place.is_last:
-                    self._logits[place.sequence] = self._read("llama_get_logits_ith", i, self._model.vocab_size)
-        return hidden
+                    logits.append(self._read("llama_get_logits_ith", i, self._model.vocab_size).clone())
+        return hidden, iter(logits)
 
     def _read(self, name: str, index: int, size: int) -> Tensor:
         """Return numbers in llama.cpp's own memory, (size,); the next forward overwrites them."""
@@ -282,7 +284,7 @@ class LlamaCppBackend(Backend):
         return torch.from_numpy(np.ctypeslib.as_array(numbers, (size,)))
 
     def _undo(self, segments: Sequence[Segment], branches: Sequence[Sequence[int]]) -> None:
-        """Take back what a failed forward has written, but for logits: they are read after a forward that succeeds."""
+        """Take back what a failed forward has written."""
         for segment in segments:
             row = self._rows[segment.row]
             self._library.llama_memory_seq_rm(self._memory, row.sequence, row.length, -1)

@@ -72,7 +72,10 @@ class ContrastLearner(QHeadLearner[Side]):
         positions = [side.positions for side in sides]
         if self.run.plan.reward is not None:
             positions, found = with_rewards(self.run, name, sides, found)
-        regress(self.run, name, self.q_head, *standardised(positions, found))
+        history = regress(self.run, name, self.q_head, *standardised(positions, found))
+        is_first = len(rounds) == 1  # later fits go on from what the first one taught
+        if is_first and not any(epoch.held_out_loss < history[0].held_out_loss for epoch in history[1:]):
+            self.run.say(f"  [yellow]{_learned_nothing(self.run)}[/]")
 
     @override
     def gain(self, name: str, held_out: PromptSide, base: Side, gated: Side) -> float:
@@ -173,6 +176,16 @@ def work_of_table(run: Run) -> Workload:
     held_out = limited_prompts(run, run.plan.held_out)
     of_table = [Generation(held_out[: min(run.config.eval_prompts, MAX_PROMPTS)], is_gated=True)] * 8
     return Workload(of_table, rereadings=of_table * 2)
+
+
+def _learned_nothing(run: Run) -> str:
+    """Return a warning that the first fit taught the head nothing, and what would help."""
+    has_sentence = run.plan.principle is not None and run.plan.source != "documents"  # where it is our own
+    wording = ", or a plainer sentence, or the opposite of it (--against)" if has_sentence else ""
+    return (
+        "on held-out replies the head predicts no better than a constant: it learned nothing that holds for other "
+        f"prompts. More replies (--max-replies) would help{wording}."
+    )
 
 
 def num_rounds(run: Run) -> int:

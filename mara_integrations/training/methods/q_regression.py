@@ -32,16 +32,19 @@ def standardised(positions: Sequence[Positions], values: Sequence[Tensor]) -> li
     ]
 
 
-def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets) -> None:
-    """Fit q of each candidate to its target, and show the progress."""
+def regress(run: Run, name: str, head: QHead, train: Targets, held_out: Targets) -> list[Epoch]:
+    """Fit q of each candidate to its target, and show the progress; return all epochs."""
     with run.fitting(name) as on_epoch:
-        fit_targets(run, head, train, held_out, on_epoch)
+        return fit_targets(run, head, train, held_out, on_epoch)
 
 
 def fit_targets(
     run: Run, head: QHead, train: Targets, held_out: Targets, on_epoch: Callable[[Epoch], None], **changes: int
-) -> None:
-    """Fit q of each candidate to its target, and report no progress but by `on_epoch`; `changes` are of the fit."""
+) -> list[Epoch]:
+    """Fit q of each candidate to its target, and report no progress but by `on_epoch`; return all epochs.
+
+    `changes` are of the settings of the fit.
+    """
     embeddings = run.backend.output_embeddings
 
     def loss(head: MARAHead, part: Targets) -> Tensor:
@@ -50,4 +53,4 @@ def fit_targets(
         return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
 
     settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP, **changes)
-    fit(head, train, held_out, loss, settings, on_epoch)
+    return fit(head, train, held_out, loss, settings, on_epoch)

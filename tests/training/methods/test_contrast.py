@@ -25,6 +25,7 @@ from mara_integrations.training.scoring import q_scale
 from mara_integrations.training.scoring.scale import set_scale
 
 SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0, "max_replies": 16, "rounds": 1}
+LEARNING = {"max_replies": 68, "max_reply_tokens": 10, "epochs": 10, "inner_size": 64, "kl_budget": 1.0}
 VOWELS = "tests/reward_for_tests.py:vowels"
 METHODS = {
     "principle": {"principle": "Be kind."},
@@ -73,7 +74,7 @@ def test_a_round_fits_what_the_head_wrote_beside_what_the_base_model_wrote(confi
 
     def counting(run, name, head, train, held_out):
         fitted[name] = [int(side.positions.replies.max()) + 1 for side in (train, held_out)]
-        regress(run, name, head, train, held_out)
+        return regress(run, name, head, train, held_out)
 
     monkeypatch.setattr(contrast, "regress", counting)
     train(config(how=how))
@@ -106,6 +107,43 @@ def test_a_run_that_is_interrupted_in_a_round_ends_with_the_head_of_an_uninterru
     assert cut.kl_per_token == whole.kl_per_token <= 0.3 + 1e-6
 
 
+class Notes(Reporter):
+    """Remembers what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+LEARNS_NOTHING = {"learning_rate": 1.0, "epochs": 1, "rounds": 0}  # one step, far beyond any minimum
+
+
+@pytest.mark.parametrize(
+    ("how", "helps"),
+    [
+        ("principle", "More replies (--max-replies) would help, or a plainer sentence, or the opposite of it"),
+        ("teacher", "More replies (--max-replies) would help.[/]"),
+        ("grounding", "More replies (--max-replies) would help.[/]"),
+    ],
+)
+def test_a_head_that_learned_nothing_is_told_with_what_would_help(config, how, helps):
+    notes = Notes()
+    train(config(how=how, **LEARNS_NOTHING), reporter=notes)
+
+    (said,) = [line for line in notes.lines if "learned nothing" in line]
+
+    assert helps in said
+
+
+def test_of_a_head_that_learned_something_no_such_thing_is_said(config):
+    notes = Notes()
+    train(config(**LEARNING), reporter=notes)
+
+    assert not [line for line in notes.lines if "learned nothing" in line]
+
+
 def spoiled(monkeypatch, number):
     """Spoil the fit of this number, the first being 1; return the list of the heads that fits end with."""
     heads, fit = [], ContrastLearner.fit
@@ -118,9 +156,6 @@ def spoiled(monkeypatch, number):
 
     monkeypatch.setattr(ContrastLearner, "fit", spoiling)
     return heads
-
-
-LEARNING = {"max_replies": 68, "max_reply_tokens": 10, "epochs": 10, "inner_size": 64, "kl_budget": 1.0}
 
 
 @pytest.mark.parametrize("how", METHODS)

@@ -55,8 +55,8 @@ def read_mixture(path: Path, read: Callable[[str, Source], Dataset]) -> Dataset:
         DataError: If the file is missing or is not a mixture, or if the sources are of several kinds.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        mixture = Mixture.of(**_mapping(path, yaml.safe_load(text)))
+        with path.open(encoding="utf-8") as file:  # whose name is in errors
+            mixture = Mixture.of(**_mapping(path, yaml.safe_load(file)))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except yaml.YAMLError as error:

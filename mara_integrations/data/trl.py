@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _NEEDS: dict[Kind, str] = {
     "prompts": f"{_NOUNS['prompts']} needs prompt",
 }
 WANTED = "pairs have prompt, chosen, rejected; labelled replies have prompt, completion, label; prompts have prompt"
+_NAMES = frozenset({"prompt", "chosen", "rejected", "completion", "label", "messages"})
 _UP = frozenset({"true", "1", "1.0", "+1", "good", "yes", "up", "thumbs up", "thumbs_up", "👍"})
 _DOWN = frozenset({"false", "0", "0.0", "-1", "-1.0", "bad", "no", "down", "thumbs down", "thumbs_down", "👎"})
 
@@ -165,7 +167,8 @@ def infer_kind(path: Path, records: Sequence[Record]) -> Kind:
     line, record = next(((line, record) for line, record in records if isinstance(record, dict)), records[0])
     if isinstance(record, BadRowError):  # no row is readable
         raise DataError(f"{path}:{line}: {record} (none of {len(records)} rows can be read)", hint=record.hint)
+    near = [f"--column {shlex.quote(f'{str(key).lower()}={key}')}" for key in record if str(key).lower() in _NAMES]
     raise DataError(
         f"{path}:{line}: the columns {', '.join(map(repr, record)) or '(none)'} are of no known kind",
-        hint=f"{WANTED}; --column prompt=NAME reads one from a column of another name",
+        hint=f"{WANTED}; {' '.join(near) or '--column prompt=NAME'} reads columns of other names",
     )

@@ -65,7 +65,8 @@ def read_yaml_settings(path: str | Path, known: Collection[str], command: str) -
         ConfigError: If the file can't be read, or has a name that is not allowed.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:  # whose name is in errors
+            content = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:

@@ -202,7 +202,8 @@ def _checked(result: Any, name: str, completions: Sequence[str]) -> Scores:
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"reward {name!r} returned {short(result)}, a {type(result).__name__}", hint="a list of numbers is needed"
+            f"reward {name!r} returned {short(result)}, of type {type(result).__name__}",
+            hint="a list of numbers is needed",
         )
     if len(values) != len(completions):
         raise RewardError(

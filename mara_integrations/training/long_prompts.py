@@ -5,7 +5,6 @@ Where a head is trained from a sentence, the prompts are also read, and replied 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
 
@@ -57,22 +56,20 @@ def without_long_prompts(config: TrainConfig, plan: Plan, model: LoadedModel | O
     others = plan.other_prompts and (shortened(plan.other_prompts[0]), shortened(plan.other_prompts[1]))
     if not long:
         return plan, None
-    with_sentence = "with the sentence before them " if sentences else ""
+    is_one = len(long) == 1
+    prompts, leave, them = ("1 prompt", "leaves", "it") if is_one else (f"{len(long)} prompts", "leave", "them")
+    with_sentence = f", with the sentence before {them}," if sentences else ""
     reason = (
-        f"{with_sentence}leave no room for replies of {config.max_reply_tokens} tokens in the model's context window "
-        f"of {model.context_window} tokens"
+        f"{prompts}{with_sentence} {leave} no room for replies of {config.max_reply_tokens} tokens in the model's "
+        f"context window of {model.context_window} tokens"
     )
     if not config.skip_bad_rows:
         raise DataError(
-            f"{long[0].source}: the prompt is too long ({_count(long)} {reason})",
+            f"{long[0].source}: the prompt is too long ({reason})",
             hint="shorten it, choose shorter replies with --max-reply-tokens, or leave out such rows with "
             "--skip-bad-rows",
         )
     if not all(map(len, (train, held_out, *(others or ())))):
-        raise DataError(f"{plan.train.path}: no prompt is left to fit on or to hold out: {_count(long)} {reason}")
+        raise DataError(f"{plan.train.path}: no prompt is left to fit on or to hold out: {reason}")
     shorter = replace(plan, train=train, held_out=held_out, other_prompts=others)
-    return shorter, f"{_count(long)} {reason} and are left out (first: {long[0].source})"
-
-
-def _count(rows: Sequence[Row]) -> str:
-    return f"{len(rows)} prompts" if len(rows) > 1 else "1 prompt"
+    return shorter, f"left out: {reason} (first: {long[0].source})"

@@ -201,21 +201,17 @@ def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None,
     scored = "" if reward is None else f"; {reward_name(reward)} scores them, too"
     match source:
         case "teacher":
-            num_prompts = len({row.prompt for row in data.rows})
-            return f"another model reads the model's own replies to {num_prompts} prompts{scored}"
+            return f"another model reads the model's own replies{scored}"
         case "principle":
-            num_prompts = len({row.prompt for row in data.rows})
-            read = "prompts should be, and the model reads them under it"
-            return f"a sentence says how replies to {num_prompts} {read}{scored}"
+            return f"a sentence says how replies should be, and the model reads its own under it{scored}"
         case "documents":
-            return f"{len(data.rows)} questions have documents, and are asked with those of others, too"
+            return "the questions have documents, and are asked with those of others, too"
         case "rule":
             assert rule is not None
             return f"what is forbidden ({rule.described}) can be found token by token"
         case "reward":
             assert reward is not None
-            num_prompts = len({row.prompt for row in data.rows})
-            return f"replies to {num_prompts} prompts will be scored by {reward_name(reward)}"
+            return f"the model's own replies will be scored by {reward_name(reward)}"
         case "pairs":
             if method == "reward-model":
                 return f"a reward model of {len(data.rows)} preference pairs will score the model's own replies"

@@ -30,7 +30,7 @@ from mara_integrations.training.collect.rewards import check_reward
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import WORK_FOLDER, MethodResult, Run
 from mara_integrations.training.engine import with_choices
-from mara_integrations.training.identity import Identity
+from mara_integrations.training.identity import IDENTITY_FILE, Identity
 from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.long_prompts import without_long_prompts
 from mara_integrations.training.methods.reward_model import fit_judge
@@ -167,6 +167,10 @@ def start(config: TrainConfig, plan: Plan, identity: Identity, reporter: Reporte
         workers = RayWorkers(spec, config.ray, loaded.device.type == "cuda", reporter.say)
         plan = replace(plan, reward=plan.reward and on_ray(plan.reward))
     run = Run(config, plan, identity, loaded, backend, workers, reporter, MetricsLog(config.output), teachers)
+    if (run.folder / IDENTITY_FILE).exists():
+        reporter.say(
+            "[bold]Resume[/] an interrupted run in this folder is continued: what it finished is not done again"
+        )
     _show_samples(run)
     return run
 
@@ -281,7 +285,7 @@ def _evaluate(run: Run, head: MARAHead, result: MethodResult) -> Evaluation | No
             on_progress=advance,
         )
     run.log("evaluation", **figures(evaluation))
-    return evaluation
+    return replace(evaluation, head=str(config.output))  # it was evaluated before it was anywhere
 
 
 def _save_final(run: Run, head: MARAHead, evaluation: Evaluation | None, result: MethodResult) -> None:

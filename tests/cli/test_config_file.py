@@ -44,7 +44,7 @@ BAD = {
     "a file in the file": ("config: other.yaml\n", "'config' is not a setting"),
     "several values": ("temperature: [1, 2]\n", "temperature=[1, 2] is not allowed"),
     "no settings": ("- model\n", "holds no settings"),
-    "broken YAML": ("model: [\n", "is broken YAML"),
+    "broken YAML": ("model: [\n", '.yaml", line 2'),
     "a value out of bounds": ("model: model\ntemperature: -1\n", "temperature=-1.0 is not allowed"),
 }
 

@@ -48,6 +48,7 @@ def test_no_name_of_an_option_is_cut_on_a_narrow_terminal(monkeypatch):
 def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folder):
     said = rewarded.stdout
     assert said.startswith("Training a head for model on prompts.jsonl, into rewarded\n")
+    assert "model · rewarded" in [line.strip() for line in said.splitlines()], "the title of the table"
     assert "tokens/s (noisy)" in said
     for line in (
         "mara-tools chat --model model --head rewarded --system-prompt 'be kind'\n",
@@ -156,7 +157,11 @@ def test_a_file_of_settings_equals_flags_and_flags_win(folder):
     [
         ("max_replys: 8\n", "'max_replys' is not a setting\nhint: did you mean max_replies or max_reply_tokens?"),
         ("- data\n", "holds no settings"),
-        ("data: [\n", "is broken YAML"),
+        (
+            "data: [\n",
+            "'bad.yaml' is broken YAML: while parsing a flow node expected the node content, but found "
+            "'<stream end>' in \"bad.yaml\", line 2",
+        ),
         ("held_out: 2\ndata: x\noutput: y\n", "held_out=2 is not allowed"),
     ],
 )

@@ -79,6 +79,11 @@ class TestBadRows:
     def test_what_is_wrong_with_a_row_is_said(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
         assert said in error_of(write_jsonl(tmp_path / "rows.jsonl", [row])).message
 
+    def test_columns_in_capitals_come_with_the_flags_that_map_them(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "rows.jsonl", [{name.capitalize(): value for name, value in PAIR.items()}])
+        flags = "--column prompt=Prompt --column chosen=Chosen --column rejected=Rejected"
+        assert f"{flags} reads columns of other names" in error_of(path).hint
+
     def test_a_reply_without_label_among_labelled_ones_is_a_bad_row(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "rows.jsonl", [LABELLED, {"prompt": "Hi", "completion": "Yes?"}])
         assert "rows.jsonl:2: 'label' is missing; a labelled reply needs" in error_of(path).message

@@ -166,7 +166,7 @@ class TestMixtures:
             (["{path: many.jsonl, weigth: 1}"], "sources.0.weigth"),
             (["{path: many.jsonl, weight: -1}"], "sources.0.weight=-1"),
             (["{path: many.jsonl}", "{path: few.jsonl, format: prompts}"], "many.jsonl (pairs)"),
-            (["{path"], "broken YAML"),
+            (["{path"], 'mix.yaml", line '),
         ],
     )
     def test_what_is_wrong_with_a_mixture_is_said(self, tmp_path: Path, sources: list[str], said: str) -> None:

@@ -140,7 +140,7 @@ class TestWhatARewardReturns:
 
     @pytest.mark.parametrize("returned", [None, 1.0, "good", {"a": 1}])
     def test_what_is_no_list_is_refused(self, returned: Any) -> None:
-        with pytest.raises(RewardError, match=f"a {type(returned).__name__}"):
+        with pytest.raises(RewardError, match=f", of type {type(returned).__name__}"):
             score(lambda completions: returned, PROMPTS, REPLIES)
 
     def test_a_reward_that_raises_is_named_with_its_inputs_and_its_line(self) -> None:

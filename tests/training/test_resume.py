@@ -31,6 +31,10 @@ class Notes(Reporter):
         self.lines.append(line)
 
     @property
+    def continued(self):
+        return [line for line in self.lines if "an interrupted run in this folder is continued" in line]
+
+    @property
     def not_continued(self):
         return [line for line in self.lines if "is not continued" in line]
 
@@ -55,10 +59,10 @@ def interrupted(settings, interrupting):
 
 
 class TestAnInterruptedRun:
-    def test_is_continued_by_the_same_command_without_a_word(self, interrupted):
+    def test_is_continued_by_the_same_command_and_that_is_said(self, interrupted):
         notes = Notes()
         train(interrupted(), reporter=notes)
-        assert not notes.not_continued
+        assert not notes.not_continued and len(notes.continued) == 1
 
     def change_reward(self, tmp_path):
         (tmp_path / "rewards.py").write_text(REWARD.replace("aeiou", "xyz"))
@@ -91,7 +95,7 @@ class TestAnInterruptedRun:
         notes = Notes()
         train(interrupted(seed=3), reporter=notes)
         assert "seed was 0, is 3" in notes.not_continued[0]
-        assert len(notes.not_continued) == 1
+        assert len(notes.not_continued) == 1 and not notes.continued
 
     def test_of_another_version_is_not(self, interrupted, monkeypatch):
         monkeypatch.setattr("mara_integrations.__version__", "99.0")
@@ -120,7 +124,9 @@ class TestAnInterruptedRun:
 
 class TestAFinishedHead:
     def test_is_returned_by_the_same_command_at_once(self, settings, monkeypatch):
-        first = train(settings())
+        notes = Notes()
+        first = train(settings(), reporter=notes)
+        assert not notes.continued, "there was nothing before"
         monkeypatch.setattr("mara_integrations.training.run.load_model", lambda spec: pytest.fail("nothing to do"))
         notes = Notes()
 

@@ -22,7 +22,7 @@ from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.models.load import ModelSpec, load_model
-from mara_integrations.progress import ConsoleReporter
+from mara_integrations.progress import ConsoleReporter, Reporter
 from mara_integrations.rewards import ForbiddenWords
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
@@ -275,7 +275,7 @@ def test_the_plan_says_what_and_why(prompts_file, tmp_path):
         "9 preference pairs": TrainConfig.of(data=pairs, output=tmp_path / "o"),
         "30 replies are labelled": TrainConfig.of(data=labelled, output=tmp_path / "o"),
         "found token by token": TrainConfig.of(data=prompts_file, output=tmp_path / "o", forbid=["x"]),
-        "scored by vowels": TrainConfig.of(
+        "the model's own replies will be scored by vowels": TrainConfig.of(
             data=prompts_file, output=tmp_path / "o", reward="tests/reward_for_tests.py:vowels"
         ),
     }
@@ -390,7 +390,9 @@ def test_a_prompt_that_leaves_no_room_for_a_reply_is_named_before_the_model_is_l
     with prompts_file.open("a") as file:
         file.write(json.dumps({"prompt": "word " * length}) + "\n")
     monkeypatch.setattr("mara_integrations.training.run.load_model", lambda spec: pytest.fail("it is loaded"))
-    with pytest.raises(DataError, match=r"prompts.jsonl:21: the prompt is too long .*context window of 512 tokens"):
+    with pytest.raises(
+        DataError, match=r"prompts.jsonl:21: the prompt is too long \(1 prompt leaves no room .*of 512 tokens"
+    ):
         train(config(folder_model, prompts_file, tmp_path / "h", forbid=["e"]))
     assert not (tmp_path / "h").exists()
 
@@ -400,7 +402,11 @@ def test_prompts_that_leave_no_room_can_be_left_out(folder_model, prompts_file, 
         file.writelines(json.dumps({"prompt": f"{i} " + "word " * 600}) + "\n" for i in range(9))
     small = {"max_reply_tokens": 8, "epochs": 1, "inner_size": 16, "eval_prompts": 9}
     settings = {"forbid": tuple("!,.;?"), "skip_bad_rows": True, **small}
-    result = train(config(folder_model, prompts_file, tmp_path / "h", **settings))
+    said = []
+    reporter = Reporter()
+    reporter.say = said.append
+    result = train(config(folder_model, prompts_file, tmp_path / "h", **settings), reporter=reporter)
+    assert any("left out: 9 prompts leave no room for replies of 8 tokens" in line for line in said)
     assert len(result.evaluation.examples) <= 9
     origin = result.head.config.origin
     assert origin.num_rows + origin.num_held_out_rows == 20

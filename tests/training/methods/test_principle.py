@@ -142,7 +142,11 @@ def test_a_prompt_that_leaves_no_room_with_the_sentence_before_it_is_named(files
     assert without_long_prompts(settings, plan, model) == (plan, None)
 
     add_prompt(files, ROOM - neutral + 1)
-    with pytest.raises(DataError, match=r"prompts.jsonl:22: the prompt is too long .*with the sentence before them"):
+    with pytest.raises(DataError, match=r"prompts.jsonl:22: .*\(1 prompt, with the sentence before it, leaves no room"):
+        without_long_prompts(settings, make_plan(settings), model)
+
+    add_prompt(files, ROOM)
+    with pytest.raises(DataError, match=r"\(2 prompts, with the sentence before them, leave no room"):
         without_long_prompts(settings, make_plan(settings), model)
 
 
@@ -156,6 +160,7 @@ def test_without_data_the_shipped_prompts_are_used(files):
     plan = make_plan(config(files, data=None))
 
     assert (plan.method.name, len(plan.train) + len(plan.held_out)) == ("principle", 320)
+    assert plan.why == "a sentence says how replies should be, and the model reads its own under it"
 
 
 @pytest.mark.parametrize(

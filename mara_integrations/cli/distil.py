@@ -12,10 +12,10 @@ from rich.console import Console
 
 from mara_integrations.cli.app import say
 from mara_integrations.cli.heads import Overwrite, check_free
-from mara_integrations.cli.options import Device, Dtype, Model
+from mara_integrations.cli.options import Column, DataFormat, Device, Dtype, Model, SkipBadRows, data_flags
 from mara_integrations.progress import ConsoleReporter
 
-HEADS, DATA = "Heads", "Replies to learn from"
+HEADS, DATA, REPLIES = "Heads", "Data", "Replies to learn from"
 
 
 def distil(
@@ -28,14 +28,17 @@ def distil(
         Path, typer.Option(help="Prompts that the head replies to, in any form that train takes.", rich_help_panel=DATA)
     ],
     model: Model = None,
+    format: DataFormat = "auto",
+    column: Column = None,
+    skip_bad_rows: SkipBadRows = False,
     max_replies: Annotated[
         int,
-        typer.Option(min=2, help="Replies of the head to learn from; a fifth is held out.", rich_help_panel=DATA),
+        typer.Option(min=2, help="Replies of the head to learn from; a fifth is held out.", rich_help_panel=REPLIES),
     ] = 128,
     max_reply_tokens: Annotated[
-        int, typer.Option(min=2, help="Length of these replies, in tokens.", rich_help_panel=DATA)
+        int, typer.Option(min=2, help="Length of these replies, in tokens.", rich_help_panel=REPLIES)
     ] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.", rich_help_panel=DATA)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the replies and of the fit.", rich_help_panel=REPLIES)] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -47,7 +50,7 @@ def distil(
 
       mara-tools distil --head actor.pth --data prompts.csv --output heads/q
     """
-    from mara_integrations.data import read_prompts
+    from mara_integrations.data import column_mapping, read_prompts
     from mara_integrations.heads.head import MARAHead
     from mara_integrations.heads.source import base_model_of
     from mara_integrations.messages import Conversation
@@ -59,7 +62,7 @@ def distil(
 
     check_free(output, overwrite=overwrite)
     print(f"Distilling {head} into {output}, from its replies to {data}", flush=True)
-    rows = read_prompts(data).rows
+    rows = read_prompts(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows).rows
     teacher = MARAHead.from_pretrained(head)
     loaded = load_model(ModelSpec(model or alias_of(base_model_of(teacher)), device, dtype))
     teacher.check_fits(loaded.hidden_size, loaded.name, head)
@@ -89,5 +92,6 @@ def distil(
     print(
         "\nTry it\n"
         f"  mara-tools chat --head {new}\n"
-        f"  mara-tools eval --head {new} --compare {shlex.quote(head)} --data {shlex.quote(str(data))}"
+        f"  mara-tools eval --head {new} --compare {shlex.quote(head)} "
+        + shlex.join(data_flags(data, format, column or (), skip_bad_rows=skip_bad_rows))
     )

@@ -156,6 +156,14 @@ def head_source(values: Sequence[str] | None) -> dict[str, float] | None:
     return weights or None
 
 
+def data_flags(data: Path | str, format: str, column: Sequence[str], *, skip_bad_rows: bool) -> list[str]:
+    """Return the flags by which another command reads the same rows."""
+    flags = ["--data", str(data)]
+    flags += [flag for each in column for flag in ("--column", each)]
+    flags += [] if format == "auto" else ["--format", format]
+    return flags + (["--skip-bad-rows"] if skip_bad_rows else [])
+
+
 def given(**settings: Any) -> dict[str, Any]:
     """Return the settings that were given; the head and the engine decide the others."""
     return {name: value for name, value in settings.items() if value is not None}

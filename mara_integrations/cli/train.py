@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from mara_integrations.cli.app import INTERRUPTED, print_err, say
-from mara_integrations.cli.options import takes
+from mara_integrations.cli.options import data_flags, takes
 from mara_integrations.data.principles import VARIED_PROMPTS
 from mara_integrations.models import ranks
 from mara_integrations.progress import ConsoleReporter
@@ -90,10 +90,8 @@ def _show_next_steps(config: TrainConfig, *, has_documents: bool) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
     for name, value in config.model_kwargs.items():
         flags += f" --model-kwargs {shlex.quote(f'{name}={json.dumps(value)}')}"
-    data = ["--data", str(config.data or VARIED_PROMPTS)]
-    data += [flag for column in config.column for flag in ("--column", column)]
-    data += [] if config.format == "auto" else ["--format", config.format]
-    data += ["--skip-bad-rows"] if config.skip_bad_rows else []
+    source = config.data or VARIED_PROMPTS
+    data = data_flags(source, config.format, config.column, skip_bad_rows=config.skip_bad_rows)
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
     keywords += f", model_kwargs={config.model_kwargs!r}" if config.model_kwargs else ""
     starts = os.environ.get("LOCAL_WORLD_SIZE", "2")

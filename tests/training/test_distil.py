@@ -64,7 +64,9 @@ def test_the_command_writes_a_head_and_says_how_near_it_is(folder_model, prompts
     spec = {"kind": "reward_model", "name": "x", "file": "rewards/x.safetensors", "sha256": sha256(b"data")}
     teacher = random_head(32, "residual", base_model=folder_model, scale=0.3, top_k=5, rewards=(spec,))
     teacher.save_pretrained(tmp_path / "teacher")
-    command = ["distil", "--head", str(tmp_path / "teacher"), "--data", str(prompts_file)]  # it records its model
+    prompts_file.write_text(prompts_file.read_text().replace("prompt", "ask") + "{\n")
+    data = ["--data", str(prompts_file), "--format", "prompts", "--column", "prompt=ask", "--skip-bad-rows"]
+    command = ["distil", "--head", str(tmp_path / "teacher"), *data]  # it records its model
 
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "q"), "--max-reply-tokens", "6"])
 
@@ -72,7 +74,8 @@ def test_the_command_writes_a_head_and_says_how_near_it_is(folder_model, prompts
     assert result.output.startswith(f"Distilling {tmp_path / 'teacher'} into {tmp_path / 'q'}, from its replies to ")
     assert "\nHeld out at " in result.output and "KL from the teacher" in result.output
     assert "same token" in result.output
-    assert f"  mara-tools eval --head {tmp_path / 'q'} --compare {tmp_path / 'teacher'} --data " in result.output
+    tried = f"  mara-tools eval --head {tmp_path / 'q'} --compare {tmp_path / 'teacher'} --data {prompts_file} "
+    assert tried + "--column prompt=ask --format prompts --skip-bad-rows\n" in result.output
     head = MARAHead.from_pretrained(tmp_path / "q")
     assert isinstance(head, QHead)
     assert [kept["file"] for kept in head.config.rewards] == ["rewards/x.safetensors"]

@@ -41,9 +41,11 @@ def workplace(embedded, tmp_path, monkeypatch):
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(12)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))
+    monkeypatch.syspath_prepend(tmp_path)
     loop = asyncio.new_event_loop()  # LlamaIndex takes the current one, and closes none
     asyncio.set_event_loop(loop)
     yield tmp_path
+    sys.modules.pop("rewards", None)
     asyncio.set_event_loop(None)
     loop.close()
 
@@ -93,6 +95,8 @@ def test_python_blocks_run(code, workplace, capsys):
 
 def run(code, capsys):
     code = re.sub(r"\b(max_(?:new_)?tokens)=\d+", r"\1=8", code)  # longer replies show nothing more
+    quick = "max_replies=8, max_reply_tokens=8, epochs=2, rounds=0, eval_prompts=0"
+    code = code.replace("TrainConfig(", f"TrainConfig({quick}, ")
     exec(compile(code, "README.md", "exec"), {})
     assert "def " in code or capsys.readouterr().out.strip(), "an example shows something"
 

@@ -37,7 +37,7 @@ def test_the_hash_seed_of_python_changes_no_head_and_no_reward_model(folder_mode
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     small = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0, "max_replies": 16}
-    settings = {"model": folder_model, "data": str(pairs), "method": "reward-model", **small}
+    settings = {"model": folder_model, "data": str(pairs), "method": "reward-model", "dtype": "float32", **small}
     hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # another than here
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "MARA_CACHE_DIR": str(tmp_path / "cache")}
     arguments = json.dumps({**settings, "output": str(tmp_path / "there")})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import context_tasks
+import language_task
 
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.rewards import ForbiddenWords, Reward, parse_reward
@@ -128,6 +129,12 @@ TASKS = {
     ),
     "cheerful": Task(training_prompts, lambda *_: {"sentiment": parse_reward("sentiment")[0]}, CHEERFUL),
     "careful": Task(training_prompts, harm_judges, CAREFUL),
+    "same-language": Task(
+        lambda *_: [{"prompt": prompt} for prompt in language_task.TRAINING_PROMPTS],
+        lambda *_: {"complies": language_task.in_the_language, "reward": parse_reward("language")[0]},
+        {"reward": ("language",)},
+        test_prompts=lambda *_: list(language_task.TEST_PROMPTS),
+    ),
     "brief": composition_task(BRIEF),
     "positive": composition_task(POSITIVE),
     "brief-and-positive": composition_task({**BRIEF, **POSITIVE}),

@@ -32,6 +32,7 @@ from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import weighted_rewards
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.engine import with_choices
 from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.run import train_plan
@@ -78,9 +79,11 @@ def main(arguments: list[str] | None = None) -> list[str]:
 def _trained(config: TrainConfig, task: Task, is_blind: bool) -> MARAHead:
     """Train a head, or return the one that is finished."""
     rewards = [] if config.reward or task.reward is None else weighted_rewards(task.reward)
+    reporter = ConsoleReporter(Console())
+    config = with_choices(config, reporter)
     plan = make_plan(config, Inputs(rewards=rewards))
     start = time.monotonic()
-    train_plan(config, blinded(plan) if is_blind else plan, reporter=ConsoleReporter(Console()))
+    train_plan(config, blinded(plan) if is_blind else plan, reporter=reporter)
     minutes = (time.monotonic() - start) / 60
     print(f"{config.output.name}: {minutes:.1f} min of training, {torch.get_num_threads()} threads", flush=True)
     return MARAHead.from_pretrained(config.output)

@@ -1,4 +1,4 @@
-"""What the tests of vLLM's servers share: a server to ask, one request, and the tokens that it must have."""
+"""A vLLM server to ask, a request, and the tokens that its reply must have."""
 
 from __future__ import annotations
 

@@ -42,8 +42,27 @@ def language_probability(text: str, code: str) -> float:
         MissingExtraError: If py3langid is not installed.
     """
     code = checked_language(code)
+    return _probabilities(text).get(code, 0.0)
+
+
+def same_language_probability(text: str, other: str) -> float | None:
+    """Return the probability that two texts are in the same language; None if the second has no letters.
+
+    Raises:
+        MissingExtraError: If py3langid is not installed.
+    """
+    if not (expected := _probabilities(other)):
+        return None
+    found = _probabilities(text)
+    return sum(probability * found.get(code, 0.0) for code, probability in expected.items())
+
+
+def _probabilities(text: str) -> dict[str, float]:
+    """Return the probability of each language; empty for a text without letters."""
     if not any(character.isalpha() for character in text):
-        return 0.0
+        return {}
     scores = _log_scores(text)
     best = max(scores.values())
-    return math.exp(scores[code] - best) / sum(math.exp(score - best) for score in scores.values())
+    weights = {code: math.exp(score - best) for code, score in scores.items()}
+    total = sum(weights.values())
+    return {code: weight / total for code, weight in weights.items()}

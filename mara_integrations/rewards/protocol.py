@@ -52,7 +52,7 @@ def reward_name(reward: Reward) -> str:
 
 
 def reply_text(completion: Any) -> str:
-    """Return the text of a completion in either form."""
+    """Return the text of a completion, or of the last message of a prompt, in either form."""
     return str(completion if isinstance(completion, str) else completion[-1]["content"])
 
 

@@ -16,7 +16,7 @@ from mara_integrations.errors import ConfigError, MissingExtraError, RewardError
 from mara_integrations.rewards.finders import FINDERS
 from mara_integrations.rewards.grounding import is_admitted, share_answered
 from mara_integrations.rewards.ifeval import follows, share_followed
-from mara_integrations.rewards.language import checked_language, language_probability
+from mara_integrations.rewards.language import checked_language, language_probability, same_language_probability
 from mara_integrations.rewards.patterns import compiled, is_found
 from mara_integrations.rewards.protocol import Reward, reply_text
 from mara_integrations.rewards.reading import reading_grade
@@ -90,18 +90,27 @@ class ReadingLevel(_OfText):
         return min(0.0, self._grade - reading_grade(text))
 
 
-class Language(_OfText):
-    """Probability that a reply is in a language, by py3langid."""
+class Language(_Named):
+    """Probability that a reply is in a language, by py3langid.
+
+    Args:
+        code: The language in ISO 639-1; None is that of the prompt, by its last message.
+    """
 
     takes_partial_text = False  # a few letters are of any language
 
-    def __init__(self, code: str) -> None:
-        super().__init__("language", code=code)
-        self._code = checked_language(code)
+    def __init__(self, code: str | None = None) -> None:
+        super().__init__("language", **({} if code is None else {"code": code}))
+        checked_language("en" if code is None else code)  # whether the detector is there, in any case
+        self._code = code
 
-    def judge(self, text: str) -> float:
-        """Return the probability."""
-        return language_probability(text, self._code)
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        """Return one score a completion; see `Reward`."""
+        replies = [reply_text(completion) for completion in completions]
+        if self._code is not None:
+            return [language_probability(reply, self._code) for reply in replies]
+        asked = [reply_text(prompt) for prompt in prompts]
+        return [same_language_probability(reply, text) for reply, text in zip(replies, asked, strict=True)]
 
 
 class IFEval(_Named):

@@ -285,7 +285,7 @@ def _evaluate(run: Run, head: MARAHead, result: MethodResult) -> Evaluation | No
             on_progress=advance,
         )
     run.log("evaluation", **figures(evaluation))
-    return replace(evaluation, head=str(config.output))  # it was evaluated before it was anywhere
+    return replace(evaluation, head=str(config.output))  # the engine had it as an object, which has no name
 
 
 def _save_final(run: Run, head: MARAHead, evaluation: Evaluation | None, result: MethodResult) -> None:

@@ -266,6 +266,18 @@ class TestLanguage:
         with pytest.raises(ConfigError, match="language 'xx' is not known"):
             parse_reward("language?code=xx")
 
+    def test_without_a_code_it_is_the_language_of_the_prompt(self) -> None:
+        pytest.importorskip("py3langid", reason="needs the language extra")
+        german, english = "Das Wetter ist heute sehr schön, und wir gehen spazieren.", "We take a walk in the sun."
+        reward, asked = parse_reward("language")[0], "Wie ist das Wetter heute in Berlin?"
+        question = (Message("user", asked),)
+        for conversational in (False, True):
+            same, other = score(reward, [question] * 2, [german, english], conversational=conversational)
+            assert same is not None and other is not None and same > 0.9 > 0.1 > other
+        chat = (Message("user", "What is the weather like?"), Message("assistant", english), *question)
+        assert score(reward, [chat], [german], conversational=True) == [same]
+        assert score(reward, [[Message("user", "123?")]], [english]) == [None]
+
     def test_what_is_not_installed_is_named_with_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "py3langid.langid", None)
         with pytest.raises(MissingExtraError) as caught:

@@ -56,9 +56,9 @@ class MainSettings(Params):
             description="Function that scores replies which the model generates to the prompts: module:function with "
             "TRL's signature, hf:MODEL for a reward model, llm:PROVIDER:MODEL for a chat model that judges by a rubric "
             "(llm:openai:gpt-5-mini?rubric=rubric.md), or a built-in: length, regex, forbidden-words, json, "
-            "sentiment, toxicity, language, reading-level, ifeval, answered, admitted, or a rule such as no-pii. "
-            "Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be repeated; the weighted sum "
-            "counts."
+            "sentiment, toxicity, language (that of the prompt), reading-level, ifeval, answered, admitted, or a rule "
+            "such as no-pii. Arguments follow as in length?words=60, a weight as in sentiment=0.5. May be repeated; "
+            "the weighted sum counts."
         ),
     ] = ()
     forbid: Annotated[

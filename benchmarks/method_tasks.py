@@ -15,6 +15,7 @@ from typing import Any
 import context_tasks
 import language_task
 
+from mara_integrations.files import write_atomically
 from mara_integrations.models.load import LoadedModel
 from mara_integrations.rewards import ForbiddenWords, Reward, parse_reward
 from mara_integrations.training.scoring.fitted_reward import EmbeddingReward, NGramReward
@@ -85,6 +86,12 @@ def pairs(folder: Path, half: int) -> Rows:
     random.Random(0).shuffle(openings)
     chosen = set(openings[half::2])
     return [row for row in rows if row["prompt"][0]["content"] in chosen]
+
+
+def written(path: Path, rows: Rows) -> Path:
+    """Write rows to a file, and return its path."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def harm_judges(folder: Path, model: LoadedModel) -> dict[str, Reward]:

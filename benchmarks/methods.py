@@ -14,18 +14,16 @@ Rows that the json file holds are not measured again, and a training that was ki
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from method_rows import RowFile, against, over_seeds, row_of, shown
-from method_tasks import TASKS, Rows, Task
+from method_tasks import TASKS, Task, written
 from rich.console import Console
 from token_biases import blinded
 
 from mara_integrations.evaluation.evaluate import evaluate
-from mara_integrations.files import write_atomically
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
@@ -51,9 +49,9 @@ def main(arguments: list[str] | None = None) -> list[str]:
     settings |= {"form": "residual"} if args.head == "afterstate" else {}
     settings |= changed
     args.output.mkdir(parents=True, exist_ok=True)
-    settings["data"] = _written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
+    settings["data"] = written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
     if task.prompts is not None and settings.get("method") == "reward-model":
-        settings["prompts"] = _written(args.output / "prompts.jsonl", task.prompts(args.data, model))
+        settings["prompts"] = written(args.output / "prompts.jsonl", task.prompts(args.data, model))
     judges, prompts = task.judges(args.data, model), task.test_prompts(args.data, model)
 
     lines = []
@@ -119,11 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder of the heads")
     parser.add_argument("--json", type=Path, help="file of the rows")
     return parser
-
-
-def _written(path: Path, rows: Rows) -> Path:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 if __name__ == "__main__":

@@ -21,11 +21,16 @@ def blinded(plan: Plan) -> Plan:
     return replace(plan, method=replace(plan.method, form="q", q_loop=f"{__name__}:train"))
 
 
-def train(run: Run, head: MARAHead) -> MethodResult:
-    """Train a Q-head whose features of the state are the same everywhere."""
-    assert isinstance(head, QHead)
+def blind(head: QHead) -> QHead:
+    """Make the features of the state the same everywhere, for good, and return the head."""
     head.linear2.weight.register_hook(torch.zeros_like)  # stays 0, so that A(h) is the bias alone
+    return head
+
+
+def train(run: Run, head: MARAHead) -> MethodResult:
+    """Train such a head."""
+    assert isinstance(head, QHead)
     method = replace(METHODS[run.plan.method.name], form="q")
-    result = method.train(run, head)
+    result = method.train(run, blind(head))
     assert not head.linear2.weight.any()
     return result

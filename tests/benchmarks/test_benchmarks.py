@@ -106,6 +106,29 @@ def test_a_head_is_compared_with_one_that_sees_tokens_alone(tmp_path, methods_on
     assert [line for line in lines if "less ten-words" in line], lines
 
 
+@pytest.mark.usefixtures("methods_on_little")
+def test_heads_of_all_kinds_are_fitted_to_the_contrast_of_a_sentence(tmp_path, folder_model, capsys):
+    import explained
+
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=6")]
+    where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--model", str(folder_model)]
+    shares = explained.main(["cheerful", *small, *where])
+
+    assert len(shares) == 6 and all(share < 1 for share in shares.values()), shares
+    assert "token biases: " in capsys.readouterr().out
+    assert len(set(shares.values())) == 6, "each head is another one"
+
+
+def test_a_question_is_answered_in_its_language_or_not():
+    pytest.importorskip("py3langid", reason="needs the language extra")
+    import language_task
+
+    german = next(prompt for prompt, language in language_task.TEST_PROMPTS.items() if language == "de")
+    replies = ["Oslo liegt am Meer und hat viele Museen.", "Oslo is by the sea and has many museums."]
+    assert language_task.in_the_language([german] * 2, replies) == [1.0, 0.0]
+    assert not language_task.TEST_PROMPTS.keys() & set(language_task.TRAINING_PROMPTS)
+
+
 def test_a_recipe_is_compared_with_its_sentence(tmp_path, folder_model, monkeypatch, capsys):
     import recipes
 

@@ -91,13 +91,11 @@ class ReadingLevel(_OfText):
 
 
 class Language(_Named):
-    """Probability that a reply is in a language, by py3langid.
+    """Probability that a reply is in a language, by py3langid; of a few letters, hardly any language is probable.
 
     Args:
         code: The language in ISO 639-1; None is that of the prompt, by its last message.
     """
-
-    takes_partial_text = False  # a few letters are of any language
 
     def __init__(self, code: str | None = None) -> None:
         super().__init__("language", **({} if code is None else {"code": code}))

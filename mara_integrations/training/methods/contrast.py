@@ -198,7 +198,7 @@ def _prompt_sides(run: Run) -> tuple[PromptSide, PromptSide]:
     seed, each = run.config.seed, replies_per_prompt(run)
     sides = (
         PromptSide(run.plan.train, limited_prompts(run, run.plan.train, each), each, seed),
-        PromptSide(run.plan.held_out, limited_prompts(run, run.plan.held_out), 1, seed + HELD_OUT_SEED),
+        PromptSide(run.plan.held_out, limited_prompts(run, run.plan.held_out, each), each, seed + HELD_OUT_SEED),
     )
     for side in sides:
         run.random().shuffle(side.prompts)  # the first ones, which the table takes, are to be like the others

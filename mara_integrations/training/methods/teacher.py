@@ -18,7 +18,7 @@ from typing import Any
 from mara_integrations.data.principles import under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.generated import generate_replies
-from mara_integrations.training.collect.prompts import limited_prompts
+from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.contrast import (
@@ -62,7 +62,8 @@ def work(run: Run) -> Workload:
         return work_on_contrast(run, rereadings, work_of_table(run))
     if not run.config.eval_prompts:
         return work_on_contrast(run, rereadings, Workload())
-    gated = Generation(limited_prompts(run, run.plan.held_out), is_gated=True)
+    each = replies_per_prompt(run)
+    gated = Generation(limited_prompts(run, run.plan.held_out, each), each, is_gated=True)
     return work_on_contrast(run, rereadings, Workload([gated], rereadings=[by("teacher", gated), *by_other(gated)]))
 
 
@@ -130,8 +131,8 @@ def _report_agreement(run: Run, head: MARAHead, held_out: Side) -> dict[str, Any
     """Say how much better the teacher likes the head's replies than the other model does, in nats a token."""
     if not run.config.eval_prompts:
         return {}
-    seed = run.config.seed + HELD_OUT_SEED
-    gated = generate_replies(run, "gated replies for the teacher", held_out.prompts, 1, seed, head)
+    each, seed = replies_per_prompt(run), run.config.seed + HELD_OUT_SEED
+    gated = generate_replies(run, "gated replies for the teacher", held_out.prompts, each, seed, head)
     sides = (held_out, Side.of("gated replies", held_out.prompts, gated))
     these, those = _readings(run, "teacher", sides, {"by the teacher": None}), _others(run, sides)
     base, own = (float((this[0].tokens - that[0].tokens).mean()) for this, that in zip(these, those, strict=True))

@@ -143,7 +143,7 @@ def evaluate_head(
     ] = 0,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of prompts decoded together.", rich_help_panel=REPLIES)
-    ] = 16,
+    ] = 64,
     system_prompt: SystemPrompt = None,
     model: Model = None,
     device: Device = "auto",

@@ -40,7 +40,7 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 128,
-    batch_size: int = 16,
+    batch_size: int = 64,
     conversational: bool = False,
     on_progress: Callable[[int], None] | None = None,
     **overrides: Any,
@@ -58,7 +58,7 @@ def evaluate(
         max_new_tokens: Upper bound of a reply, in tokens.
         batch_size: Prompts decoded and scored together.
         conversational: Give rewards lists of messages; implied by a conversational data set, or a prompt of several.
-        on_progress: Called with the number of replies just done, of two a prompt.
+        on_progress: Called with the number of replies just done, of two a prompt: 1, each time.
         **overrides: More settings of `MARAEngine.generate`, as `strength` or `head`.
 
     Returns:
@@ -94,10 +94,8 @@ def evaluate(
         spent = []
         for side, replies in enumerate((base_replies, gated_replies)):
             began = time.perf_counter()
-            replies.extend(_decode(worker, [pair[side] for pair in pairs[start : start + batch_size]]))
+            replies.extend(_decode(worker, [pair[side] for pair in pairs[start : start + batch_size]], on_progress))
             spent.append(time.perf_counter() - began)
-            if on_progress is not None:
-                on_progress(len(batch))
         seconds.append((spent[0], spent[1]))
         base = _scored(named, batch, base_replies[start:], conversational)
         gated = _scored(named, batch, gated_replies[start:], conversational)
@@ -191,13 +189,20 @@ def _check(settings: Mapping[str, Any]) -> None:
         params.of(**{name: value for name, value in settings.items() if name in params.model_fields})
 
 
-def _decode(worker: Worker, requests: Sequence[Request]) -> list[Generation]:
+def _decode(
+    worker: Worker, requests: Sequence[Request], on_progress: Callable[[int], None] | None = None
+) -> list[Generation]:
     tickets = [worker.submit(request, ThreadTicket()) for request in requests]
+    generations = []
     try:
-        return [next(u.generation for u in ticket if u.generation is not None) for ticket in tickets]
+        for ticket in tickets:
+            generations.append(next(u.generation for u in ticket if u.generation is not None))
+            if on_progress is not None:
+                on_progress(1)
     finally:
         for ticket in tickets:
             ticket.cancel()
+    return generations
 
 
 def _scored(

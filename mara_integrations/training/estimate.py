@@ -31,7 +31,8 @@ from mara_integrations.training.rollouts.replies import Reply, encode_given, rea
 from mara_integrations.training.rollouts.workers import RolloutBatch
 
 _TRIED_TOKENS, _TRIED_READINGS = 8, 16
-_EVALUATED_TOGETHER = 16  # prompts of a batch of the evaluation
+_SCALED_IN_ROUNDS = ("rloo", "reward-model", "principle", "grounding", "teacher")  # which need no calibration after
+_EVALUATED_TOGETHER = 64  # prompts of a batch of the evaluation
 _READ_AGAIN = BLOCK_TOKENS // 2  # tokens of a prompt that are no whole block of the prefix cache, on average
 _USUAL_EPOCHS = 10  # of the 20 that a fit may take by default: it stops early
 
@@ -234,10 +235,10 @@ class _Trials:
             again = 2 * min(1.0, _READ_AGAIN / base.prompt_fed) - 1.0
             seconds += num_evaluated * (base.seconds + gated.seconds + (again * base.prompt_s))
             fed += num_evaluated * (base.fed + gated.fed + again * base.prompt_fed)
-        if method.name in ("rloo", "reward-model"):  # rounds have set the scale
+        if method.name in _SCALED_IN_ROUNDS or (method.form == "q" and run.kl_budget is None):
             return seconds, fed
         if method.form == "q":
-            count = min(24, len(pool)) * (1 if run.kl_budget is None else 2)
+            count = 2 * min(24, len(pool))
             return seconds + count * gated.seconds, fed + count * gated.fed
         count, tokens = 2 * min(12, len(distinct_prompts(run, run.plan.train))), min(16.0, gated.length)
         candidates = sum(len(p.token_ids) for reply in gated.replies for p in reply.positions)

@@ -24,8 +24,10 @@ from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.learning.fit import Rows, fit
 from mara_integrations.training.learning.q_objectives import compliance_loss
 from mara_integrations.training.methods.rule import check_violations, count_violating
-from mara_integrations.training.rollouts.positions import Positions, q_scores
+from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
 from mara_integrations.training.rollouts.replies import Reply, token_texts
+from mara_integrations.training.scoring.q_scale import kl_per_token
+from mara_integrations.training.scoring.scale import report_scale
 
 _HELD_OUT_SEED, _ROUND_SEED = 500_000, 1_000_000  # offsets larger than any number of replies
 _OFFENDING_SHARE = 10  # positions with an offence are repeated until they are one in so many
@@ -86,7 +88,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
         sides[1].append(label_candidates(run.model, held_out, Positions.of(held_out), rule))
     gated = generate_replies(run, "held-out gated replies", held_out_prompts, per_prompt, seed + _HELD_OUT_SEED, head)
     report_damage(run, rule, held_out_base, gated)
-    return MethodResult()
+    return MethodResult(kl_per_token=_reported_kl(run, head, gated) if run.kl_budget is None else None)
 
 
 def work(run: Run) -> Workload:
@@ -141,6 +143,15 @@ def label_candidates(
             text = token_texts(model, [*before, int(positions.token_ids[row, column])], last=1)[0]
             offends[row, column] = len(rule.violations(text)) > num_before
     return LabelledCandidates(positions, offends)
+
+
+def _reported_kl(run: Run, head: QHead, gated: Sequence[Reply]) -> float:
+    """Return KL(gate || base) on replies of the gate, in nats a token, and report it."""
+    positions = Positions.of(gated)
+    scores = all_scores(head, positions, run.backend.output_embeddings)
+    kl = kl_per_token(positions, scores, head.config.scale)
+    report_scale(run, head.config.scale, kl)
+    return kl
 
 
 def report_correction(run: Run, stage: str, rule: Rule, replies: Sequence[Reply]) -> None:

@@ -62,16 +62,13 @@ def calibrate_q(run: Run, head: QHead) -> float:
     prompts = run.random().sample(pool, min(_NUM_REPLIES, len(pool)))
     untrained = MARAHead(head.config).to(run.model.device).eval()
     sampling = run.sampling(min_candidates=head.config.min_candidates)
-    gating_heads = [head] if run.kl_budget is None else [untrained, head]
-    scale, kl = head.config.scale, 0.0
-    with run.stage("calibration of the scale", len(gating_heads) * len(prompts)) as advance:
-        for gating_head in gating_heads:
+    scale, kl = math.inf, 0.0
+    with run.stage("calibration of the scale", 2 * len(prompts)) as advance:
+        for gating_head in (untrained, head):
             replies = replies_to_scale_on(run, Decoder(run.backend), prompts, sampling, gating_head, advance)
             positions = Positions.of(replies)
-            if run.kl_budget is not None:
-                found = scale_within_budget(run, head, positions)
-                scale = found if gating_head is untrained else min(scale, found)
-                set_scale(head, scale)
+            scale = min(scale, scale_within_budget(run, head, positions))
+            set_scale(head, scale)
             kl = kl_per_token(positions, all_scores(head, positions, run.backend.output_embeddings), scale)
     report_scale(run, scale, kl)
     return kl

@@ -182,7 +182,7 @@ class _ChatBody(_GenerationBody):
     max_completion_tokens: _MaxTokens | None = Field(None, description="The newer name of `max_tokens`; goes first.")
     logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Alternatives to report at each token."
+        None, description="Alternatives to report at each token; needs `logprobs`."
     )
     tools: Annotated[list[ToolOfRequest], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -97,6 +97,7 @@ class GenerationEndpoint:
 
     async def _whole(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
         requests = await in_thread(self._requests, call)
+        self._observe_prompts(requests, observation)
         streams = [self._engine.astream(request) for request in requests]
         generations = await all_or_none([self._finished(stream, observation) for stream in streams])
         content = await in_thread(lambda: _json(self._answer(call, self._engine.model).whole(generations)))
@@ -111,7 +112,8 @@ class GenerationEndpoint:
         raise AssertionError("a stream ends with its generation")
 
     async def _stream(self, call: EngineCall, observation: Observation, scope: Scope, send: Send) -> None:
-        (request,) = await in_thread(self._requests, call)
+        (request,) = requests = await in_thread(self._requests, call)
+        self._observe_prompts(requests, observation)
         answer = self._answer(call, self._engine.model)
         async with aclosing(self._engine.astream(request)) as updates:
             first = await anext(updates)  # what fails before the first token still has a status of its own
@@ -160,15 +162,18 @@ class GenerationEndpoint:
             message = self._names.public(str(error), model.name)
             raise RefusalError(400, message, code=code) from error
 
+    def _observe_prompts(self, requests: Sequence[Request], observation: Observation) -> None:
+        observation.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        self._metrics.count_tokens("prompt", observation.prompt_tokens)
+
     def _observe(self, update: Update, observation: Observation) -> None:
         if observation.first_token_s is None:
             observation.first_token_s = time.perf_counter() - observation.began_s
             self._metrics.count_first_token(observation.first_token_s)
+        observation.completion_tokens += len(update.token_ids)
+        self._metrics.count_tokens("completion", len(update.token_ids))
         if update.generation is not None:
-            generation = update.generation
-            observation.prompt_tokens += generation.prompt_tokens
-            observation.completion_tokens += len(generation.token_ids)
-            self._metrics.count_reply(generation.prompt_tokens, len(generation.token_ids))
+            self._metrics.count_reply(len(update.generation.token_ids))
 
     def _log_ignored(self, call: EngineCall) -> None:
         for name in call.ignored:

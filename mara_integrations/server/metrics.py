@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -53,10 +54,12 @@ class Metrics:
         """Count a reply that began this long after its request arrived."""
         self._first_token.observe(seconds)
 
-    def count_reply(self, prompt_tokens: int, completion_tokens: int) -> None:
+    def count_tokens(self, kind: Literal["prompt", "completion"], number: int) -> None:
+        """Count tokens as they are read or written, whether or not their reply is ever finished."""
+        self._tokens.labels(kind).inc(number)
+
+    def count_reply(self, completion_tokens: int) -> None:
         """Count a finished reply."""
-        self._tokens.labels("prompt").inc(prompt_tokens)
-        self._tokens.labels("completion").inc(completion_tokens)
         self._reply_tokens.observe(completion_tokens)
 
     def text(self) -> bytes:

@@ -34,8 +34,8 @@ class Observation:
         began_s: When it arrived, by `time.perf_counter`.
         status: HTTP status; None until the answer begins.
         model: The model that it names.
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
+        prompt_tokens: Tokens of its prompts.
+        completion_tokens: Tokens written so far.
         first_token_s: Seconds until its first token; None before.
     """
 

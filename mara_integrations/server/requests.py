@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from mara_integrations.messages import Message, Prompt, ToolCall
 from mara_integrations.replies.forms import ReplyForm
-from mara_integrations.server.bodies import ENGINE_FIELDS, ChatBody, ChatMessage, CompletionBody, checked
+from mara_integrations.server.bodies import ENGINE_FIELDS, ChatBody, ChatMessage, CompletionBody, ToolChoice, checked
 from mara_integrations.server.errors import RefusalError, shown
 from mara_integrations.server.names import ServedNames
 
@@ -74,6 +74,10 @@ def read_chat(body: Mapping[str, Any], names: ServedNames) -> EngineCall:
         settings["system_prompt"] = fields.system_prompt
     if fields.response_format is not None and fields.response_format.type == "json_schema":
         _require("response_format.json_schema", fields.response_format.json_schema)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        problem = f"top_logprobs={fields.top_logprobs} needs logprobs=true"
+        raise RefusalError(400, problem, param="top_logprobs")
+    _check_tool_choice(fields)
     settings["form"] = ReplyForm.of_call({name: body[name] for name in _Form if body.get(name) is not None})
     prompt = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(fields.messages))
     return _call(fields, names, (prompt,), settings, (fields.top_logprobs or 0) if fields.logprobs else None)
@@ -168,6 +172,17 @@ def _message(name: str, message: ChatMessage) -> Message:
         message.tool_call_id,
         message.name if role == "tool" else None,
     )
+
+
+def _check_tool_choice(fields: Any) -> None:
+    """Refuse a choice of a tool that is not there; `ReplyForm` would answer in words that this API does not have."""
+    choice, names = fields.tool_choice, [tool.function.name for tool in fields.tools or ()]
+    there_are = f"tools are {', '.join(names)}" if names else "the request has no tools"
+    if choice == "required" and not names:
+        raise RefusalError(400, "tool_choice='required' needs tools (hint: send tools)", param="tool_choice")
+    if isinstance(choice, ToolChoice) and choice.function.name not in names:
+        problem = f"tool_choice names {shown(choice.function.name)}, which is not a tool (hint: {there_are})"
+        raise RefusalError(400, problem, param="tool_choice.function.name")
 
 
 def _arguments(name: str, value: str | dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,31 @@ async def test_each_request_is_a_line_in_the_log(client, caplog):
     assert second.isprintable() and len(second) < 300 and " 404 " in second
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_tokens_of_a_reply_that_its_client_left_are_counted_and_logged(app, client, engine, caplog, stream):
+    caller = Caller(app, {**CHAT, "max_tokens": 400, "stream": stream})
+    call = asyncio.create_task(caller.call())
+
+    async def num_written():
+        return (await metrics(client))["mara_tokens_total completion"]
+
+    with caplog.at_level(logging.INFO, "mara_integrations.server.access"):
+        if stream:
+            await asyncio.wait_for(caller.heard.wait(), 20)
+        for _ in range(2000):
+            if await num_written():
+                break
+            await asyncio.sleep(0.001)
+        caller.leaves.set()
+        await asyncio.wait_for(call, 20)
+    await until(lambda: engine.status.num_live == 0)
+
+    line = next(message for message in caplog.messages if " 499 " in message)
+    counted = await metrics(client)
+    assert f"tiny, 22 tokens in, {counted['mara_tokens_total completion']:.0f} out" in line and " 0 out" not in line
+    assert counted["mara_tokens_total prompt"] == 22 and counted["mara_reply_tokens_count"] == 0
+
+
 async def test_health_is_told_also_before_the_model_is_loaded(engine):
     async with client_of(create_app(MARAEngine((tiny_model(), tiny_tokenizer())))) as client:
         response = await client.get("/health")

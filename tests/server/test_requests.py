@@ -19,6 +19,10 @@ def chat(**body):
     return read_chat({"messages": [USER], **body}, NAMES)
 
 
+def named(function):
+    return {"type": "function", "function": {"name": function}}
+
+
 def refused(read, body) -> RefusalError:
     with pytest.raises(RefusalError) as caught:
         read(body, NAMES)
@@ -146,9 +150,15 @@ def test_prompts_are_texts_or_token_ids_or_lists_of_either():
         ({"tools": [{"function": {"name": 'a"b'}}]}, 400, "tools[0].function.name='a\"b'"),
         ({"tools": [TOOL] * 200}, 400, "list should have at most 128 items"),
         ({"tools": [TOOL], "tool_choice": "calendar"}, 400, "tool_choice='calendar'"),
+        ({"tool_choice": "required"}, 400, "tool_choice='required' needs tools (hint: send tools)"),
+        ({"tools": [TOOL], "tool_choice": named("bell")}, 400, "'bell', which is not a tool (hint: tools are clock)"),
+        ({"tools": [TOOL], "tool_choice": named("auto")}, 400, "'auto', which is not a tool"),
+        ({"tool_choice": named("clock")}, 400, "'clock', which is not a tool (hint: the request has no tools)"),
         ({"response_format": {"type": "json_schema"}}, 400, "'response_format.json_schema' is missing"),
         ({"response_format": {"type": "yaml"}}, 400, "response_format.type='yaml'"),
         ({"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs=99"),
+        ({"top_logprobs": 2}, 400, "top_logprobs=2 needs logprobs=true"),
+        ({"logprobs": False, "top_logprobs": 0}, 400, "top_logprobs=0 needs logprobs=true"),
         ({"stop": 5}, 400, "stop=5 is not allowed"),
         ({"stop": True}, 400, "stop=True is not allowed"),
         ({"stop": [""]}, 400, "stop[0]='' is not allowed"),

@@ -70,8 +70,13 @@ class Address:
         Raises:
             ConfigError: If the URL is none of HTTP, or holds a password.
         """
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urlsplit(base_url)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname)
+            _ = url.port  # raises, unless it is a port
+        except ValueError:
+            is_address = False
+        if not is_address:
             raise ConfigError(f"base_url={base_url!r} is not an address", hint="such as http://127.0.0.1:8000/v1")
         if url.username or url.password:
             raise ConfigError("base_url holds a password, and addresses are shown", hint="give api_key=")
@@ -135,7 +140,8 @@ class Connection:
         """Return what the server says of the model; it is asked once.
 
         Raises:
-            ModelError: If it lists no models, and none is named.
+            ModelError: If it lists no models and none is named, or a server that lists all of its models does not list
+                the one that is named.
         """
         if self.served is None:
             import openai
@@ -152,6 +158,8 @@ class Connection:
             listed = models.get(self._model or first, models.get(first))
             window = (listed.model_extra or {}).get("max_model_len") if listed else None
             kind = kind_of(listed.owned_by if listed else None)
+            if kind != "other" and self._model is not None and self._model not in models:
+                raise ModelError(f"model {self._model!r} is not served", hint=f"models are {', '.join(models)}")
             self.served = ServedModel(self._model or first, kind, window or _UNKNOWN_WINDOW)
         return self.served
 

@@ -259,6 +259,11 @@ def test_prompts_without_an_answer_are_refused(engine):
         engine.generate(Conversation((Message("user", "hi"),), (Tool("clock"),)))
 
 
+def test_a_model_that_is_not_served_is_refused_when_it_is_loaded(make):
+    with pytest.raises(ModelError, match=r"model 'gpt' is not served \(hint: models are tiny, tiny:brand"):
+        make(model="gpt").load()
+
+
 @pytest.mark.parametrize("name", ["verify", "encode", "request", "model", "head", "compare"])
 def test_what_needs_the_model_here_says_where_it_is(make, local, name):
     engine = make(head="brand", url="http://127.0.0.1:9")
@@ -269,7 +274,14 @@ def test_what_needs_the_model_here_says_where_it_is(make, local, name):
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("localhost:8000", "is not an address"), ("ftp://h", "is not an address"), ("http://me:pw@h", "holds a password")],
+    [
+        ("localhost:8000", "is not an address"),
+        ("ftp://h", "is not an address"),
+        ("http://[::1", "is not an address"),
+        ("http://h:99999", "is not an address"),
+        ("http://h:port", "is not an address"),
+        ("http://me:pw@h", "holds a password"),
+    ],
 )
 def test_addresses_are_checked(url, message):
     with pytest.raises(ConfigError, match=message) as caught:

@@ -16,10 +16,10 @@ from mara_integrations.engine.candidates import rank_candidates
 from mara_integrations.engine.gate import gated_log_probs, weighted_log_probs
 from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
 from mara_integrations.engine.settings import resolve_settings
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, ShapeError
 from mara_integrations.fingerprints import fingerprint
 from mara_integrations.heads.compose import afterstate_parts
-from mara_integrations.heads.source import HeadSource, place_heads
+from mara_integrations.heads.source import HeadSource, head_name, place_heads
 
 
 class GatedLogits:
@@ -59,14 +59,14 @@ class GatedLogits:
         placed = place_heads(head, model.device, width, name, fingerprint(model))
         if placed is None or afterstate_parts(placed):
             raise ConfigError(
-                f"head={head!r} can't gate logits alone: it takes heads of the 'q' form, at least one",
+                f"head={head_name(head)!r} can't gate logits alone: it takes heads of the 'q' form, at least one",
                 hint="heads of other forms have every candidate fed: `custom_generate` and `MARAEngine` do that",
             )
-        if not temperature > 0:
-            raise ConfigError(f"temperature={temperature!r} is not allowed", hint="above 0; take argmax to be greedy")
         given = {"top_k": top_k, "top_p": top_p, "min_candidates": min_candidates, "temperature": temperature}
         prompt = {"system_prompt": ""}  # rendered already
         settings = resolve_settings({**given, **prompt, "head": head, "strength": strength}, {}, lambda _: placed)
+        if settings.sampling.temperature == 0:
+            raise ConfigError(f"temperature={temperature!r} is not allowed", hint="above 0; take argmax to be greedy")
         self._sampling, self._strength = settings.sampling, settings.gate.strength
         self._model, self._head, self._stacks = model, placed, HeadStacks()
 
@@ -80,7 +80,15 @@ class GatedLogits:
 
         Returns:
             Shape (B, V), in nats, float32, on the device of `logits`.
+
+        Raises:
+            ShapeError: If they are not rows, as many of the one as of the other.
         """
+        if hidden.dim() != 2 or logits.dim() != 2 or len(hidden) != len(logits):
+            raise ShapeError(
+                f"hidden states of shape {tuple(hidden.shape)} and logits of shape {tuple(logits.shape)}",
+                hint="shapes (B, d) and (B, V): of each sequence the last position alone, as in logits[:, -1]",
+            )
         rows, s = len(logits), self._sampling
         candidates = rank_candidates(
             logits,

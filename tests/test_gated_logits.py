@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mara_integrations.engine.oracle.reference import decide_reference, generate_reference
-from mara_integrations.errors import ConfigError, HeadError
+from mara_integrations.errors import ConfigError, HeadError, ShapeError
 from mara_integrations.gated_logits import GatedLogits
 from mara_integrations.heads.compose import ComposedHead
 from mara_integrations.sampling import GateParams, SamplingParams
@@ -75,7 +75,9 @@ def test_strength_0_is_the_filtered_base_model_and_masked_tokens_stay_out():
         ({"head": random_head(32, "residual")}, ConfigError, "takes heads of the 'q' form"),
         ({"head": None}, ConfigError, "at least one"),
         ({"head": random_head(48, "q")}, HeadError, "hidden size 48"),
+        ({"head": {random_head(32, "q"): 0.0}}, ConfigError, "^head='0 x q head of None' can't gate"),
         ({"head": random_head(32, "q"), "temperature": 0.0}, ConfigError, "temperature=0.0"),
+        ({"head": random_head(32, "q"), "temperature": "hot"}, ConfigError, "temperature='hot'"),
         ({"head": random_head(32, "q"), "top_p": 1.5}, ConfigError, "top_p=1.5"),
         ({"head": random_head(32, "q"), "strength": -1.0}, ConfigError, "strength=-1.0"),
     ],
@@ -84,3 +86,11 @@ def test_strength_0_is_the_filtered_base_model_and_masked_tokens_stay_out():
 def test_what_it_cannot_do_is_refused_at_once(arguments, error, said):
     with pytest.raises(error, match=said):
         GatedLogits(tiny_model(), **arguments)
+
+
+@pytest.mark.parametrize(("hidden", "logits"), [((2, 3, 32), (2, 3, 256)), ((32,), (256,)), ((1, 32), (2, 256))])
+def test_states_and_logits_that_are_no_rows_are_refused(hidden, logits):
+    gate = GatedLogits(tiny_model(), random_head(32, "q"))
+
+    with pytest.raises(ShapeError, match="of each sequence the last position alone"):
+        gate(torch.zeros(hidden), torch.zeros(logits))

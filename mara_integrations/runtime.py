@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self, Unpack
 
 from mara_integrations.engine.answers import answer_report, log_prob_report
-from mara_integrations.engine.build_request import build_request, check_not_empty, prepared
+from mara_integrations.engine.build_request import build_request, check_prompt, prepared
 from mara_integrations.engine.choose_engine import EngineChoice
 from mara_integrations.engine.generation import Generation
 from mara_integrations.engine.limits import EngineLimits
@@ -322,7 +322,7 @@ class MARAEngine(Replying):
 
     def request(self, prompt: Prompt, **settings: Unpack[RequestSettings]) -> Request:
         """Return what `generate` submits to the decoder; it can be submitted once. See there for errors."""
-        check_not_empty(prompt)
+        check_prompt(prompt)
         told: dict[str, Any] = {**settings}
         top_logprobs = told.pop("top_logprobs", None) if self._is_vllm else None  # of `log_prob_settings`
         resolved = self.resolve(**told)

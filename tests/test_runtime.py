@@ -60,6 +60,12 @@ def test_an_empty_prompt_is_refused_in_every_form(engine, prompt):
             engine.generate(prompt, **settings)
 
 
+@pytest.mark.parametrize("prompt", ["a \udcff", [Message("system", "\ud800"), Message("user", "hi")]])
+def test_text_that_is_not_unicode_is_refused(engine, prompt):
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        engine.generate(prompt)
+
+
 def test_an_empty_turn_in_a_conversation_is_taken(engine):
     turns = [Message("system", ""), Message("user", "hi"), Message("assistant", ""), Message("user", "")]
 

@@ -110,6 +110,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a prompt that is not UTF-8 is refused as such, in every locale
+        sys.stdin.reconfigure(errors="surrogateescape")
     if ranks.has_others():  # now: a command reads standard input and speaks before it loads a model, and one does so
         ranks.join()
     app(prog_name="mara-tools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -78,12 +79,18 @@ def prepared(prompt: Prompt, settings: ResolvedSettings) -> Prompt:
     return prompt.with_system(settings.system_prompt)
 
 
-def check_not_empty(prompt: Prompt) -> None:
-    """Refuse a prompt with nothing to reply to.
+def check_prompt(prompt: Prompt) -> None:
+    """Refuse a prompt with nothing to reply to, and text that no tokenizer can read.
 
     Raises:
-        ConfigError: If there is no text and no call beside the system message.
+        ConfigError: If there is no text and no call beside the system message, or a text has half of a surrogate pair.
     """
+    for text in [prompt] if isinstance(prompt, str) else _contents(prompt):
+        if (half := re.search(r"[\ud800-\udfff]", text)) is not None:
+            raise ConfigError(
+                f"the prompt has {half[0]!r} at character {half.start()}, which is half of a surrogate pair",
+                hint="its bytes were not UTF-8: decode them with errors='replace'",
+            )
     if isinstance(prompt, Conversation):
         prompt = prompt.messages
     has_content = any(
@@ -92,3 +99,8 @@ def check_not_empty(prompt: Prompt) -> None:
     )
     if not has_content:
         raise ConfigError("the prompt is empty", hint="give it some text")
+
+
+def _contents(prompt: Prompt) -> list[str]:
+    messages = prompt.messages if isinstance(prompt, Conversation) else prompt
+    return [message.content for message in messages if isinstance(message, Message)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from mara_integrations.engine.build_request import check_not_empty, prepared
+from mara_integrations.engine.build_request import check_prompt, prepared
 from mara_integrations.engine.settings import ResolvedSettings
 from mara_integrations.errors import ConfigError
 from mara_integrations.heads.source import HeadSource, head_weights
@@ -115,7 +115,7 @@ def make_call(
     check_head(given.get("head"))
     if settings.gate.trace:
         raise ConfigError("trace=True: a server sends no traces", hint="run the model in this process, or ask logprobs")
-    check_not_empty(prompt)
+    check_prompt(prompt)
     prompt = prepared(prompt, settings)
     standard: dict[str, Any] = {
         "temperature": settings.sampling.temperature,

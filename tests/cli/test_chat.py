@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from commands import generate, run
+from commands import generate, run, tools
 
 from mara_integrations.engine.tickets import Update
 from mara_integrations.replies.calls import Piece
@@ -35,6 +35,16 @@ def test_a_chat_goes_on_after_a_mistake():
         "'/fly' is no",
     ]
     assert generate("hi", "--max-new-tokens", 3) in said.stdout
+
+
+def test_a_chat_goes_on_after_bytes_that_are_not_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most locales
+    typed = tmp_path / "typed"
+    typed.write_bytes(b"caf\xe9?\nhi\n")
+    with typed.open("rb") as stdin:
+        said = tools("chat", "--model", "model", "--max-new-tokens", 3, stdin=stdin)
+    assert said.returncode == 0 and generate("hi", "--max-new-tokens", 3) in said.stdout
+    assert "half of a surrogate pair" in said.stderr and "unexpected" not in said.stderr
 
 
 def test_a_paper_head_has_no_dial():

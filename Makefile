@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo         train a head on the shipped preferences and see what it does (a few minutes)"
-	@echo "make test         lint, types, layers, tests and what they cover (some six minutes on two cores)"
+	@echo "make test         lint, types, layers, tests and what they cover (some minutes)"
 	@echo "make test-slow    the tests that it leaves out: kills, Ray, LangChain's suites on a real model (four minutes)"
 	@echo "make coverage     the part of make test that measures: its tests cover 90 % of engine, heads and data at least"
 	@echo "make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest"

@@ -1,6 +1,6 @@
-"""A LangGraph agent that keeps a notebook: what it is told in one turn it has in the next, by a checkpointer.
+"""A LangGraph agent with memory: a checkpointer carries what it is told in one turn over to the next.
 
-The graph is written out, so that one sees where the model is asked what: the node `note` may only call the tool
+The graph is written out, so that you see what the model is asked at each step. The node `note` may only call the tool
 (`tool_choice` is its name), the node `answer` may only write text. Each `thread_id` is a conversation of its own;
 with a checkpointer that writes to disk (`langgraph-checkpoint-sqlite`) it outlives the process.
 

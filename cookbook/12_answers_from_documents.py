@@ -1,7 +1,7 @@
 """Answers from the documents, and "it is not in the documents" where they hold none: a head for a query engine.
 
-A small model answers from what it happens to know, and it answers always. Here it becomes a head that prefers what the
-retrieved passages say. All it needs are questions, each with the passages that your own retriever finds; answers only
+A small model answers from what it happens to know, and it always answers. This script trains a head that prefers what
+the retrieved passages say. All it needs are questions, each with the passages that your retriever finds; answers only
 serve to judge. Every question is asked twice: with its passages, and with those of another question. Where the passages
 are the right ones, the head learns what they change against the question alone (context-aware decoding, but without a
 second forward for each token). Where they are not, it learns what a sentence that asks to admit it would change. On the

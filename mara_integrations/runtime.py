@@ -112,7 +112,7 @@ class MARAEngine(Replying):
         if model is None and head is None:
             raise ConfigError(
                 "no base model is named",
-                hint="name one, as model='smollm2' (--model smollm2), or a head that records its own",
+                hint="name one with model='smollm2' (--model smollm2), or give a head that records its own",
             )
         self.defaults: dict[str, Any] = {"head": head, "system_prompt": system_prompt, **defaults}
         self.model_source = model

@@ -78,7 +78,9 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     if settings.get("output") is None:
         raise typer.BadParameter("it is needed, here or in a file for --config", param_hint="--output")
     if settings.get("data") is None and not has_own_prompts:
-        needed = "it is needed, here or in a file for --config; with --principle or --teacher it may be left out"
+        needed = (
+            "it is needed, here or in a file for --config; with --principle, --teacher or --recipe it may be left out"
+        )
         raise typer.BadParameter(needed, param_hint="--data")
     return TrainConfig.of(**settings)
 

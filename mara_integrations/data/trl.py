@@ -132,7 +132,8 @@ def label_of(value: Any) -> bool:
         return word in _UP
     raise BadRowError(
         f"'label' is {short(value)}",
-        hint="labels are true or false, 1 or 0, good or bad, yes or no, up or down, 👍 or 👎",
+        hint="labels are true or false, 1 or 0, good or bad, yes or no, up or down, 👍 or 👎; "
+        "--column 'label=NAME>=4' makes labels of ratings",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tempfile
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ def locate(source: str | Path) -> Location:
         return Location(name, _download(name), True)
     what = "file" if path.suffix in _CHECKPOINTS else "folder"
     hint = "name a head's folder, a published .pth actor, or a Hub id"
+    heads_beside = [config.parent.name for config in path.parent.glob(f"*/{CONFIG_FILE}")]
+    near = difflib.get_close_matches(path.name, heads_beside, n=1)
+    if near:
+        hint = f"did you mean {str(Path(source).with_name(near[0]))!r}? Otherwise, {hint}"
     if _HUB_ID.fullmatch(name):
         hint += f"; {HUB_PREFIX}{name} is one on the Hub"
     raise HeadError(f"no head at {shown}: there is no such {what}", hint=hint)

@@ -365,4 +365,6 @@ def _described(
 def _load_hint(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         return "install the package it names"
+    if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        return "model_kwargs (--model-kwargs) are arguments of from_pretrained; n_ctx and its like are for llama.cpp"
     return "is the copy complete? The cause is shown with --debug"

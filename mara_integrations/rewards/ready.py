@@ -302,7 +302,7 @@ def ready_reward(name: str, arguments: Mapping[str, str]) -> Reward:
     """
     if name not in READY:
         near = difflib.get_close_matches(name, READY, n=1)
-        there_are = f"by name there are {', '.join(READY)}; a function of yours is module:function"
+        there_are = f"by name there are {', '.join(READY)}; a function of yours is file.py:function or module:function"
         raise RewardError(f"reward {name!r} is unknown", hint=f"did you mean {near[0]}?" if near else there_are)
     try:
         return READY[name](**arguments)

@@ -207,7 +207,7 @@ def _checked(result: Any, name: str, completions: Sequence[str]) -> Scores:
         )
     if len(values) != len(completions):
         raise RewardError(
-            f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions",
+            f"reward {name!r} returned a list of length {len(values)} for {len(completions)} completions",
             hint="it is called once a batch and must return one number, or None, a completion",
         )
     return [_number(value, index, name, completions[index]) for index, value in enumerate(values)]

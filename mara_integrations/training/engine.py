@@ -61,5 +61,5 @@ def with_number_format(config: TrainConfig, reporter: Reporter) -> TrainConfig:
     is_open = config.dtype == "auto" and config.quantization is None and config.engine != "llama.cpp"
     if not is_open or choose_device(config.device).type != "cpu" or not has_fast_bfloat16():
         return config
-    reporter.say("[bold]Format[/] bfloat16, which this processor is faster at; --dtype float32 trains in that")
+    reporter.say("[bold]Format[/] bfloat16, which is faster on this processor; --dtype float32 changes it")
     return config.updated(dtype="bfloat16")

@@ -221,7 +221,7 @@ def choose(
         raise ConfigError(
             "prompts alone do not say what a good reply is",
             hint="add --principle TEXT, --teacher MODEL, --reward module:function or --forbid WORD, or give pairs or "
-            "labelled replies",
+            "labelled replies; --column label=NAME names a column of labels",
         )
     if name == "auto":
         reward_model = METHODS["reward-model"]

@@ -317,7 +317,7 @@ def test_an_interrupted_training_says_that_it_can_go_on_and_does(folder):
         ({"data": "prompts.jsonl"}, "prompts alone"),
         ({"model": "no-such/model"}, "no-such/model"),
         ({"reward": "{bad}/raises.py:judge"}, "raised ValueError: first second"),
-        ({"reward": "{bad}/short.py:judge"}, "returned 1 numbers for "),
+        ({"reward": "{bad}/short.py:judge"}, "returned a list of length 1 for "),
         ({"reward": "{bad}/short.py:absent"}, "has no 'absent'"),
         ({"reward": VOWELS, "forbid": "x"}, "either a reward or forbidden words"),
         ({"output": "prompts.jsonl/head", "reward": VOWELS}, "'prompts.jsonl/head'"),

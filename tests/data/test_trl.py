@@ -16,7 +16,7 @@ from mara_integrations.data import (
     gather_columns,
     read_dataset,
 )
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.messages import Message, Tool, ToolCall
 
 
@@ -82,6 +82,11 @@ class TestForms:
     def test_a_label_is_a_thumb_however_it_is_written(self, tmp_path: Path, labels: list[Any], is_good: bool) -> None:
         dataset = read_dataset(write_jsonl(tmp_path / "a.jsonl", [{**LABELLED, "label": label} for label in labels]))
         assert [row.label for row in dataset.rows if isinstance(row, Labelled)] == [is_good] * len(labels)
+
+    def test_a_rating_in_place_of_a_label_comes_with_the_flag_that_reads_it(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="'label' is 5") as error:
+            read_dataset(write_jsonl(tmp_path / "a.jsonl", [{**LABELLED, "label": 5}]))
+        assert "--column 'label=NAME>=4'" in str(error.value.hint)
 
     def test_a_prompts_other_fields_are_columns_for_reward_functions(self, tmp_path: Path) -> None:
         rows = [{"prompt": "2 + 2?", "answer": 4}, {"prompt": "Name?", "answer": None, "level": "easy"}]

@@ -40,6 +40,7 @@ def workplace(embedded, tmp_path, monkeypatch):
     random_head(576, "residual", scale=0.05).save_pretrained("runs/house-style")
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"You said {i}!"} for i in range(12)]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("other-prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(3)))
     Path("rewards.py").write_text(next(code for code in PYTHON if "def short" in code))
     monkeypatch.syspath_prepend(tmp_path)
     loop = asyncio.new_event_loop()  # LlamaIndex takes the current one, and closes none

@@ -64,6 +64,14 @@ def test_a_name_beside_others_of_its_folder_is_a_path(hub):
     assert "hf:org/brand" in caught.value.hint and hub.asked == []
 
 
+def test_a_misspelt_head_comes_with_the_head_of_that_folder_which_was_meant(hub):
+    random_head(8).save_pretrained("heads/brand-voice")
+    Path("heads/brand-vice").mkdir()  # no head
+    with pytest.raises(HeadError, match="there is no such folder") as caught:
+        locate("heads/brand-voic")
+    assert caught.value.hint.startswith("did you mean 'heads/brand-voice'?")
+
+
 class Api:
     """What `huggingface_hub.HfApi` was asked."""
 

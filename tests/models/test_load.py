@@ -228,6 +228,12 @@ def test_a_damaged_file_is_one_line(folder, file):
     assert "\n" not in str(error.value)
 
 
+def test_an_argument_that_the_model_does_not_take_comes_with_what_model_kwargs_are(folder):
+    with pytest.raises(ModelError, match="unexpected keyword argument 'n_ctx'") as error:
+        load_model(ModelSpec(folder, model_kwargs={"n_ctx": 8}))
+    assert "arguments of from_pretrained" in error.value.hint
+
+
 def test_a_damaged_gguf_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("MARA_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF damaged")

@@ -129,7 +129,7 @@ class TestWhatARewardReturns:
 
     @pytest.mark.parametrize("returned", [[1.0], [1.0, 2.0, 3.0], []])
     def test_another_number_of_scores_is_refused_with_both_counts(self, returned: list[float]) -> None:
-        with pytest.raises(RewardError, match=f"returned {len(returned)} numbers for 2 completions"):
+        with pytest.raises(RewardError, match=f"returned a list of length {len(returned)} for 2 completions"):
             score(lambda completions: returned, PROMPTS, REPLIES)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", [1.0], {}])

@@ -113,7 +113,7 @@ class TestByName:
         ("text", "said", "hint"),
         [
             ("sentimnt", "reward 'sentimnt' is unknown", "did you mean sentiment?"),
-            ("mine", "reward 'mine' is unknown", "a function of yours is module:function"),
+            ("mine", "reward 'mine' is unknown", "a function of yours is file.py:function or module:function"),
             ("rewards.py", "reward 'rewards.py' is not of the form module:function", "for example rewards.py:brand"),
         ],
     )

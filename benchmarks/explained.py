@@ -2,7 +2,7 @@
 
 The model reads its own replies under the sentence and under what it is contrasted with; the target of a candidate is
 what that changes in its log-probability. Fitted to it are a table of biases over the vocabulary, Q-heads of several
-ranks, and perceptrons that see state and candidate together, which are too slow to score all candidates as they are
+ranks, and a perceptron that sees state and candidate together, which is too slow to score all candidates as they are
 generated. Variance is weighted as in training. Each stops at the epoch that is best on the same held-out replies.
 
     python benchmarks/explained.py cheerful --data FOLDER [--seed 0] [--set contrast=neutral]
@@ -41,7 +41,7 @@ from mara_integrations.training.rollouts.positions import Positions, q_scores
 from mara_integrations.training.run import train_plan
 
 RANKS = (16, 64, 256)
-PERCEPTRONS = ((256, 64), (1024, 256))  # widths of the two hidden layers
+PERCEPTRON = (256, 64)  # widths of the two hidden layers
 
 
 class Perceptron(MARAHead):
@@ -115,10 +115,7 @@ def explained(run: Run, sides: Sequence[Targets]) -> dict[str, float]:
 
     heads: dict[str, MARAHead] = {"token biases": blind(q_head(Q_SIZES[1]))}
     heads |= {f"Q-head of rank {rank}": q_head(rank) for rank in RANKS}
-    for sizes in PERCEPTRONS:
-        heads[f"perceptron of {sizes[0]} and {sizes[1]} units"] = Perceptron(
-            config.model_copy(update={"inner_sizes": sizes})
-        )
+    heads["perceptron"] = Perceptron(config.model_copy(update={"inner_sizes": PERCEPTRON}))
     settings = replace(run.fit_settings(1e-3), batch_size=1024)
     shares = {}
     for name, head in heads.items():

@@ -114,9 +114,9 @@ def test_heads_of_all_kinds_are_fitted_to_the_contrast_of_a_sentence(tmp_path, f
     where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--model", str(folder_model)]
     shares = explained.main(["cheerful", *small, *where])
 
-    assert len(shares) == 6 and all(share < 1 for share in shares.values()), shares
+    assert len(shares) == 5 and all(share < 1 for share in shares.values()), shares
     assert "token biases: " in capsys.readouterr().out
-    assert len(set(shares.values())) == 6, "each head is another one"
+    assert len(set(shares.values())) == 5, "each head is another one"
 
 
 def test_a_question_is_answered_in_its_language_or_not():

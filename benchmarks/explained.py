@@ -1,9 +1,9 @@
-"""What heads can say of a sentence: the share of its contrast that each explains on held-out replies.
+"""Measure how well heads of several kinds predict what a sentence changes.
 
-The model reads its own replies under the sentence and under what it is contrasted with; the target of a candidate is
-what that changes in its log-probability. Fitted to it are a table of biases over the vocabulary, Q-heads of several
-ranks, and a perceptron that sees state and candidate together, which is too slow to score all candidates as they are
-generated. Variance is weighted as in training. Each stops at the epoch that is best on the same held-out replies.
+The model reads its own replies twice: under the sentence, and under what it is contrasted with. Every head is fitted to
+the change in each candidate's log-probability. The heads are a table of biases over the vocabulary, Q-heads of several
+ranks, and a perceptron that sees state and candidate together, which would be too slow to serve. The script prints the
+share of the variance on held-out replies that each explains, weighted as in training, at its best epoch on them.
 
     python benchmarks/explained.py cheerful --data FOLDER [--seed 0] [--set contrast=neutral]
 """

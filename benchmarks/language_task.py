@@ -58,6 +58,6 @@ TEST_PROMPTS = _asked(_TEST_PLACES)
 
 
 def in_the_language(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-    """Whether each reply to a test prompt is in its language."""
+    """Return 1 for each reply that is in the language of its test prompt, else 0."""
     asked = zip(map(text, prompts), map(text, completions), strict=True)
     return [float(language_probability(reply, TEST_PROMPTS[prompt]) > 0.5) for prompt, reply in asked]

@@ -73,18 +73,3 @@ def side_of(generations: Sequence[Generation], seconds: float) -> Side:
         forwards_per_token=sum(g.stats.fed for g in generations) / num_tokens,
         tokens_per_s=num_tokens / seconds,
     )
-
-
-def speed_ratio(
-    base: Sequence[Generation],
-    gated: Sequence[Generation],
-    seconds: Sequence[tuple[float, float]],
-    batch_size: int,
-) -> float:
-    """Return tokens/s of the gated side over the base side: the median over batches, so that no one batch decides."""
-    ratios = []
-    for index, (base_s, gated_s) in enumerate(seconds):
-        batch = slice(index * batch_size, (index + 1) * batch_size)
-        base_tokens, gated_tokens = (sum(len(g.token_ids) for g in side[batch]) for side in (base, gated))
-        ratios.append((gated_tokens / gated_s) / (base_tokens / base_s))
-    return statistics.median(ratios)

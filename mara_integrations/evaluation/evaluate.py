@@ -17,7 +17,7 @@ from mara_integrations.engine.request import Request
 from mara_integrations.engine.tickets import ThreadTicket
 from mara_integrations.engine.worker import Worker
 from mara_integrations.errors import ConfigError, DataError
-from mara_integrations.evaluation.comparison import compare, side_of, speed_ratio
+from mara_integrations.evaluation.comparison import compare, side_of
 from mara_integrations.evaluation.marks import token_marks
 from mara_integrations.evaluation.metrics import perplexity_ratio
 from mara_integrations.evaluation.results import Evaluation, Example, Reply
@@ -86,17 +86,15 @@ def evaluate(
     examples: list[Example] = []
     base_replies: list[Generation] = []
     gated_replies: list[Generation] = []
-    seconds: list[tuple[float, float]] = []
+    seconds = [0.0, 0.0]
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         # Whoever reads the prompts first would read them for the other side too: neither is timed for it.
         _decode(worker, [_requests(engine, row, {**settings, "max_new_tokens": 1})[0] for row in batch])
-        spent = []
         for side, replies in enumerate((base_replies, gated_replies)):
             began = time.perf_counter()
             replies.extend(_decode(worker, [pair[side] for pair in pairs[start : start + batch_size]], on_progress))
-            spent.append(time.perf_counter() - began)
-        seconds.append((spent[0], spent[1]))
+            seconds[side] += time.perf_counter() - began
         base = _scored(named, batch, base_replies[start:], conversational)
         gated = _scored(named, batch, gated_replies[start:], conversational)
         for i, row in enumerate(batch):
@@ -104,18 +102,19 @@ def evaluate(
             examples.append(Example(row.prompt, row.source, seed + start + i, base[i], gated[i], marks))
 
     source = overrides.get("head", engine.head_source)
+    base_side, gated_side = side_of(base_replies, seconds[0]), side_of(gated_replies, seconds[1])
     return Evaluation(
         model=engine.model.name,
         head=str(head_name(source)),
         form=first.head.config.form,
         strength=first.gate.strength,
         sampling=first.sampling.updated(max_new_tokens=max_new_tokens),
-        base=side_of(base_replies, sum(base_s for base_s, _ in seconds)),
-        gated=side_of(gated_replies, sum(gated_s for _, gated_s in seconds)),
+        base=base_side,
+        gated=gated_side,
         perplexity_ratio=perplexity_ratio(
             [g.log_probs for g in base_replies], [g.log_probs for g in gated_replies], seed
         ),
-        speed_ratio=speed_ratio(base_replies, gated_replies, seconds, batch_size),
+        speed_ratio=gated_side.tokens_per_s / base_side.tokens_per_s,
         gate=GateStats(*(sum(getattr(g.stats, f.name) for g in gated_replies) for f in fields(GateStats))),
         rewards={
             name: compare(

@@ -136,7 +136,7 @@ class Evaluation:
         base: At strength 0.
         gated: With the head.
         perplexity_ratio: Gated over base.
-        speed_ratio: Median over batches of the gated side's tokens/s over the base side's, timed in turns in this run.
+        speed_ratio: The gated side's tokens/s over the base side's, timed in turns, batch by batch.
             Noisy: replies differ in length, and the machine may be busy.
         gate: Counts of the gate's decisions, summed over the gated replies.
         rewards: Comparison by reward; of a sum of rewards, the sum and each part.

@@ -68,6 +68,22 @@ def compared(config):
     return [line for line in lines if line["event"] == "held-out comparison"]
 
 
+def test_few_prompts_are_held_out_with_as_many_replies_each_as_are_learned_from(config, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{letter}?"} for letter in "abcdefgh"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {}
+
+    def counting(run, stage, prompts, *arguments, **settings):
+        replies = generate_replies(run, stage, prompts, *arguments, **settings)
+        counts[stage] = len(replies) / len(prompts)
+        return replies
+
+    monkeypatch.setattr(contrast, "generate_replies", counting)
+    train(config(data=tmp_path / "few.jsonl", rounds=0))
+
+    assert counts["base replies"] == counts["held-out base replies"] == counts["held-out gated replies 1"] > 1
+
+
 @pytest.mark.parametrize("how", METHODS)
 def test_a_round_fits_what_the_head_wrote_beside_what_the_base_model_wrote(config, how, monkeypatch):
     fitted, regress = {}, contrast.regress

@@ -206,8 +206,12 @@ def _follow() -> NoReturn:
 
 @atexit.register  # before the engine's threads are known, so after they have ended
 def _dismiss() -> None:
+    """End the other processes, and the group's threads: one that drops a tensor as Python ends aborts the process."""
     global _control
     with _lock:
         if _control is not None:
+            import torch.distributed as dist
+
             _send(_Message())
+            dist.destroy_process_group(_control)
             _control = None

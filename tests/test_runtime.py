@@ -60,6 +60,12 @@ def test_an_empty_prompt_is_refused_in_every_form(engine, prompt):
             engine.generate(prompt, **settings)
 
 
+@pytest.mark.parametrize("prompt", [[Message("system", "Be brief.")], Conversation((Message("system", "Be brief."),))])
+def test_a_system_message_alone_is_no_prompt(engine, prompt):
+    with pytest.raises(ConfigError, match=r"no message but the system's .hint: add one of the user"):
+        engine.generate(prompt)
+
+
 @pytest.mark.parametrize("prompt", ["a \udcff", [Message("system", "\ud800"), Message("user", "hi")]])
 def test_text_that_is_not_unicode_is_refused(engine, prompt):
     with pytest.raises(ConfigError, match="half of a surrogate pair"):

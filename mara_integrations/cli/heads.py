@@ -62,18 +62,14 @@ def inspect_head(
         "Candidates": f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}",
         "Method": config.method or "unknown",
         "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",
+        **({"Sentence": config.principle} if config.principle is not None else {}),
         "System prompt": config.system_prompt or "none",
         "Data": data,
         "Trained": f"{origin.date}, with {_versions(origin.versions)}" if origin is not None else "unknown",
         "Command": origin.command if origin is not None else "unknown",
         "Weights": loaded.fingerprint[:16],
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in about.items():
-        table.add_row(name, Text(printable(text)))
-    console.print(table)
+    _print_facts(console, about)
     _print_scores(console, metrics)
 
 
@@ -175,8 +171,18 @@ def _print_scores(console: Console, metrics: Mapping[str, Any]) -> None:
             table.add_row(*(Text(printable(t)) for t in (label, _number(base[key]), _number(gated.get(key)))))
         console.print(table)
     rest = {name: value for name, value in metrics.items() if name not in ("evaluation", "rows", "held_out_rows")}
-    for name, value in numbers(rest).items():
-        console.print(Text(printable(f"{name.replace('_', ' ')}: {value:.4g}")))
+    if others := {name.replace("_", " "): f"{value:.4g}" for name, value in numbers(rest).items()}:
+        _print_facts(console, others)
+
+
+def _print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print each fact beside its name."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(Text(printable(name)), Text(printable(text)))
+    console.print(table)
 
 
 def _number(value: Any) -> str:

@@ -26,3 +26,5 @@ def recipes(
     width = max(map(len, recipe_names()))
     for each in recipe_names():
         print(f"{each:<{width}}  {read_recipe(each).description}")
+    first = recipe_names()[0]
+    print(f"\nTrain one\n  mara-tools train --recipe {first} --output heads/{first}")

@@ -76,11 +76,9 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     settings = with_recipe(settings)
     has_own_prompts = any(settings.get(name) for name in ("principle", "principle_file", "teacher"))
     if settings.get("output") is None:
-        raise typer.BadParameter("it is needed, here or in a file for --config", param_hint="--output")
+        raise typer.BadParameter("name a folder for the head", param_hint="--output")
     if settings.get("data") is None and not has_own_prompts:
-        needed = (
-            "it is needed, here or in a file for --config; with --principle, --teacher or --recipe it may be left out"
-        )
+        needed = "name a file of preferences or prompts; only --principle, --teacher and --recipe do without"
         raise typer.BadParameter(needed, param_hint="--data")
     return TrainConfig.of(**settings)
 

@@ -93,11 +93,10 @@ def check_prompt(prompt: Prompt) -> None:
             )
     if isinstance(prompt, Conversation):
         prompt = prompt.messages
-    has_content = any(
-        bool(part.content or part.tool_calls) and part.role != "system" if isinstance(part, Message) else True
-        for part in prompt
-    )
-    if not has_content:
+    others = [part for part in prompt if not isinstance(part, Message) or part.role != "system"]
+    if prompt and not others:
+        raise ConfigError("the prompt has no message but the system's", hint="add one of the user")
+    if not any(part.content or part.tool_calls if isinstance(part, Message) else True for part in others):
         raise ConfigError("the prompt is empty", hint="give it some text")
 
 

@@ -23,6 +23,7 @@ from mara_integrations.engine.worker import AnyDecoder, Worker
 from mara_integrations.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from mara_integrations.heads.source import heads
 from mara_integrations.models.load import LoadedModel, ModelSpec, Outline, load_model, read_outline
+from mara_integrations.models.openmp import release_threads
 
 _log = logging.getLogger(__name__)
 _Ticket = TypeVar("_Ticket", bound=Ticket)
@@ -201,7 +202,7 @@ class ModelLease:
 
     @property
     def worker(self) -> Worker:
-        """The worker of the model; loads it.
+        """The worker of the model; loads it. The thread that asks releases its own threads of OpenMP to it.
 
         Raises:
             ConfigError: See `worker_for`.
@@ -209,6 +210,7 @@ class ModelLease:
         """
         model = self.model
         worker = worker_for(model, self.limits)
+        release_threads()
         if self.is_closed:  # while the worker was made
             self._give_up_worker(model)
             self._check_open()

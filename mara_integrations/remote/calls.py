@@ -133,6 +133,8 @@ def make_call(
         raise ConfigError("tools and schemas need a conversation", hint="give messages, not raw text or token ids")
     else:
         standard["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+        if top_logprobs is not None:
+            standard["logprobs"] = top_logprobs
     return ServerCall(prompt, settings.form, given, standard)
 
 

@@ -86,6 +86,7 @@ class _Reply:
             delta = getattr(choice, "delta", None)
             if delta is None:  # of a completion
                 pieces += [Piece(choice.text)] if choice.text else []
+                self._token_reports += _as_in_chats(choice.logprobs)
                 continue
             pieces += self._read(delta)
             if choice.logprobs is not None:
@@ -156,6 +157,22 @@ class _Reply:
 def _extra(part: Any, name: str) -> Any:
     """Return a field that OpenAI's API does not have."""
     return (part.model_extra or {}).get(name)
+
+
+def _as_in_chats(logprobs: Any) -> list[dict[str, Any]]:
+    """Return the log-probabilities of a completion token by token, in the form that those of a chat have."""
+    if logprobs is None:
+        return []
+    values, alternatives = logprobs.token_logprobs, logprobs.top_logprobs or [None] * len(logprobs.tokens)
+    return [
+        {**_token(text, value), "top_logprobs": [_token(*other) for other in (others or {}).items()]}
+        for text, value, others in zip(logprobs.tokens, values, alternatives, strict=True)
+    ]
+
+
+def _token(text: str, log_prob: float) -> dict[str, Any]:
+    """Return a token as chats report it; the bytes of a part of a character are not told."""
+    return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode()), "logprob": log_prob}
 
 
 def _stats(gate: Mapping[str, int]) -> GateStats:

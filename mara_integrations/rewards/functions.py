@@ -63,11 +63,10 @@ def load_reward(path: str) -> FunctionReward:
     module = _import_file(path, Path(place)) if place.endswith(".py") else _import_module(path, place)
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(name, functions) or functions[:5]
-        raise RewardError(
-            f"reward {path!r}: {place} has no {name!r}",
-            hint=f"it has {', '.join(near)}" if near else "it has no function at all",
-        )
+        near = difflib.get_close_matches(name, functions)
+        there_are = f"it has {', '.join(functions[:5])}" if functions else "it has no function at all"
+        hint = f"did you mean {' or '.join(near)}?" if near else there_are
+        raise RewardError(f"reward {path!r}: {place} has no {name!r}", hint=hint)
     function = getattr(module, name)
     if isinstance(function, type) or not callable(function):
         what = "a class" if isinstance(function, type) else f"a {type(function).__name__}"

@@ -53,7 +53,7 @@ def _moved(body: bytes) -> bytes | None:
         return None
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # vLLM says what is wrong with it
     if not isinstance(request, dict) or "mara" not in request or not isinstance(request.get("vllm_xargs") or {}, dict):
         return None

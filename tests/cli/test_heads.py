@@ -26,6 +26,12 @@ def test_inspect_tells_what_a_head_is(folder):
     assert whole["parameters"] == 3233 and whole["fingerprint"] == MARAHead.from_pretrained("head").fingerprint
 
 
+def test_inspect_tells_the_sentence_a_head_was_made_of(folder):
+    assert "Sentence" not in run("inspect", "head").stdout
+    random_head(32, principle="Be brief.").save_pretrained("brief")
+    assert "Sentence Be brief. System prompt none" in " ".join(run("inspect", "brief").stdout.split())
+
+
 def test_inspect_tells_how_a_training_went(rewarded):
     said = " ".join(run("inspect", "rewarded").stdout.split())
     for line in (
@@ -33,7 +39,7 @@ def test_inspect_tells_how_a_training_went(rewarded):
         "rows and 2 held out",
         "with mara_integrations 0",
         "On held-out prompts",
-        "kl per token: ",
+        "kl per token ",
     ):
         assert line in said
     assert "vowels" in said and "distinct-2" in said and "\u2502 base \u2502 gated" in said.replace("\u2503", "\u2502")

@@ -12,9 +12,10 @@ pytestmark = pytest.mark.usefixtures("in_the_folder")
 
 
 def test_all_are_listed_with_what_they_are_for():
-    lines = run("recipes").stdout.splitlines()
+    *lines, empty, title, command = run("recipes").stdout.splitlines()
     assert [line.split()[0] for line in lines] == recipe_names()
     assert all(line.endswith(read_recipe(line.split()[0]).description) for line in lines)
+    assert (empty, title) == ("", "Train one") and command.startswith("  mara-tools train --recipe concise")
 
 
 def test_one_is_shown_as_a_file_for_train():

@@ -91,6 +91,19 @@ def test_all_kinds_of_prompts_are_sent(engine, local, prompt, settings):
     assert reply.text == expected.text and reply.prompt_tokens == expected.prompt_tokens
 
 
+def test_raw_text_gets_the_log_probabilities_of_this_process(engine, local):
+    def told(one, **settings):
+        reply = one.generate("once", raw=True, **settings, **one.log_prob_settings(2))
+        return one.report(reply, has_trace=False, top_logprobs=2)["logprobs"]["content"]
+
+    for token, other in zip(told(engine), told(local, max_new_tokens=12), strict=True):
+        assert token["token"] == other["token"] and token["bytes"] in (other["bytes"], None)
+        assert token["logprob"] == pytest.approx(other["logprob"])
+        alternatives = ({one["token"]: one["logprob"] for one in each["top_logprobs"]} for each in (token, other))
+        assert next(alternatives) == pytest.approx(next(alternatives))
+    assert "logprobs" not in engine.report(engine.generate("once", raw=True))
+
+
 def test_a_stop_string_ends_a_reply(engine):
     text = engine.generate("hi").text
     stopped = engine.generate("hi", stop=text[4:6])

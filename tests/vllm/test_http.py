@@ -51,7 +51,16 @@ async def test_mara_becomes_arguments_that_vllm_hands_on(mara, flat):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b'{"model": "m"}', b'["mara"]', b'{"text": "\\"mara\\""}', b'{"mara": 1, "vllm_xargs": 3}']
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"model": "m"}',
+        b'["mara"]',
+        b'{"text": "\\"mara\\""}',
+        b'{"mara": 1, "vllm_xargs": 3}',
+        pytest.param(b'{"mara": %s%s}' % (b"[" * 100_000, b"]" * 100_000), id="too deep"),
+    ],
 )
 async def test_other_bodies_pass_as_they_are(body):
     assert await passed(body) == (body, len(body))

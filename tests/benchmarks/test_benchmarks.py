@@ -287,6 +287,19 @@ def test_engines_are_compared_row_by_row_in_processes_of_their_own(tmp_path, mon
         engines.main([*small, "--tokens", "4"])
 
 
+def test_released_threads_are_compared_with_kept_ones(folder_model, tmp_path):
+    import threads
+
+    before = torch.get_num_threads()
+    small = ["--model", folder_model, "--requests", "2", "--tokens", "3", "--rounds", "1"]
+    rows = threads.main([*small, "--threads", str(before), "--json", str(tmp_path / "threads.json")])
+
+    assert json.loads((tmp_path / "threads.json").read_text())["rows"] == rows
+    (row,) = rows.values()
+    fast, slow = (row[f"tokens/s, {way}"]["median"] for way in threads.WAYS)
+    assert row["released / kept"]["median"] == pytest.approx(fast / slow)
+
+
 def test_a_contender_that_ends_is_named():
     import engines
 

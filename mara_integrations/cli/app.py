@@ -21,7 +21,6 @@ from mara_integrations import __version__
 from mara_integrations.cli.help import write_commands, write_panels, write_text
 from mara_integrations.errors import MaraError, printable
 from mara_integrations.models import ranks
-from mara_integrations.models.openmp import wait_briefly
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -108,7 +107,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `mara-tools`."""
-    wait_briefly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

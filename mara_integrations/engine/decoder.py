@@ -25,6 +25,7 @@ from mara_integrations.engine.speculation.cost import CostCurve, measure
 from mara_integrations.engine.speculation.drafts import NgramSpeculation, Speculation, num_draftable, verify
 from mara_integrations.errors import ConfigError, HeadError, in_one_line
 from mara_integrations.models.memory import default_kv_bytes, in_mib
+from mara_integrations.models.openmp import WaitingThreads
 
 # Tokens that the prefix cache has room for where no limit is set, and its size where a token's is not known yet.
 _PREFIX_TOKENS, _LEAST_PREFIX_BYTES = 8192, 64 << 20
@@ -352,11 +353,14 @@ class Decoder:
         """
         requests = list(requests)
         finished: dict[int, Sequence] = {}
+        threads = WaitingThreads(self.backend.device.type == "cpu")
         try:
             for request in requests:
                 self.submit(request)
             while not self.is_idle:
-                for sequence in self.step():
+                with threads.observed():
+                    done = self.step()
+                for sequence in done:
                     if sequence.error is not None:
                         raise sequence.error
                     finished[id(sequence.request)] = sequence
@@ -365,6 +369,8 @@ class Decoder:
         except BaseException:
             self.abort()
             raise
+        finally:
+            threads.close()
         return [finished[id(request)] for request in requests]
 
 

@@ -18,6 +18,7 @@ from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import Sequence
 from mara_integrations.engine.tickets import Mailbox, News, Ticket, Update
 from mara_integrations.errors import EngineClosedError, MaraError, in_one_line
+from mara_integrations.models.openmp import WaitingThreads
 from mara_integrations.replies.calls import Call, Piece
 from mara_integrations.replies.reader import ReplyReader
 
@@ -114,13 +115,14 @@ class Worker:
         decoder: The decoder; nothing else may use it.
         max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is the limit
             of the decoder.
+        on_cpu: Whether the decoder computes in the worker's thread, and on the CPU.
 
     Attributes:
         decoder: The decoder; only the worker's thread may call it.
         failure: What ended the worker for good; None while it works.
     """
 
-    def __init__(self, decoder: AnyDecoder, max_waiting: int | None = None) -> None:
+    def __init__(self, decoder: AnyDecoder, max_waiting: int | None = None, on_cpu: bool = False) -> None:
         self.decoder = decoder
         self.failure: BaseException | None = None
         self._max_waiting = max_waiting or decoder.limits.max_waiting
@@ -130,6 +132,7 @@ class Worker:
         self._has_moved = threading.Condition(self._lock)  # requests were begun or dropped
         self._is_running = self._is_closed = False
         self._thread: threading.Thread | None = None
+        self._threads = WaitingThreads(on_cpu)
         _workers.add(self)
 
     @property
@@ -209,6 +212,8 @@ class Worker:
                 self._advance()
         except BaseException as error:
             self._fail(error)
+        finally:
+            self._threads.close()
 
     def _receive(self) -> bool:
         """Take in new requests, waiting for one when there is nothing to do; False: the thread ends."""
@@ -237,7 +242,8 @@ class Worker:
         if self.decoder.is_idle:
             return
         try:
-            done = self.decoder.step()
+            with self._threads.observed():
+                done = self.decoder.step()
         except Exception as error:
             self._tell_all(described(error, "the engine"))
             self.decoder.abort()  # it starts clean, or fails for good

@@ -95,7 +95,8 @@ def worker_for(model: LoadedModel, limits: EngineLimits | None = None) -> Worker
     shared = _shared_by_users_of(model)
     with shared.lock:
         if shared.worker is None:
-            shared.worker = Worker(_decoder_of(model, limits))
+            on_cpu = model.engine != "vllm" and model.device.type == "cpu"
+            shared.worker = Worker(_decoder_of(model, limits), on_cpu=on_cpu)
         worker = shared.worker
     if limits is not None and worker.limits != limits:
         mine, theirs = limits.model_dump(), worker.limits.model_dump()

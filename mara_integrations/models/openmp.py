@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Rounds that a waiting thread looks for work before it sleeps. GNU's OpenMP has 300,000, some milliseconds, which other
-# programs on the machine could use; with 2,000 measured decoding is as fast.
-_ROUNDS = "2000"
+import torch
 
-
-def wait_briefly() -> None:
-    """Let threads of GNU's OpenMP sleep soon when they wait, unless the environment says how they wait.
-
-    For a program that has not imported torch yet: OpenMP reads its settings once, with that.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _ROUNDS)
+# Seconds of work after which it is decided how threads wait, and for which they then sleep.
+_WINDOW_S, _ASLEEP_S = 0.2, 4.0
+# Share of its time for which a thread has a processor where its threads wait awake and no other program takes one.
+_FREE = 0.9
 
 
 def release_threads() -> None:
@@ -35,11 +32,64 @@ def release_threads() -> None:
         library.omp_pause_resource_all(1)  # omp_pause_soft: this thread's alone; inside a parallel region nothing
 
 
+class WaitingThreads:
+    """Decides how the threads that compute for one thread wait for each other, where they are those of GNU's OpenMP.
+
+    Awake is faster, as long as each has a processor. Where other programs take one, a thread that waits awake keeps it
+    from the one that it waits for, and asleep is two to three times as fast. They sleep while a process has more of
+    them than processors. To have them sleep, another thread is started, which has some, too.
+
+    Args:
+        on_cpu: Whether threads of this process do the work; else nothing is decided.
+    """
+
+    def __init__(self, on_cpu: bool = True) -> None:
+        self._on_cpu = on_cpu and _gnu_openmp() is not None
+        self._idle: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._wall_s = self._cpu_s = 0.0
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether they sleep while they wait."""
+        return self._idle is not None
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Observe what the thread that calls does."""
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        yield
+        self.observe(time.perf_counter() - start, time.thread_time() - cpu_start)
+
+    def observe(self, wall_s: float, cpu_s: float) -> None:
+        """Take note of work that took this long, and for how long of it the thread had a processor."""
+        self._wall_s, self._cpu_s = self._wall_s + wall_s, self._cpu_s + cpu_s
+        if self._wall_s < (_ASLEEP_S if self.is_asleep else _WINDOW_S):
+            return
+        is_free = self._cpu_s >= _FREE * self._wall_s
+        self._wall_s = self._cpu_s = 0.0
+        if self.is_asleep:
+            self.close()  # to see whether there is more room now
+        elif self._on_cpu and not is_free and torch.get_num_threads() > 1:
+            self._ended.clear()
+            self._idle = threading.Thread(target=self._keep_threads, name="mara-idle", daemon=True)
+            self._idle.start()
+
+    def close(self) -> None:
+        """Let them wait awake, as at the start."""
+        if self._idle is not None:
+            self._ended.set()
+            self._idle.join()
+            self._idle = None
+
+    def _keep_threads(self) -> None:
+        torch.ones(1 << 20).exp()
+        self._ended.wait()
+
+
 @cache
 def _gnu_openmp() -> Any:
     """Return the library that torch has loaded; None where it uses another one, which has no such rule."""
-    import torch
-
     for file in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)

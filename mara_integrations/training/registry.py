@@ -97,14 +97,16 @@ METHODS: dict[str, Method] = {
             loop=f"{_HERE}.value:train",
             q_loop=f"{_HERE}.q_value:train",
             learns_from=("reward", "pairs", "labels"),
-            form="value",
+            form="q",
+            other_forms=("value",),
         ),
         Method(
             name="dpo",
             loop=f"{_HERE}.preference:train_dpo",
             q_loop=f"{_HERE}.q_preference:train_dpo",
             learns_from=("pairs",),
-            form="residual",
+            form="q",
+            other_forms=("residual",),
             max_scale=1.0,  # a likelihood is fitted at scale 1
         ),
         Method(
@@ -112,7 +114,8 @@ METHODS: dict[str, Method] = {
             loop=f"{_HERE}.preference:train_kto",
             q_loop=f"{_HERE}.q_preference:train_kto",
             learns_from=("labels", "pairs"),
-            form="residual",
+            form="q",
+            other_forms=("residual",),
             max_scale=1.0,
         ),
         Method(

@@ -64,7 +64,7 @@ def test_training_on_a_reward_leaves_a_head_and_says_what_to_try(rewarded, folde
 
 def test_training_on_pairs_without_evaluation(folder):
     run("train", "--model", "model", "--data", "pairs.jsonl", "--output", "on-pairs", "--eval-prompts", 0, *QUICK)
-    assert MARAHead.from_pretrained("on-pairs").config.form == "value"
+    assert MARAHead.from_pretrained("on-pairs").config.form == "q"
 
 
 def test_data_of_other_names_is_understood_and_shown_before_training(folder):
@@ -223,8 +223,9 @@ def test_a_dry_run_checks_everything_and_writes_nothing(folder):
 
 
 def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
-    said = run("train", "--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK).stdout
-    assert "for 24 replies of up to 8 tokens" in said
+    flags = ("--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK)
+    assert "for 24 replies of up to 8 tokens" in run("train", *flags, "--form", "value").stdout
+    assert "for 48 replies of up to 8 tokens" in run("train", *flags).stdout  # those to step along, too
 
 
 def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_rule_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path):
 
 
 def test_a_reward_is_learnt_from_end_to_end(folder_model, prompts_file, tmp_path):
-    reward = {"method": "value", "reward": "tests/reward_for_tests.py:vowels"}
+    reward = {"method": "value", "form": "value", "reward": "tests/reward_for_tests.py:vowels"}
     settings = {**reward, "replies_each": 4, "epochs": 30, "learning_rate": 1e-3}
     result = train(config(folder_model, prompts_file, tmp_path / "h", **settings))
     assert result.head.config.form == "value" and result.head.config.scale > 0

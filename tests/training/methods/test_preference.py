@@ -90,7 +90,7 @@ def settings(files, data, output="head", **values):
     [("dpo", "pairs", 0), ("dpo", "pairs", 3), ("kto", "labels", 0), ("kto", "pairs", 0)],
 )
 def test_a_head_is_trained_from_end_to_end(files, method, data, competitors):
-    result = train(settings(files, data, method=method, competitors=competitors))
+    result = train(settings(files, data, method=method, form="residual", competitors=competitors))
     assert result.head.config.form == "residual" and result.head.config.method == method
     assert 0 < result.head.config.scale <= 1.0, "no stronger than it was fitted"
     assert result.kl_per_token <= 0.16 and result.held_out_accuracy.mean > 0.9, "vowels are easy to tell"
@@ -106,6 +106,13 @@ def test_interrupted_reading_goes_on_to_the_same_head(interrupting, files, monke
     assert len(list((files / "broken").rglob("given-replies-*.pt"))) == 2
     resumed = train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0))
     assert resumed.head.fingerprint == whole.head.fingerprint
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "value"])
+def test_heads_look_at_the_state_before_a_candidate_unless_a_form_is_named(files, method):
+    assert make_plan(settings(files, "pairs", method=method)).method.form == "q"
+    other = "value" if method == "value" else "residual"
+    assert make_plan(settings(files, "pairs", method=method, form=other)).method.form == other
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "value"])

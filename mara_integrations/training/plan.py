@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mara_integrations.data import Dataset, Labelled, near_copies, split
 from mara_integrations.data.documents import GROUNDED, has_documents, with_documents
@@ -14,7 +14,6 @@ from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
 from mara_integrations.rewards import CombinedReward, DescribedRule, Reward, reward_fingerprint, reward_name
-from mara_integrations.sampling import HeadForm
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.inputs import (
     Inputs,
@@ -182,19 +181,19 @@ def _choose(config: TrainConfig, data: Dataset, sources: list[Source]) -> tuple[
             "they are",
             hint="leave it out, or train by --method grounding on prompts with a column context",
         )
-    return _in_q_form(method, config.form) if config.engine == "llama.cpp" else method, source
-
-
-def _in_q_form(method: Method, form: HeadForm | None) -> Method:
-    """Return the method for heads of the `q` form, the only ones that are trained on llama.cpp."""
-    if form in (None, "q") and method.q_loop is not None:
-        return replace(method, form="q")
-    raise ConfigError(
-        f"method {method.name!r} trains a head of the form {method.form!r}, and engine='llama.cpp' trains those of the "
-        "form 'q' alone: it would have to feed every candidate",
-        hint=("leave --form out" if method.q_loop else "take another method") + ", or train on engine='transformers'; "
-        "the head runs on both",
-    )
+    if config.competitors and method.form == "q":
+        raise ConfigError(
+            f"competitors={config.competitors} is not allowed: a head of the form 'q' scores all candidates of a reply",
+            hint="leave it out, or train by --form residual",
+        )
+    if config.engine == "llama.cpp" and method.form != "q":
+        raise ConfigError(
+            f"method {method.name!r} trains a head of the form {method.form!r}, and engine='llama.cpp' trains those of "
+            "the form 'q' alone: it would have to feed every candidate",
+            hint=("leave --form out" if method.q_loop else "take another method") + ", or train on "
+            "engine='transformers'; the head runs on both",
+        )
+    return method, source
 
 
 def _why(method: str, source: Source, data: Dataset, rule: DescribedRule | None, reward: Reward | None) -> str:

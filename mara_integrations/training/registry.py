@@ -246,9 +246,9 @@ def choose(
 def _with_form(method: Method, form: HeadForm | None) -> Method:
     if form is None or form == method.form:
         return method
-    if form in method.other_forms or (form == "q" and method.q_loop):
+    if form in method.other_forms:
         return replace(method, form=form, kl_budget=None if form == "paper" else method.kl_budget)
-    forms = " or ".join(map(repr, dict.fromkeys((method.form, *method.other_forms, *(["q"] if method.q_loop else [])))))
+    forms = " or ".join(map(repr, (method.form, *method.other_forms)))
     reason = f": {_NO_PRIOR}" if form == "paper" else ""
     raise ConfigError(
         f"form={form!r} is not allowed: method {method.name!r} trains heads of the form {forms}{reason}",

@@ -61,8 +61,8 @@ class MethodSettings(Params):
         int,
         Field(
             ge=0,
-            description="For dpo and kto: better ranked candidates that are scored beside each token of a reply. 0 was "
-            "as good as 8, in half the time.",
+            description="For dpo and kto, and heads of the residual form: better ranked candidates that are scored "
+            "beside each token of a reply. 0 was as good as 8, in half the time.",
         ),
         TakenBy(("dpo", "kto")),
     ] = 0

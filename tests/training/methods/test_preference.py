@@ -115,6 +115,11 @@ def test_heads_look_at_the_state_before_a_candidate_unless_a_form_is_named(files
     assert make_plan(settings(files, "pairs", method=method, form=other)).method.form == other
 
 
+def test_competitors_are_for_heads_that_are_fed_candidates(files):
+    with pytest.raises(ConfigError, match=r"competitors=3 is not allowed: .*scores all candidates .*--form residual"):
+        make_plan(settings(files, "pairs", method="dpo", competitors=3))
+
+
 @pytest.mark.parametrize("method", ["dpo", "kto", "value"])
 def test_losses_that_destroy_the_paper_forms_prior_are_refused(files, method):
     with pytest.raises(ConfigError, match=rf"method '{method}' trains heads of the form .* replaces the base model's"):

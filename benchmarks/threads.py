@@ -1,4 +1,4 @@
-"""What a decoder on the CPU loses where the thread that asks it keeps threads of OpenMP of its own.
+"""Measure how much faster an engine on the CPU decodes if the calling thread ends its OpenMP threads.
 
 An engine decodes in a thread of its own. Before each request the thread that asks has computed, as an application does
 that embeds a question; then it releases its threads to the engine, as `MARAEngine` has it, or keeps them. In turns,

@@ -115,7 +115,7 @@ class Worker:
         decoder: The decoder; nothing else may use it.
         max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is the limit
             of the decoder.
-        on_cpu: Whether the decoder computes in the worker's thread, and on the CPU.
+        on_cpu: Whether decoding runs on the CPU, in this process.
 
     Attributes:
         decoder: The decoder; only the worker's thread may call it.

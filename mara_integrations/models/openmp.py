@@ -40,7 +40,7 @@ class WaitingThreads:
     them than processors. To have them sleep, another thread is started, which has some, too.
 
     Args:
-        on_cpu: Whether threads of this process do the work; else nothing is decided.
+        on_cpu: Whether decoding runs on the CPU, in this process; else threads always stay as they are.
     """
 
     def __init__(self, on_cpu: bool = True) -> None:
@@ -51,7 +51,7 @@ class WaitingThreads:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether they sleep while they wait."""
+        """True if idle OpenMP threads sleep instead of spinning."""
         return self._idle is not None
 
     @contextmanager

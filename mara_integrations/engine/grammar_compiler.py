@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -32,6 +33,8 @@ _Result = TypeVar("_Result")
 DEADLINE_S = 60.0
 _CACHE_BYTES = 256 << 20  # compiled grammars of one vocabulary
 _slots = threading.BoundedSemaphore(2)  # compilations at once: they take a core each, and the GIL between their parts
+_running: set[threading.Thread] = set()
+_EXIT_WAIT_S = 30.0
 
 _compilers: weakref.WeakKeyDictionary[Any, dict[tuple[int, str], GrammarCompiler]] = weakref.WeakKeyDictionary()
 _compilers_lock = threading.Lock()
@@ -136,15 +139,26 @@ def within(deadline_s: float, work: Callable[[], _Result]) -> _Result:
         except BaseException as error:
             result.set_exception(error)
         finally:
+            _running.discard(threading.current_thread())
             _slots.release()
 
-    threading.Thread(target=run, name="mara-grammar", daemon=True).start()
+    thread = threading.Thread(target=run, name="mara-grammar", daemon=True)
+    _running.add(thread)
+    thread.start()
     try:
         return result.result(timeout=max(0.0, ends - time.monotonic()))
     except futures.TimeoutError:  # before Python 3.11 not the built-in one
         if result.done():  # the work raised one itself
             raise
         raise late from None
+
+
+@atexit.register
+def _wait_for_running() -> None:
+    """Let compilations end before Python does: xgrammar's C++ code aborts the process if it needs the GIL then."""
+    ends = time.monotonic() + _EXIT_WAIT_S
+    for thread in list(_running):
+        thread.join(max(0.0, ends - time.monotonic()))
 
 
 def in_one_way(form: Any) -> Any:

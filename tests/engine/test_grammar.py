@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +240,30 @@ def test_a_slow_grammar_is_given_up_and_holds_nobody_up(monkeypatch: pytest.Monk
 def _refused(engine: MARAEngine, number: int) -> None:
     with pytest.raises(ConfigError, match=r"longer than 0\.5 s"):
         engine.generate(ASK, form=ReplyForm(json_schema={"const": number}))
+
+
+@pytest.mark.parametrize("bound_s", [30.0, 0.0])
+def test_python_ends_after_a_compilation_that_was_given_up_but_does_not_wait_for_long(
+    tmp_path: Path, bound_s: float
+) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from mara_integrations.engine import grammar_compiler
+
+def work():
+    time.sleep(2)
+    Path({str(tmp_path / "ended")!r}).touch()
+
+grammar_compiler._EXIT_WAIT_S = {bound_s}
+try:
+    grammar_compiler.within(0.01, work)
+except Exception as late:
+    print(late)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "took longer than 0.01 s" in done.stdout
+    assert (tmp_path / "ended").exists() is (bound_s > 0)
 
 
 def test_a_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from mara_integrations.heads.head import MARAHead
 
 Row: TypeAlias = dict[str, Any]
 SIDES = ("base", "gated")
+UNDER = "under the sentence"  # after the name of a head: the same sides with the sentence as a system prompt
 
 
 class RowFile:
@@ -97,7 +98,8 @@ def against(
 ) -> list[str]:
     """How much higher each judge scores one head's replies than another's, over seeds, with intervals over prompts.
 
-    `sides` says which replies of each are compared: those of the head, or of the base model.
+    `sides` says which replies of each are compared: those of the head, or of the base model. A reply is preferred where
+    its mean over the seeds is higher.
     """
     lines = []
     for name in rows[0]["scores"]:
@@ -106,11 +108,35 @@ def against(
             for of_head, side in zip((rows, others), sides, strict=True)
         )
         differences = list(map(_difference, ours, theirs))
-        lines.append(f"{label}, {name}: {interval(_bootstrap(differences))}")
+        signs = [None if each is None else float((each > 0) - (each < 0)) for each in differences]
+        shown = f"{interval(_bootstrap(differences))}, preferred {interval(_bootstrap(signs))}"
+        lines.append(f"{label}, {name}: {shown}")
     return lines
 
 
-def mean_score(rows: Sequence[Row], judge: str, side: str) -> float:
+def beside_sentence(kept: RowFile, name: str, seeds: Sequence[int], decoding: str) -> list[str]:
+    """How a head and the sentence that it was made of, as a system prompt, do alone and together."""
+    plain, under = (kept.of(way, seeds, decoding) for way in (name, f"{name} {UNDER}"))
+    assert plain is not None and under is not None
+    label = f"{name}, {len(seeds)} seeds, {decoding}"
+    ways = {
+        "base model": (plain, "base"),
+        "sentence": (under, "base"),
+        "head": (plain, "gated"),
+        "both": (under, "gated"),
+    }
+    lines = over_seeds(label, plain)
+    for judge in plain[0]["scores"]:
+        means = (f"{way} {number(_mean_score(rows, judge, side))}" for way, (rows, side) in ways.items())
+        lines.append(f"{label}, {judge}: {', '.join(means)}")
+    pairs = (("sentence", "base model"), ("head", "sentence"), ("both", "sentence"), ("both", "head"))
+    for one, other in pairs:
+        (ours, our_side), (theirs, their_side) = ways[one], ways[other]
+        lines += against(f"{label}, {one} less {other}", ours, theirs, (our_side, their_side))
+    return lines
+
+
+def _mean_score(rows: Sequence[Row], judge: str, side: str) -> float:
     """A judge's mean score of one side's replies, over all rows and prompts."""
     return _mean([_mean(row["scores"][judge][side]) for row in rows])
 

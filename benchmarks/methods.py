@@ -3,7 +3,7 @@
 Sentiment of the replies, two forbidden words, harmlessness learnt from preference pairs (its two judges are fitted to
 pairs the head never saw), two principles, a sentence with a reward, and tasks where context decides. Base and gate draw
 the same random numbers; brackets are 95 % bootstrap intervals over the test prompts, of the mean over seeds in the last
-lines.
+lines. A sentence also stands beside its head as a system prompt, alone and with the head.
 
     python benchmarks/methods.py sentiment --data FOLDER [--seeds 0 1 2] [--set method=sac] [--json out.json]
     python benchmarks/methods.py ten-words --data FOLDER --head token-biases --json out.json
@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from method_rows import RowFile, against, over_seeds, row_of, shown
+from method_rows import UNDER, RowFile, against, beside_sentence, over_seeds, row_of, shown
 from method_tasks import TASKS, Task, written
 from rich.console import Console
 from token_biases import blinded
@@ -50,21 +51,25 @@ def main(arguments: list[str] | None = None) -> list[str]:
     settings |= changed
     args.output.mkdir(parents=True, exist_ok=True)
     settings["data"] = written(args.output / f"{args.task}.jsonl", task.data(args.data, model))
-    if task.prompts is not None and settings.get("method") == "reward-model":
+    if task.prompts is not None and (settings["method"] == "reward-model" or settings.get("form", "q") == "q"):
         settings["prompts"] = written(args.output / "prompts.jsonl", task.prompts(args.data, model))
     judges, prompts = task.judges(args.data, model), task.test_prompts(args.data, model)
 
+    ways: dict[str, dict[str, Any]] = {name: {}}
+    if "principle" in settings:
+        ways[f"{name} {UNDER}"] = {"system_prompt": settings["principle"]}
+
     lines = []
     for seed in args.seeds:
-        labels = {decoding: f"{name}, seed {seed}, {decoding}" for decoding in DECODINGS}
+        labels = {(way, decoding): f"{way}, seed {seed}, {decoding}" for way in ways for decoding in DECODINGS}
         if not kept.rows.keys() >= set(labels.values()):
             output = args.output / f"{name.replace(', ', '-').replace('/', '_')}-{seed}"
             head = _trained(TrainConfig.of(output=output, seed=seed, **settings), task, args.head == "token-biases")
-            engine, length = MARAEngine(model, head), task.reply_tokens
-        for decoding, label in labels.items():
+            engine = MARAEngine(model, head)
+        for (way, decoding), label in labels.items():
             if label not in kept.rows:
-                temperature = DECODINGS[decoding]
-                found = evaluate(engine, prompts, judges, temperature=temperature, seed=seed, max_new_tokens=length)
+                asked = {"temperature": DECODINGS[decoding], "seed": seed, "max_new_tokens": task.reply_tokens}
+                found = evaluate(engine, prompts, judges, **asked, **ways[way])
                 kept.add(label, row_of(found, head))
             lines.append(shown(label, kept.rows[label]))
             print(lines[-1], flush=True)
@@ -93,7 +98,9 @@ def _summary(kept: RowFile, name: str, others: list[str], seeds: list[int]) -> l
     for decoding in DECODINGS:
         rows = kept.of(name, seeds, decoding)
         assert rows is not None
-        lines += over_seeds(f"{name}, {len(seeds)} seeds, {decoding}", rows)
+        has_sentence = kept.of(f"{name} {UNDER}", seeds, decoding) is not None
+        label = f"{name}, {len(seeds)} seeds, {decoding}"
+        lines += beside_sentence(kept, name, seeds, decoding) if has_sentence else over_seeds(label, rows)
         for other in others:
             if (theirs := kept.of(other, seeds, decoding)) is not None:
                 lines += against(f"{name} less {other}, {decoding}", rows, theirs)

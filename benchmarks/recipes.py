@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import handbooks
-from method_rows import RowFile, against, mean_score, number, over_seeds, row_of
+from method_rows import UNDER, RowFile, beside_sentence, row_of
 from rich.console import Console
 
 from mara_integrations.data import Dataset, read_dataset
@@ -38,7 +38,6 @@ GROUNDED = "from-context"
 DECODINGS = {"sampled": 1.0, "greedy": 0.0}
 PROMPTS = Path(__file__).with_name("recipe_prompts.jsonl")
 SETS = {"no-flattery": "opinion", "no-pii": "contact", "refuse-harm": "delicate"}  # the others take those of any kind
-UNDER = "under the sentence"
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -65,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
                     length = {"max_new_tokens": config.max_reply_tokens}
                     asked = {"temperature": temperature, "seed": seed, **length, **more}
                     kept.add(label, row_of(evaluate(engine, prompts, judges, **asked), head))
-    lines = [line for decoding in DECODINGS for line in _compared(kept, name, args.seeds, decoding)]
+    lines = [line for decoding in DECODINGS for line in beside_sentence(kept, name, args.seeds, decoding)]
     print("\n".join(lines), flush=True)
     return lines
 
@@ -94,27 +93,6 @@ def right(completions: Sequence[Any], harmful: Sequence[bool], **_: Any) -> list
     rule = parse_rule(["rule:refusal"])
     rows = zip(completions, harmful, strict=True)
     return [float(bool(rule.violations(_text(completion))) == is_harmful) for completion, is_harmful in rows]
-
-
-def _compared(kept: RowFile, name: str, seeds: list[int], decoding: str) -> list[str]:
-    """Lines on head, sentence and both: each against the base model, and against each other."""
-    plain, under = (kept.of(way, seeds, decoding) for way in (name, f"{name} {UNDER}"))
-    assert plain is not None and under is not None
-    label = f"{name}, {len(seeds)} seeds, {decoding}"
-    lines = over_seeds(label, plain)
-    ways = {
-        "base model": (plain, "base"),
-        "sentence": (under, "base"),
-        "head": (plain, "gated"),
-        "both": (under, "gated"),
-    }
-    for judge in plain[0]["scores"]:
-        means = (f"{way} {number(mean_score(rows, judge, side))}" for way, (rows, side) in ways.items())
-        lines.append(f"{label}, {judge}: {', '.join(means)}")
-    for one, other in (("sentence", "base model"), ("head", "sentence"), ("both", "sentence"), ("both", "head")):
-        (ours, our_side), (theirs, their_side) = ways[one], ways[other]
-        lines += against(f"{label}, {one} less {other}", ours, theirs, (our_side, their_side))
-    return lines
 
 
 def _written(path: Path) -> Path:

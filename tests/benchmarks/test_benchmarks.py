@@ -46,7 +46,8 @@ def methods_on_little(tmp_path, folder_model, monkeypatch):
     """
     import methods
 
-    for name, changed in (("ten-words", {"reward": vowels}), ("sentiment", {})):
+    judged = {"judges": lambda *_: {"sentiment": vowels}}
+    for name, changed in (("ten-words", {"reward": vowels}), ("sentiment", {}), ("cheerful", judged)):
         monkeypatch.setitem(methods.TASKS, name, replace(methods.TASKS[name], reply_tokens=12, **changed))
 
     for side, start, count in (("train", 0, 16), ("test", 40, 6)):
@@ -104,6 +105,42 @@ def test_a_head_is_compared_with_one_that_sees_tokens_alone(tmp_path, methods_on
     states = MARAHead.from_pretrained(sighted.parent).state_features(torch.randn(5, head.config.hidden_size))
     assert not (states == states[:1]).all()
     assert [line for line in lines if "less ten-words" in line], lines
+
+
+def test_a_head_of_a_sentence_is_compared_with_the_sentence(tmp_path, methods_on_little):
+    lines = methods_on_little("cheerful", "--seeds", "0")
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    scores = {name: row["scores"]["sentiment"] for name, row in rows.items()}
+    alone = {name: of for name, of in scores.items() if "under the sentence" not in name}
+    assert len(alone) == 2 and len(scores) == 4
+    pairs = ("sentence less base model", "head less sentence", "both less sentence", "both less head")
+    assert all(sum(pair in line and "preferred" in line for line in lines) == 2 for pair in pairs)
+    for name, of in alone.items():
+        under = scores[name.replace(", seed", " under the sentence, seed")]
+        assert under["base"] != of["base"], "the sentence was read"
+
+
+@pytest.mark.usefixtures("methods_on_little")
+def test_a_head_is_compared_with_the_adapter_that_taught_it(tmp_path, folder_model, monkeypatch):
+    pytest.importorskip("peft", reason="needs the peft extra")
+    import teacher
+
+    monkeypatch.setattr(teacher, "parse_reward", lambda _: (vowels, 1.0))
+    small = [f"--set={setting}" for setting in ("max_replies=8", "inner_size=16", "epochs=1", "max_reply_tokens=12")]
+    where = ["--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--model", str(folder_model)]
+    kept = ["--json", str(tmp_path / "out.json"), "--seeds", "0", "--replies", "8"]
+    lines = teacher.main([*small, *where, *kept])
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 4 and len(lines) == 4 + 2 * (1 + 1 + 1)
+    of_head, of_adapter = (next(row for name, row in rows.items() if name.startswith(way)) for way in ("head", "adapt"))
+    scores = [row["scores"]["sentiment"] for row in (of_head, of_adapter)]
+    assert scores[0]["base"] == scores[1]["base"] and scores[0]["gated"] != scores[1]["gated"]
+    assert of_adapter["perplexity"]["mean"] != of_head["perplexity"]["mean"] > 0
+    (adapter,) = (tmp_path / "runs").glob("adapter-0/adapter_model.safetensors")
+    tuned_at = adapter.stat().st_mtime_ns
+    assert teacher.main([*small, *where, *kept]) == lines and adapter.stat().st_mtime_ns == tuned_at
 
 
 @pytest.mark.usefixtures("methods_on_little")

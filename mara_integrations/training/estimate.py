@@ -16,8 +16,9 @@ from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.rewards import Reward
 from mara_integrations.training.collect.generated import num_cached, prompts_per_batch
+from mara_integrations.training.collect.given import num_read_before
 from mara_integrations.training.collect.prompts import distinct_prompts
-from mara_integrations.training.collect.workload import Reading, Workload
+from mara_integrations.training.collect.workload import Generation, Reading, Workload
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.fit import Epoch, Rows, Table, Targets, fit, outputs
 from mara_integrations.training.learning.objectives import value_loss
@@ -29,6 +30,7 @@ from mara_integrations.training.methods.rounds import PromptSide
 from mara_integrations.training.rollouts.positions import Positions
 from mara_integrations.training.rollouts.replies import Reply, encode_given, read_replies
 from mara_integrations.training.rollouts.workers import RolloutBatch
+from mara_integrations.training.scoring.q_scale import work_of_calibration
 
 _TRIED_TOKENS, _TRIED_READINGS = 8, 16
 _SCALED_IN_ROUNDS = ("rloo", "reward-model", "principle", "grounding", "teacher")  # which need no calibration after
@@ -119,7 +121,7 @@ def expect(run: Run) -> Expected:
     generated = read = cached = states = 0
     collect_s = fed = 0.0
     tried: list[Reply] = []
-    for planned in workload.generations:
+    for planned in [*workload.generations, *_to_calibrate_on(run)]:
         known = num_cached(run, planned, trials.head if planned.is_gated else None)
         speed = trials.generate(planned.prompts, planned.replies_per_prompt, is_gated=planned.is_gated)
         collect_s += (len(planned) - known) * speed.seconds
@@ -131,8 +133,10 @@ def expect(run: Run) -> Expected:
     for reading in workload.readings:
         if not len(reading):
             continue
+        known = 0 if reading.is_by_token else num_read_before(run, reading.given)
         seconds, reading_fed, length, tried_reading = trials.read(reading)
-        collect_s, fed = collect_s + len(reading) * seconds, fed + len(reading) * reading_fed
+        collect_s, fed = collect_s + (len(reading) - known) * seconds, fed + (len(reading) - known) * reading_fed
+        cached += known
         read, states = read + len(reading), states + round(len(reading) * (length + 1))
         tried = tried or tried_reading
     for again in workload.rereadings:  # a reply is fed at once, after its prompt
@@ -235,11 +239,8 @@ class _Trials:
             again = 2 * min(1.0, _READ_AGAIN / base.prompt_fed) - 1.0
             seconds += num_evaluated * (base.seconds + gated.seconds + (again * base.prompt_s))
             fed += num_evaluated * (base.fed + gated.fed + again * base.prompt_fed)
-        if method.name in _SCALED_IN_ROUNDS or (method.form == "q" and run.kl_budget is None):
+        if method.form == "q" or method.name in _SCALED_IN_ROUNDS:
             return seconds, fed
-        if method.form == "q":
-            count = 2 * min(24, len(pool))
-            return seconds + count * gated.seconds, fed + count * gated.fed
         count, tokens = 2 * min(12, len(distinct_prompts(run, run.plan.train))), min(16.0, gated.length)
         candidates = sum(len(p.token_ids) for reply in gated.replies for p in reply.positions)
         of_token = candidates / max(1, sum(len(reply.token_ids) for reply in gated.replies))  # all of them are fed
@@ -247,6 +248,13 @@ class _Trials:
             seconds + count * (gated.prompt_s + tokens * of_token * gated.prompt_s / gated.prompt_fed),
             fed + count * (gated.prompt_fed + tokens * of_token),
         )
+
+
+def _to_calibrate_on(run: Run) -> list[Generation]:
+    """Return what setting the scale of a Q-head generates, where the method does not set it itself."""
+    method = run.plan.method
+    is_set_here = method.form == "q" and method.name not in _SCALED_IN_ROUNDS and run.kl_budget is not None
+    return work_of_calibration(run) if is_set_here else []
 
 
 def _states_per_reply(speed: Speed) -> float:

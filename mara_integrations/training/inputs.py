@@ -23,6 +23,7 @@ from mara_integrations.rewards import (
     takes_partial_text,
 )
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.registry import Method, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +118,25 @@ def read_judges(config: TrainConfig, inputs: Inputs, *others: Reward | None) -> 
     return _named(judges, [reward_name(each) for each in others if each is not None])
 
 
-def read_other_prompts(config: TrainConfig, inputs: Inputs, method: str) -> tuple[Dataset, Dataset] | None:
+def read_other_prompts(
+    config: TrainConfig, inputs: Inputs, method: Method, source: Source
+) -> tuple[Dataset, Dataset] | None:
     """Return the prompts to generate replies to where they are not those of the data, to fit on and held out.
 
     Raises:
-        ConfigError: If the method takes none.
+        ConfigError: If the method learns from replies to the prompts of the data.
     """
     given = config.prompts if config.prompts is not None else inputs.prompts
     if given is None:
         return None
-    if method != "reward-model":
+    has_preferences = source in ("pairs", "labels")
+    if not has_preferences or not (method.form == "q" or method.name == "reward-model"):
         named = f"{str(given)!r} is" if isinstance(given, Path) else "rows are"
         raise ConfigError(
-            f"prompts: {named} not allowed, because method {method!r} learns from the prompts of the data",
-            hint="--method reward-model can generate replies to other prompts than those of the preferences",
+            f"prompts: {named} not allowed, because the head learns from the prompts of the data",
+            hint="heads of the form q take them, and so does --method reward-model"
+            if has_preferences
+            else "name them as the data: --data takes prompts alone",
         )
     return split(read_prompts(given), config.held_out, config.seed)
 

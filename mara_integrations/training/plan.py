@@ -129,7 +129,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     train, held_out = split(data, config.held_out, config.seed)
     if source == "labels":
         _check_labels(data, train, held_out)
-    other_prompts = read_other_prompts(config, inputs, method.name)
+    other_prompts = read_other_prompts(config, inputs, method, source)
     warnings = [*config.without_influence(method.name), *_warnings(data, *(other_prompts or (train, held_out)))]
     if source == "documents":
         _check_documents_alone(rule, reward)

@@ -30,6 +30,10 @@ SOURCES: dict[Source, str] = {
 }
 
 
+# Nothing but the budget keeps replies of these heads fluent; those of Q-heads are held to perplexity and variety, too.
+AFTERSTATE_BUDGET = 0.15  # nats a token
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One way to train a head.
@@ -58,7 +62,7 @@ class Method:
     min_candidates: int = 1
     keeps_candidates: bool = False
     max_replies: int = 384
-    kl_budget: float | None = 0.15
+    kl_budget: float | None = AFTERSTATE_BUDGET
     max_scale: float | None = None
     temperature: float = 1.0
 
@@ -98,6 +102,7 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_value:train",
             learns_from=("reward", "pairs", "labels"),
             form="q",
+            kl_budget=0.2,
             other_forms=("value",),
         ),
         Method(
@@ -106,6 +111,7 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_preference:train_dpo",
             learns_from=("pairs",),
             form="q",
+            kl_budget=0.2,
             other_forms=("residual",),
             max_scale=1.0,  # a likelihood is fitted at scale 1
         ),
@@ -115,6 +121,7 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_preference:train_kto",
             learns_from=("labels", "pairs"),
             form="q",
+            kl_budget=0.2,
             other_forms=("residual",),
             max_scale=1.0,
         ),
@@ -247,7 +254,8 @@ def _with_form(method: Method, form: HeadForm | None) -> Method:
     if form is None or form == method.form:
         return method
     if form in method.other_forms:
-        return replace(method, form=form, kl_budget=None if form == "paper" else method.kl_budget)
+        budget = None if form == "paper" or method.kl_budget is None else AFTERSTATE_BUDGET
+        return replace(method, form=form, kl_budget=budget)
     forms = " or ".join(map(repr, (method.form, *method.other_forms)))
     reason = f": {_NO_PRIOR}" if form == "paper" else ""
     raise ConfigError(

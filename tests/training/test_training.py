@@ -38,6 +38,8 @@ from mara_integrations.training.run import train
 from mara_integrations.training.scoring.scale import PositionScores, scale_for_budget, score_positions
 from mara_integrations.training.settings.main import MethodName
 
+STORE = "mara_integrations.training.records.store"
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -259,9 +261,10 @@ def test_reading_given_replies_goes_on_where_it_was(interrupting, folder_model, 
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"eval_prompts": 0, "epochs": 2, "inner_size": 16}
     whole = train(config(folder_model, pairs, tmp_path / "whole", **settings))
+    monkeypatch.setattr(f"{STORE}.cache_dir", lambda: tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         train(config(folder_model, pairs, tmp_path / "broken", **settings), reporter=interrupting("given replies", 20))
-    assert len(list((tmp_path / "broken" / ".run").rglob("given-replies-*.pt"))) == 2
+    assert len(list((tmp_path / "cache").rglob("*.pt"))) == 2
     resumed = train(config(folder_model, pairs, tmp_path / "broken", **settings))
     assert resumed.head.fingerprint == whole.head.fingerprint
 

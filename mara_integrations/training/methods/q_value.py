@@ -42,8 +42,8 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     untrained, seed, each = run.new_head().eval(), run.config.seed, replies_per_prompt(run)
     sides = []
     for stage, data, first in (
-        ("base replies", run.plan.train, seed),
-        ("held-out base replies", run.plan.held_out, seed + _HELD_OUT_SEED),
+        ("base replies", run.plan.prompts[0], seed),
+        ("held-out base replies", run.plan.prompts[1], seed + _HELD_OUT_SEED),
     ):
         prompts = limited_prompts(run, data, each)
         replies = generate_replies(run, f"{stage} to step along", prompts, each, first, untrained, is_base=True)
@@ -56,7 +56,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
     of_v, each, seed = value.work(run), replies_per_prompt(run), run.config.seed
-    sides = ((run.plan.train, seed), (run.plan.held_out, seed + _HELD_OUT_SEED))
+    sides = zip(run.plan.prompts, (seed, seed + _HELD_OUT_SEED), strict=True)
     steps = [
         Generation(limited_prompts(run, data, each), each, first, is_gated=True, is_base=True) for data, first in sides
     ]

@@ -1,4 +1,4 @@
-"""Keeps work in files: finished stages of an interrupted run, and base replies that every later run can use.
+"""Keeps work in files: finished stages of an interrupted run, and replies that every later run can use.
 
 A file is plain data with a format version and a digest, written whole or not at all. A file that is damaged, or of
 another format version, counts as absent.
@@ -76,7 +76,7 @@ def as_dict(instance: Any) -> dict[str, Any]:
 
 
 def cache_file(key: str) -> Path:
-    """Return the path of cached base replies, in the platform's cache folder (`MARA_CACHE_DIR`)."""
+    """Return the path of cached replies, of the base model or of the data, in the cache folder (`MARA_CACHE_DIR`)."""
     return cache_dir() / "replies" / f"{key}.pt"
 
 

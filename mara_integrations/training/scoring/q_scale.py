@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.gate import weighted_kl
 from mara_integrations.evaluation.metrics import distinct_n, perplexity_ratio
 from mara_integrations.heads.head import MARAHead
@@ -23,13 +22,13 @@ from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.scale import (
     MAX_SCALE,
+    SEED_OFFSET,
     largest_within,
-    replies_to_scale_on,
     report_scale,
     set_scale,
 )
 
-_NUM_REPLIES = 24  # that a scale is calibrated on
+_NUM_PROMPTS, _STAGE = 48, "replies to calibrate on"
 # Replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
 # What they lose grows with about this power of the strength, measured on SmolLM2-135M; from the second trial on, what
@@ -54,24 +53,37 @@ def scale_within_budget(run: Run, head: QHead, positions: Positions) -> float:
 
 
 def calibrate_q(run: Run, head: QHead) -> float:
-    """Set the scale of a Q-head to the largest within the KL budget, and return the KL, in nats a token.
+    """Set the scale and the greedy strength of a Q-head, and return KL(gate || base), in nats a token.
 
-    Found on the base model's replies to held-out prompts, then checked on the gated model's own.
+    The largest scale within the KL budget is found on replies of the base model, then checked on the gated model's own.
+    Replies keep perplexity and variety, as they do after `rounds`.
     """
-    pool = distinct_prompts(run, run.plan.prompts[1])
-    prompts = run.random().sample(pool, min(_NUM_REPLIES, len(pool)))
-    untrained = MARAHead(head.config).to(run.model.device).eval()
-    sampling = run.sampling(min_candidates=head.config.min_candidates)
-    scale, kl = math.inf, 0.0
-    with run.stage("calibration of the scale", 2 * len(prompts)) as advance:
-        for gating_head in (untrained, head):
-            replies = replies_to_scale_on(run, Decoder(run.backend), prompts, sampling, gating_head, advance)
-            positions = Positions.of(replies)
-            scale = min(scale, scale_within_budget(run, head, positions))
-            set_scale(head, scale)
-            kl = kl_per_token(positions, all_scores(head, positions, run.backend.output_embeddings), scale)
-    report_scale(run, scale, kl)
+    prompts, seed = _prompts_to_calibrate_on(run), run.config.seed + SEED_OFFSET
+    base = generate_replies(run, f"base {_STAGE}", prompts, 1, seed, run.new_head().eval(), is_base=True)
+    scale = scale_within_budget(run, head, Positions.of(base))
+    set_scale(head, scale)
+    gated = generate_replies(run, f"gated {_STAGE}", prompts, 1, seed, head)
+    positions = Positions.of(gated)
+    set_scale(head, min(scale, scale_within_budget(run, head, positions)))
+    hold_sampled_quality(run, head, scale, base, gated)
+    hold_greedy_quality(run, head, prompts, seed)
+    kl = kl_per_token(positions, all_scores(head, positions, run.backend.output_embeddings), head.config.scale)
+    report_scale(run, head.config.scale, kl)
     return kl
+
+
+def work_of_calibration(run: Run) -> list[Generation]:
+    """Return what `calibrate_q` will generate at most."""
+    prompts, seed = _prompts_to_calibrate_on(run), run.config.seed + SEED_OFFSET
+    base = Generation(prompts, 1, seed, is_gated=True, is_base=True)
+    return [base, replace(base, is_base=False), *greedy_generations(run, prompts, seed)]
+
+
+def _prompts_to_calibrate_on(run: Run) -> list[Conversation]:
+    """Return held-out prompts; where they are few, others too, since what few replies lose is mostly chance."""
+    others, held_out = (distinct_prompts(run, data) for data in run.plan.prompts)
+    chosen = run.random().sample(held_out, min(_NUM_PROMPTS, len(held_out)))
+    return chosen + run.random().sample(others, min(_NUM_PROMPTS - len(chosen), len(others)))
 
 
 def hold_sampled_quality(run: Run, head: QHead, scale: float, base: Sequence[Reply], gated: Sequence[Reply]) -> None:
@@ -128,7 +140,7 @@ def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], 
         perplexity, variety = quality_ratios(base, greedy(f"held-out greedy replies {next(trials)}", head))
         run.log("greedy quality", strength=strength, perplexity_ratio=perplexity, distinct_2_ratio=variety)
         run.say(
-            f"  greedy held-out replies at strength {strength:.2f}: perplexity x {perplexity:.2f}, "
+            f"  greedy replies at strength {strength:.2f}: perplexity x {perplexity:.2f}, "
             f"distinct pairs of tokens x {variety:.2f}"
         )
         return quality_losses(perplexity, variety)

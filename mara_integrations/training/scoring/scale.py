@@ -15,17 +15,16 @@ from mara_integrations.engine.scheduler import Scheduler
 from mara_integrations.engine.sequence import JudgedPosition
 from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.messages import Conversation
-from mara_integrations.sampling import HeadForm, SamplingParams
+from mara_integrations.sampling import HeadForm
 from mara_integrations.training.collect.prompts import distinct_prompts
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.objectives import decision_kl
 from mara_integrations.training.rollouts.decisions import Decisions
-from mara_integrations.training.rollouts.replies import OnReply, Reply, sample_replies
+from mara_integrations.training.rollouts.replies import sample_replies
 
 MAX_SCALE = 100.0
 _NUM_REPLIES, _NUM_TOKENS = 12, 16  # that the scale is calibrated on
-_SEED_OFFSET = 7_000_000  # apart from the seeds of replies to learn from
+SEED_OFFSET = 7_000_000  # apart from the seeds of replies to learn from
 
 
 def calibrate(run: Run, head: MARAHead) -> float:
@@ -45,7 +44,16 @@ def calibrate(run: Run, head: MARAHead) -> float:
     scale, kl = 1.0, 0.0
     with run.stage("calibration of the scale", 2 * len(prompts)) as advance:
         for gating_head in (untrained, head):
-            replies = replies_to_scale_on(run, decoder, prompts, sampling, gating_head, advance)
+            replies = sample_replies(
+                run.model,
+                decoder,
+                prompts,
+                sampling=sampling,
+                seed=run.config.seed + SEED_OFFSET,
+                head=gating_head,
+                keep_positions=True,
+                on_reply=advance,
+            )
             positions = [position for reply in replies for position in reply.positions]
             num_tokens = sum(len(reply.token_ids) for reply in replies)
             if not positions:
@@ -58,21 +66,6 @@ def calibrate(run: Run, head: MARAHead) -> float:
             set_scale(head, scale)
     report_scale(run, scale, kl)
     return kl
-
-
-def replies_to_scale_on(
-    run: Run,
-    decoder: Decoder,
-    prompts: Sequence[Conversation],
-    sampling: SamplingParams,
-    head: MARAHead,
-    on_reply: OnReply,
-) -> list[Reply]:
-    """Return replies of a gate to calibrate a scale on, apart from those that the head was fitted to."""
-    seed = run.config.seed + _SEED_OFFSET
-    return sample_replies(
-        run.model, decoder, prompts, sampling=sampling, seed=seed, head=head, keep_positions=True, on_reply=on_reply
-    )
 
 
 def set_scale(head: MARAHead, scale: float) -> None:

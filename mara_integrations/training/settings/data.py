@@ -38,8 +38,8 @@ class DataSettings(Params):
     prompts: Annotated[
         Path | None,
         Field(
-            description="Prompts that the model replies to in method reward-model, in any form of --data, where your "
-            "application's prompts differ from those of the preferences."
+            description="For preferences: prompts that the model replies to as it trains, in any form of --data, where "
+            "your application's prompts differ from those of the preferences."
         ),
         OutsideIdentity(),
     ] = None

@@ -17,8 +17,9 @@ class HeadSettings(Params):
         Field(
             gt=0.0,
             description="Bound on how far the head may move the model from the base model: their KL divergence, in "
-            "nats a token. Default: 0.2 for rloo and reward-model, 0.3 for principle and teacher; none for rule; else "
-            "0.15. Unless you name one, replies of these four and of grounding also keep perplexity and variety.",
+            "nats a token. Default: 0.3 for principle and teacher, 0.15 for grounding and for heads of other forms "
+            "than q, none for rule, else 0.2. Unless you name one, heads of the form q also keep replies from losing "
+            "much perplexity or variety, but for rule.",
         ),
     ] = None
     form: Annotated[

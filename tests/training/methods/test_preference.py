@@ -12,12 +12,16 @@ from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.learning.fit import FitSettings, fit
 from mara_integrations.training.learning.objectives import dpo_loss, kto_loss
 from mara_integrations.training.methods.preference import LabelledDecisions
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rollouts.decisions import Decisions
+from mara_integrations.training.rollouts.replies import read_replies
 from mara_integrations.training.run import train
+
+STORE = "mara_integrations.training.records.store"
 
 
 def planted(num_pairs, seed, group):
@@ -99,13 +103,36 @@ def test_a_head_is_trained_from_end_to_end(files, method, data, competitors):
 def test_interrupted_reading_goes_on_to_the_same_head(interrupting, files, monkeypatch):
     monkeypatch.setattr("mara_integrations.training.collect.given._REPLIES_PER_FILE", 8)
     whole = train(settings(files, "pairs", "whole", method="dpo", eval_prompts=0))
+    monkeypatch.setattr(f"{STORE}.cache_dir", lambda: files / "cache")
     with pytest.raises(KeyboardInterrupt):
         train(
             settings(files, "pairs", "broken", method="dpo", eval_prompts=0), reporter=interrupting("given replies", 20)
         )
-    assert len(list((files / "broken").rglob("given-replies-*.pt"))) == 2
+    assert len(list((files / "cache").rglob("*.pt"))) == 2
     resumed = train(settings(files, "pairs", "broken", method="dpo", eval_prompts=0))
     assert resumed.head.fingerprint == whole.head.fingerprint
+
+
+def test_what_one_method_has_read_no_other_reads_again(files, monkeypatch):
+    monkeypatch.setattr(f"{STORE}.cache_dir", lambda: files / "cache")
+    num_read = []
+
+    def counted(model, backend, replies, **kwargs):
+        num_read.append(len(replies))
+        return read_replies(model, backend, replies, **kwargs)
+
+    monkeypatch.setattr("mara_integrations.training.collect.given.read_replies", counted)
+    count = 2 * len((files / "pairs.jsonl").read_text().splitlines())
+    expected = [dry_run(settings(files, "pairs", "kto", method="kto")).expected]
+    train(settings(files, "pairs", "kto", method="kto", eval_prompts=0))
+    expected.append(dry_run(settings(files, "pairs", "dpo", method="dpo")).expected)
+    assert sum(num_read) == count
+    cached = train(settings(files, "pairs", "dpo", method="dpo", eval_prompts=0)).head.fingerprint
+    assert sum(num_read) == count, "nothing was read again"
+    assert expected[1].cached - expected[0].cached >= count
+    monkeypatch.setattr(f"{STORE}.cache_dir", lambda: files / "empty")
+    assert train(settings(files, "pairs", "anew", method="dpo", eval_prompts=0)).head.fingerprint == cached
+    assert sum(num_read) == 2 * count
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "value"])

@@ -27,7 +27,9 @@ from mara_integrations.training.plan import make_plan
 from mara_integrations.training.records import store
 from mara_integrations.training.rollouts.positions import Positions, positions_of_given
 from mara_integrations.training.rollouts.replies import GivenReply, read_replies, sample_replies
+from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
+from mara_integrations.training.scoring import q_scale
 
 
 class Hearing(Reporter):
@@ -109,7 +111,7 @@ def test_a_reward_is_followed(files, reward, rounds):
     assert 0 < result.kl_per_token < 0.3
     change = next(iter(result.evaluation.rewards.values()))
     assert change.gated_mean > change.base_mean
-    assert any("greedy held-out replies" in line for line in hearing.lines)
+    assert any("greedy replies at strength" in line for line in hearing.lines)
 
 
 def test_a_budget_that_is_named_is_kept_to(files):
@@ -119,7 +121,7 @@ def test_a_budget_that_is_named_is_kept_to(files):
     result = train(config, reward=early, reporter=hearing)
 
     assert result.kl_per_token <= 0.021
-    assert not any("greedy held-out replies" in line for line in hearing.lines)
+    assert not any("greedy replies at strength" in line for line in hearing.lines)
 
 
 def test_base_replies_are_shared_by_all_rewards_and_not_by_heads_of_other_forms(files):
@@ -149,6 +151,37 @@ def test_labels_are_stepped_along(files):
     result = train(settings(files, "labels", method="value", max_replies=24))
     assert isinstance(result.head, QHead) and result.held_out_accuracy.mean > 0.8
     assert math.isfinite(result.kl_per_token) and result.kl_per_token > 0
+
+
+@pytest.mark.parametrize("method", ["value", "dpo", "kto"])
+@pytest.mark.parametrize("budget", [None, 0.01])
+def test_replies_keep_perplexity_and_variety_unless_a_budget_is_named(files, method, budget):
+    config = settings(files, "pairs", method=method, kl_budget=budget, learning_rate=3e-3, max_replies=24)
+
+    result = train(config)
+
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    events = {line["event"]: line for line in lines}
+    assert ("greedy quality" in events) is (budget is None)
+    assert events["scale"]["budget"] == (budget or 0.2)
+    assert 0 < result.kl_per_token <= (budget or 0.2) + 1e-6
+    assert result.head.config.scale == events["scale"]["scale"]
+
+
+def test_the_scale_is_set_on_held_out_prompts_and_others_only_where_these_are_few(files, monkeypatch):
+    asked, submit = [], LocalWorker.submit
+    monkeypatch.setattr(
+        LocalWorker, "submit", lambda workers, batch, on: asked.append(batch.prompts) or submit(workers, batch, on)
+    )
+    for most in (3, 10):
+        monkeypatch.setattr(q_scale, "_NUM_PROMPTS", most)
+        config = settings(files, "pairs", f"of-{most}", method="kto", eval_prompts=0)
+        held_out = {row.prompt for row in make_plan(config).held_out.rows}
+        train(config)
+        for batch in asked:
+            prompts = {conversation.messages for conversation in batch}
+            assert len(batch) == len(prompts) == most and len(prompts & held_out) == min(most, len(held_out)) > 0
+        asked.clear()
 
 
 def test_a_rule_is_kept_and_the_damage_is_told(files):

@@ -199,15 +199,16 @@ def test_what_heads_fitted_to_pairs_write_is_judged_by_a_model_of_the_pairs(fold
     assert [spec["name"] for spec in result.head.config.rewards] == (["reward model"] if count == 30 else [])
 
 
+@pytest.mark.parametrize("method", ["reward-model", "value", "dpo", "kto"])
 def test_replies_are_written_to_other_prompts_than_those_of_the_preferences(
-    folder_model, prompts_file, tmp_path, monkeypatch
+    method, folder_model, prompts_file, tmp_path, monkeypatch
 ):
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"pair {i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(100, 3))]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"max_reply_tokens": 6, "epochs": 1, "inner_size": 16, "eval_prompts": 3, "max_replies": 16}
     config = TrainConfig.of(
-        model=folder_model, data=data, output=tmp_path / "h", method="reward-model", prompts=prompts_file, **small
+        model=folder_model, data=data, output=tmp_path / "h", method=method, prompts=prompts_file, **small
     )
     asked, submit = [], LocalWorker.submit
     monkeypatch.setattr(
@@ -217,8 +218,27 @@ def test_replies_are_written_to_other_prompts_than_those_of_the_preferences(
     known = {json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()}
     assert asked and {conversation.messages[-1].content for conversation in asked} <= known
     assert {example.prompt[-1].content for example in result.evaluation.examples} <= known
-    with pytest.raises(ConfigError, match=r"method 'value' learns from the prompts of the data"):
-        train(config.updated(method="value"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"method": "value", "form": "value"}, "form q"),
+        ({"reward": "sentiment"}, "--data"),
+        ({"forbid": ("you",)}, "--data"),
+        ({"principle": ("Be kind.",)}, "--data"),
+    ],
+)
+def test_other_prompts_are_refused_where_nothing_is_written_to_them(
+    changes, hint, folder_model, prompts_file, tmp_path
+):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"pair {i}?", "chosen": b, "rejected": w} for i, (b, w) in enumerate(planted(100, 3))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig.of(model=folder_model, data=data, output=tmp_path / "h", prompts=prompts_file, **changes)
+    with pytest.raises(ConfigError, match="learns from the prompts of the data") as refused:
+        train(config)
+    assert hint in refused.value.hint
 
 
 def test_too_few_pairs_are_refused(folder_model, tmp_path):

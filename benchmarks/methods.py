@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def main(arguments: list[str] | None = None) -> list[str]:
     args = _parser().parse_args(arguments)
     task, model, kept = TASKS[args.task], load_model(ModelSpec(args.model)), RowFile(args.json)
     changed = dict(setting.split("=", 1) for setting in args.set)
-    name = _name(args.task, args.head, changed)
+    requested = {key: float(value) for key, value in (setting.split("=", 1) for setting in args.ask)}
+    trained_as = _name(args.task, args.head, changed)
+    name = _name(args.task, args.head, {**changed, **requested})
     settings = {"model": args.model, "max_reply_tokens": task.reply_tokens, "eval_prompts": 0, **task.settings}
     settings |= {"form": "residual"} if args.head == "afterstate" else {}
     settings |= changed
@@ -63,17 +66,17 @@ def main(arguments: list[str] | None = None) -> list[str]:
     for seed in args.seeds:
         labels = {(way, decoding): f"{way}, seed {seed}, {decoding}" for way in ways for decoding in DECODINGS}
         if not kept.rows.keys() >= set(labels.values()):
-            output = args.output / f"{name.replace(', ', '-').replace('/', '_')}-{seed}"
+            output = args.output / f"{trained_as.replace(', ', '-').replace('/', '_')}-{seed}"
             head = _trained(TrainConfig.of(output=output, seed=seed, **settings), task, args.head == "token-biases")
             engine = MARAEngine(model, head)
         for (way, decoding), label in labels.items():
             if label not in kept.rows:
                 asked = {"temperature": DECODINGS[decoding], "seed": seed, "max_new_tokens": task.reply_tokens}
-                found = evaluate(engine, prompts, judges, **asked, **ways[way])
+                found = evaluate(engine, prompts, judges, **asked, **requested, **ways[way])
                 kept.add(label, row_of(found, head))
             lines.append(shown(label, kept.rows[label]))
             print(lines[-1], flush=True)
-    others = [_name(args.task, head, changed) for head in HEADS if head != args.head]
+    others = [_name(args.task, head, {**changed, **requested}) for head in HEADS if head != args.head]
     summary = _summary(kept, name, others, args.seeds)
     print("\n".join(summary), flush=True)
     return lines + summary
@@ -107,7 +110,7 @@ def _summary(kept: RowFile, name: str, others: list[str], seeds: list[int]) -> l
     return lines
 
 
-def _name(task: str, head: str, changed: dict[str, str]) -> str:
+def _name(task: str, head: str, changed: Mapping[str, Any]) -> str:
     return ", ".join([task, *([head] if head != "default" else []), *(f"{k}={v}" for k, v in changed.items())])
 
 
@@ -119,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a setting of the requests that are judged",
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder of the heads")

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -314,13 +315,18 @@ def _held_out_of_all(path: Path, configs: Sequence[HeadConfig]) -> Dataset | Non
 
 def _held_out(path: Path, config: HeadConfig) -> Dataset | None:
     """Return the rows that a head was not fitted on, if it was trained on this very file, else None."""
-    from mara_integrations.data import column_mapping, read_dataset, split
+    from mara_integrations.data import column_mapping, read_dataset, read_prompts, split
     from mara_integrations.data.documents import has_documents, with_documents
 
     trained = config.training
     share, seed = trained.get("held_out"), trained.get("seed")
     if share is None or seed is None:
         return None
+    if config.origin and (of_prompts := config.origin.hashes.get("prompts")):
+        with suppress(DataError):
+            fitted, held_out = split(read_prompts(path), share, seed)
+            if fitted.fingerprint == of_prompts.split()[0]:
+                return held_out
     try:
         data = read_dataset(
             path,

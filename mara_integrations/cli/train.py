@@ -90,8 +90,10 @@ def _show_next_steps(config: TrainConfig, *, has_documents: bool) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in used.items())
     for name, value in config.model_kwargs.items():
         flags += f" --model-kwargs {shlex.quote(f'{name}={json.dumps(value)}')}"
-    source = config.data or VARIED_PROMPTS
-    data = data_flags(source, config.format, config.column, skip_bad_rows=config.skip_bad_rows)
+    data = ["--data", str(config.prompts)]
+    if config.prompts is None:
+        source = config.data or VARIED_PROMPTS
+        data = data_flags(source, config.format, config.column, skip_bad_rows=config.skip_bad_rows)
     keywords = ", ".join(f"{name}={value!r}" for name, value in used.items())
     keywords += f", model_kwargs={config.model_kwargs!r}" if config.model_kwargs else ""
     starts = os.environ.get("LOCAL_WORLD_SIZE", "2")

@@ -30,7 +30,8 @@ SOURCES: dict[Source, str] = {
 }
 
 
-# Nothing but the budget keeps replies of these heads fluent; those of Q-heads are held to perplexity and variety, too.
+# For heads that look at the state after a candidate: the budget alone keeps their replies fluent, where replies of
+# Q-heads have bounds on perplexity and variety, too.
 AFTERSTATE_BUDGET = 0.15  # nats a token
 
 

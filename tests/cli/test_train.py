@@ -67,6 +67,15 @@ def test_training_on_pairs_without_evaluation(folder):
     assert MARAHead.from_pretrained("on-pairs").config.form == "q"
 
 
+def test_a_head_of_pairs_is_evaluated_on_those_of_the_applications_prompts_that_were_held_out(folder):
+    data = ("--data", "pairs.jsonl", "--prompts", "prompts.jsonl", "--eval-prompts", 2)
+    said = run("train", "--model", "model", "--output", "on-both", *data, *QUICK).stdout
+    assert "--data prompts.jsonl --report report.html\n" in said
+    evaluate = ("eval", "--model", "model", "--head", "on-both", "--max-new-tokens", 2)
+    assert "only those held out then" in run(*evaluate, "--data", "prompts.jsonl").stdout
+    assert "only those held out then" in run(*evaluate, "--data", "pairs.jsonl").stdout
+
+
 def test_data_of_other_names_is_understood_and_shown_before_training(folder):
     schema = {"name": "clock", "parameters": {"type": "object"}}
     rows = [{"ask": f"say {i}", "chosen": "aeiou", "rejected": "xyz", "tools": [schema]} for i in range(12)]
@@ -225,7 +234,8 @@ def test_a_dry_run_checks_everything_and_writes_nothing(folder):
 def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
     flags = ("--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK)
     assert "for 24 replies of up to 8 tokens" in run("train", *flags, "--form", "value").stdout
-    assert "for 48 replies of up to 8 tokens" in run("train", *flags).stdout  # those to step along, too
+    # 24 to step along, and five to each prompt that set the scale and the greedy strength
+    assert "for 108 replies of up to 8 tokens" in run("train", *flags).stdout
 
 
 def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):

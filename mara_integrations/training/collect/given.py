@@ -39,7 +39,7 @@ def given_replies(run: Run, data: Dataset) -> tuple[list[GivenReply], list[float
 def read_states(run: Run, stage: str, given: Sequence[GivenReply]) -> list[Reply]:
     """Feed given replies to the model and return them with their hidden states.
 
-    They are cached for every later run: what a method makes of them changes none.
+    They are cached for every later run, whatever its method.
     """
     replies: list[Reply] = []
     with run.stage(stage, len(given)) as advance:
@@ -66,7 +66,7 @@ def _parts(given: Sequence[GivenReply]) -> list[Sequence[GivenReply]]:
 
 
 def _file_of(run: Run, given: Sequence[GivenReply]) -> Path:
-    """Return the file in the cache that everything decides which decides the states: model, device and tokens."""
+    """Return the file in the cache for the states of these replies: its name is a hash of model, device and tokens."""
     encoded = [(reply.text, *encode_given(run.model, reply, run.config.max_reply_tokens)) for reply in given]
     parts = ["given replies", run.identity.hashes[MODEL], run.model.device.type, encoded]
     return cache_file(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32])

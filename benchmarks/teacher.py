@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from mara_integrations.evaluation.results import Evaluation
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation, Message
-from mara_integrations.models.adapters import import_peft, load_adapted
+from mara_integrations.models.adapters import ADAPTER_FILE, import_peft, load_adapted
 from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
 from mara_integrations.progress import ConsoleReporter
 from mara_integrations.rewards import parse_reward
@@ -58,35 +58,14 @@ def main(arguments: list[str] | None = None) -> list[str]:
     model, kept = load_model(ModelSpec(args.model)), RowFile(args.json)
     changed = dict(setting.split("=", 1) for setting in args.set)
     names = {each: ", ".join([each, *(f"{key}={value}" for key, value in changed.items())]) for each in (HEAD, ADAPTER)}
-    judges = {"sentiment": parse_reward("sentiment")[0]}
-    prompts = TASKS["sentiment"].test_prompts(args.data, model)
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = training_prompts(args.data, model)
+    lines = []
     for seed in args.seeds:
-        labels = [f"{name}, seed {seed}, {decoding}" for name in names.values() for decoding in DECODINGS]
-        if kept.rows.keys() >= set(labels):
-            continue
-        folder = args.output / f"adapter-{seed}"
-        if not folder.exists():
-            tune(model, best_replies(model, rows, seed, args.replies), folder, seed)
-        settings = {"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, "teacher": str(folder), **changed}
-        config = TrainConfig.of(
-            model=args.model,
-            data=written(args.output / "prompts.jsonl", rows),
-            output=args.output / f"{names[HEAD].replace(', ', '-')}-{seed}",
-            seed=seed,
-            **settings,
-        )
-        head = train(config, reporter=ConsoleReporter(Console())).head
-        tuned = load_adapted(ModelSpec(str(folder)))
-        untrained = MARAHead(HeadConfig(form="q", hidden_size=model.hidden_size))
-        for decoding, temperature in DECODINGS.items():
-            asked = {"temperature": temperature, "seed": seed, "max_new_tokens": REPLY_TOKENS}
-            of_head = evaluate(MARAEngine(model, head), prompts, judges, **asked)
-            of_adapter = evaluate(MARAEngine(tuned, untrained), prompts, judges, **asked)
-            kept.add(f"{names[HEAD]}, seed {seed}, {decoding}", row_of(of_head, head))
-            kept.add(f"{names[ADAPTER]}, seed {seed}, {decoding}", adapter_row(model, of_head, of_adapter))
-    lines = [shown(label, row) for label, row in kept.rows.items()]
+        labels = [f"{name}, seed {seed}, {decoding}" for decoding in DECODINGS for name in names.values()]
+        if not kept.rows.keys() >= set(labels):
+            for label, row in zip(labels, _measured(args, model, changed, names[HEAD], seed), strict=True):
+                kept.add(label, row)
+        lines += [shown(label, kept.rows[label]) for label in labels]
     for decoding in DECODINGS:
         ours, theirs = (kept.of(name, args.seeds, decoding) for name in names.values())
         assert ours is not None and theirs is not None
@@ -95,6 +74,32 @@ def main(arguments: list[str] | None = None) -> list[str]:
         lines += against(f"{names[HEAD]} less {ADAPTER}, {decoding}", ours, theirs)
     print("\n".join(lines), flush=True)
     return lines
+
+
+def _measured(
+    args: argparse.Namespace, model: LoadedModel, changed: Mapping[str, str], name: str, seed: int
+) -> Iterator[Row]:
+    """Tune an adapter, train a head by it, and yield the rows of head and adapter for each decoding."""
+    rows, folder = training_prompts(args.data, model), args.output / f"adapter-{seed}"
+    if not (folder / ADAPTER_FILE).exists():  # what is saved last
+        tune(model, best_replies(model, rows, seed, args.replies), folder, seed)
+    settings = {"max_reply_tokens": REPLY_TOKENS, "eval_prompts": 0, "teacher": str(folder), **changed}
+    config = TrainConfig.of(
+        model=args.model,
+        data=written(args.output / "prompts.jsonl", rows),
+        output=args.output / f"{name.replace(', ', '-')}-{seed}",
+        seed=seed,
+        **settings,
+    )
+    head = train(config, reporter=ConsoleReporter(Console())).head
+    tuned = load_adapted(ModelSpec(str(folder)))
+    untrained = MARAHead(HeadConfig(form="q", hidden_size=model.hidden_size))
+    prompts, judges = TASKS["sentiment"].test_prompts(args.data, model), {"sentiment": parse_reward("sentiment")[0]}
+    for temperature in DECODINGS.values():
+        asked = {"temperature": temperature, "seed": seed, "max_new_tokens": REPLY_TOKENS}
+        of_head = evaluate(MARAEngine(model, head), prompts, judges, **asked)
+        yield row_of(of_head, head)
+        yield adapter_row(model, of_head, evaluate(MARAEngine(tuned, untrained), prompts, judges, **asked))
 
 
 def best_replies(model: LoadedModel, rows: Rows, seed: int, count: int) -> list[tuple[Conversation, Reply]]:

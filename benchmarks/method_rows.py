@@ -1,4 +1,4 @@
-"""Rows of `methods.py`: one head, seed and decoding each; kept as json, summed up over seeds, compared with each other.
+"""Rows of benchmarks that train heads: one head, seed and decoding each; kept as json, summed up and compared.
 
 Differences are paired by prompt: a head's replies to one prompt stay together when prompts are resampled. A judge that
 has no opinion on a reply leaves its prompt out.
@@ -6,6 +6,7 @@ has no opinion on a reply leaves its prompt out.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,6 +22,24 @@ from mara_integrations.heads.head import MARAHead
 Row: TypeAlias = dict[str, Any]
 SIDES = ("base", "gated")
 UNDER = "under the sentence"  # after the name of a head: the same sides with the sentence as a system prompt
+
+
+def training_options(doc: str, output: str) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that trains heads, with the options that all of these have.
+
+    Args:
+        doc: Documentation of the module; its first line describes the command.
+        output: Default of the folder of the heads.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of what is trained")
+    parser.add_argument("--json", type=Path, help="file of the rows")
+    return parser
 
 
 class RowFile:

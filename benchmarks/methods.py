@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from method_rows import UNDER, RowFile, against, beside_sentence, over_seeds, row_of, shown
+from method_rows import UNDER, RowFile, against, beside_sentence, over_seeds, row_of, shown, training_options
 from method_tasks import TASKS, Task, written
 from rich.console import Console
 from token_biases import blinded
@@ -115,24 +115,13 @@ def _name(task: str, head: str, changed: Mapping[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = training_options(__doc__, "runs/methods")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--head", choices=HEADS, default="default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
+        "--ask", action="append", default=[], metavar="NAME=NUMBER", help="a setting of the requests that are judged"
     )
-    parser.add_argument(
-        "--ask",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="a setting of the requests that are judged",
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder of the heads")
-    parser.add_argument("--json", type=Path, help="file of the rows")
     return parser
 
 

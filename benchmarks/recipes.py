@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import handbooks
-from method_rows import UNDER, RowFile, beside_sentence, row_of
+from method_rows import UNDER, RowFile, beside_sentence, row_of, training_options
 from rich.console import Console
 
 from mara_integrations.data import Dataset, read_dataset
@@ -107,15 +107,8 @@ def _text(completion: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = training_options(__doc__, "runs/recipes")
     parser.add_argument("recipe", choices=recipe_names())
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--output", type=Path, default=Path("runs/recipes"), help="folder of the heads")
-    parser.add_argument("--json", type=Path, help="file of the rows")
     return parser
 
 

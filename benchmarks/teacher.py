@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from method_rows import Row, RowFile, against, over_seeds, row_of, shown
+from method_rows import Row, RowFile, against, over_seeds, row_of, shown, training_options
 from method_tasks import REPLY_TOKENS, TASKS, Rows, training_prompts, written
 from rich.console import Console
 from torch import Tensor
@@ -172,16 +172,9 @@ def adapter_row(model: LoadedModel, of_head: Evaluation, of_adapter: Evaluation)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = training_options(__doc__, "runs/teacher")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--replies", type=int, default=640, help="of the base model, to choose the best quarter from")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of `mara-tools train`"
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--output", type=Path, default=Path("runs/teacher"), help="folder of adapters and heads")
-    parser.add_argument("--json", type=Path, help="file of the rows")
     return parser
 
 

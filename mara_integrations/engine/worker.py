@@ -115,7 +115,7 @@ class Worker:
         decoder: The decoder; nothing else may use it.
         max_waiting: Most requests that wait to be begun; `submit` blocks while there are as many. None is the limit
             of the decoder.
-        on_cpu: Whether decoding runs on the CPU, in this process.
+        on_cpu: True if the model runs on the CPU and in this process.
 
     Attributes:
         decoder: The decoder; only the worker's thread may call it.

@@ -40,7 +40,7 @@ class WaitingThreads:
     them than processors. To have them sleep, another thread is started, which has some, too.
 
     Args:
-        on_cpu: Whether decoding runs on the CPU, in this process; else threads always stay as they are.
+        on_cpu: True if the model runs on the CPU and in this process. Otherwise nothing changes how threads wait.
     """
 
     def __init__(self, on_cpu: bool = True) -> None:

@@ -63,7 +63,7 @@ class Method:
     min_candidates: int = 1
     keeps_candidates: bool = False
     max_replies: int = 384
-    kl_budget: float | None = AFTERSTATE_BUDGET
+    kl_budget: float | None = 0.2
     max_scale: float | None = None
     temperature: float = 1.0
 
@@ -103,7 +103,6 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_value:train",
             learns_from=("reward", "pairs", "labels"),
             form="q",
-            kl_budget=0.2,
             other_forms=("value",),
         ),
         Method(
@@ -112,7 +111,6 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_preference:train_dpo",
             learns_from=("pairs",),
             form="q",
-            kl_budget=0.2,
             other_forms=("residual",),
             max_scale=1.0,  # a likelihood is fitted at scale 1
         ),
@@ -122,7 +120,6 @@ METHODS: dict[str, Method] = {
             q_loop=f"{_HERE}.q_preference:train_kto",
             learns_from=("labels", "pairs"),
             form="q",
-            kl_budget=0.2,
             other_forms=("residual",),
             max_scale=1.0,
         ),
@@ -134,7 +131,6 @@ METHODS: dict[str, Method] = {
             form="q",
             keeps_candidates=True,
             max_replies=640,
-            kl_budget=0.2,
             other_forms=("residual",),
         ),
         Method(
@@ -145,7 +141,6 @@ METHODS: dict[str, Method] = {
             form="q",
             keeps_candidates=True,
             max_replies=640,
-            kl_budget=0.2,
             other_forms=("residual",),
         ),
         Method(
@@ -155,6 +150,7 @@ METHODS: dict[str, Method] = {
             learns_from=("reward",),
             form="residual",
             other_forms=("paper",),
+            kl_budget=AFTERSTATE_BUDGET,
             keeps_candidates=True,
             max_replies=1152,
         ),
@@ -185,6 +181,7 @@ METHODS: dict[str, Method] = {
             learns_from=("documents",),
             form="q",
             max_replies=320,
+            kl_budget=0.15,
         ),
         Method(
             name="teacher",

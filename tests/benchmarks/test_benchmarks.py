@@ -107,6 +107,17 @@ def test_a_head_is_compared_with_one_that_sees_tokens_alone(tmp_path, methods_on
     assert [line for line in lines if "less ten-words" in line], lines
 
 
+def test_requests_of_another_strength_are_judged_on_the_same_head(tmp_path, methods_on_little):
+    methods_on_little("cheerful", "--seeds", "0")
+    methods_on_little("cheerful", "--seeds", "0", "--ask", "strength=0")
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    alone = {name: row for name, row in rows.items() if "sampled" in name and "under the sentence" not in name}
+    on, off = (row["scores"]["sentiment"] for row in alone.values())
+    assert off["gated"] == off["base"] == on["base"] != on["gated"]
+    assert len(list((tmp_path / "runs").glob("*/head.safetensors"))) == 1
+
+
 def test_a_head_of_a_sentence_is_compared_with_the_sentence(tmp_path, methods_on_little):
     lines = methods_on_little("cheerful", "--seeds", "0")
 

@@ -93,12 +93,14 @@ def same(a, b):
 
 
 def test_a_lost_actor_is_replaced_and_every_reply_is_there_once_and_the_same(here, workers, lines):
-    counted = []
+    counted, got = [], []
     pending = [workers.submit(batch, counted.append) for batch in batches()]
-    got = pending[0]()
-    victim = workers.actors[0]
+    victim = workers.actors[0]  # has one of them, and others wait for it
     ray.kill(victim)
-    for replies in pending[1:]:
+    with pytest.raises(ray.exceptions.RayActorError):  # it is killed a moment later
+        while True:
+            ray.get(victim.generate.remote(batches(1)[0]))
+    for replies in pending:
         got += replies()
     want = [reply for batch in batches() for reply in here.submit(batch, lambda count: None)()]
     assert len(got) == len(want) == 20 and sum(counted) == 20, "none lost, none counted twice"

@@ -20,72 +20,60 @@ from measure import peak_bytes, seconds
 from serve import QUESTIONS
 
 from mara_integrations.engine.backends.protocol import Segment
-from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.limits import EngineLimits
 from mara_integrations.engine.request import Request
-from mara_integrations.engine.vllm_decoder import VLLMDecoder
-from mara_integrations.engine.worker import AnyDecoder
 from mara_integrations.engine.workers import backend_of
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Message
 from mara_integrations.models.load import LoadedModel, ModelSpec, load_model
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head
 
 GENERATE = "generate()"  # what stands in an engine's place for `generate()` of transformers
 
 
-class Engine:
-    """A loaded model with its decoder.
+def loaded_engine(model: str, engine: str, most: int) -> MARAEngine:
+    """Return a loaded engine that keeps no prefix.
 
     Args:
-        name: The `.gguf` file, folder or alias.
+        model: The `.gguf` file, folder or alias.
         engine: Name of the engine.
         most: Most requests at once.
     """
+    threads = torch.get_num_threads()
+    kwargs: dict[str, Any] = {"n_threads": threads} if engine == "llama.cpp" else {}
+    limits = EngineLimits(max_live=most) if engine == "vllm" else EngineLimits(max_live=most, prefix_cache_bytes=0)
+    if engine == "vllm":  # what others are not given, either
+        kwargs = {"enable_prefix_caching": False, "max_num_seqs": most, "max_model_len": 2048}
+        kwargs["kv_cache_memory_bytes"] = 2 << 30
+    found = MARAEngine(model, device="cpu", engine=engine, model_kwargs=kwargs, limits=limits)  # type: ignore[arg-type]
+    found.load()
+    torch.set_num_threads(threads)  # vLLM sets its own
+    return found
 
-    def __init__(self, name: str, engine: str, most: int) -> None:
-        threads = torch.get_num_threads()
-        kwargs: dict[str, Any] = {"n_threads": threads} if engine == "llama.cpp" else {}
-        if engine == "vllm":  # what others are not given, either
-            kwargs = {"enable_prefix_caching": False, "max_num_seqs": most, "max_model_len": 2048}
-            kwargs["kv_cache_memory_bytes"] = 2 << 30
-        spec = ModelSpec(name, device="cpu", model_kwargs=kwargs, engine=engine)  # type: ignore[arg-type]
-        self.model: LoadedModel = load_model(spec)
-        torch.set_num_threads(threads)  # vLLM sets its own
-        self.decoder: AnyDecoder
-        if engine == "vllm":
-            self.decoder = VLLMDecoder(self.model.model, EngineLimits(max_live=most))
-        else:
-            limits = EngineLimits(max_live=most, prefix_cache_bytes=0)
-            self.backend = backend_of(self.model, limits)
-            self.decoder = Decoder.measured(self.backend, limits)
 
-    @property
-    def version(self) -> str:
-        """The package that runs the model."""
-        name = self.model.engine
-        if name == "llama.cpp":
-            return str(self.model.model.library.source)
-        return f"{name} {version(name)}" if name == "transformers" else _vllm_version()
+def version_of(model: LoadedModel) -> str:
+    """The package that runs the model."""
+    if model.engine == "llama.cpp":
+        return str(model.model.library.source)
+    return f"{model.engine} {version(model.engine)}" if model.engine == "transformers" else _vllm_version()
 
-    def answer(self, prompts: Sequence[list[int]], head: MARAHead | None, num_tokens: int) -> None:
-        """Decode replies to all prompts at once."""
-        sampling = SamplingParams(max_new_tokens=num_tokens)
-        for ids in prompts:
-            self.decoder.submit(Request(ids, sampling, GateParams(), head))
-        while not self.decoder.is_idle:
-            for sequence in self.decoder.step():
-                if sequence.error is not None:
-                    raise sequence.error
 
-    def states(self, ids: list[int]) -> torch.Tensor:
-        """Hidden states of tokens, (T, d)."""
-        row = self.backend.open()
-        try:
-            return self.backend.feed([Segment(row, ids)]).float()
-        finally:
-            self.backend.close(row)
+def answer(engine: MARAEngine, prompts: Sequence[list[int]], head: MARAHead | None, num_tokens: int) -> None:
+    """Decode replies to all prompts at once."""
+    sampling = SamplingParams(max_new_tokens=num_tokens)
+    engine.generate_batch([Request(ids, sampling, GateParams(), head) for ids in prompts])
+
+
+def states(model: LoadedModel, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Hidden states of the tokens of each prompt, (T, d) each."""
+    backend, found = backend_of(model, EngineLimits(max_live=1, prefix_cache_bytes=0)), []
+    for ids in prompts:
+        row = backend.open()
+        found.append(backend.feed([Segment(row, ids)]).float())
+        backend.close(row)
+    return found
 
 
 @torch.inference_mode()
@@ -119,11 +107,11 @@ def contender(
     if engine == GENERATE:
         loaded = load_model(ModelSpec(model, device="cpu"))
         return partial(generate, loaded, prompts_of(loaded, requests)), {}
-    one = Engine(model, engine, requests)
+    one = loaded_engine(model, engine, requests)
     head = head_for(one.model.hidden_size) if is_gated else None
     head_bytes = 0 if head is None else sum(p.numel() * p.element_size() for p in head.parameters())
-    facts = {"version": one.version, "head_bytes": head_bytes}
-    return partial(one.answer, prompts_of(one.model, requests), head), facts
+    facts = {"version": version_of(one.model), "head_bytes": head_bytes}
+    return partial(answer, one, prompts_of(one.model, requests), head), facts
 
 
 def _vllm_version() -> str:
@@ -139,11 +127,11 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     if threads := settings.pop("threads"):
         torch.set_num_threads(threads)
-    answer, facts = contender(**settings)
-    answer(2)  # what is set up on first use is no part of what is timed
+    run, facts = contender(**settings)
+    run(2)  # what is set up on first use is no part of what is timed
     print(json.dumps(facts), file=said, flush=True)
     for line in sys.stdin:
-        taken_s, _ = seconds(partial(answer, int(line)))
+        taken_s, _ = seconds(partial(run, int(line)))
         print(json.dumps({"seconds": taken_s, "peak_bytes": peak_bytes()}), file=said, flush=True)
 
 

@@ -35,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_worker import GENERATE, Engine, prompts_of
+from engine_worker import GENERATE, prompts_of, states
 from measure import Ratios, Rows, add_options
 from typing_extensions import Self
 
 from mara_integrations.errors import ConfigError, ModelError
 from mara_integrations.models.gguf import converted
+from mara_integrations.models.load import ModelSpec, load_model
 from mara_integrations.models.resolve import resolve
 
 ENGINES = ("llama.cpp", "transformers", "vllm")
@@ -142,9 +143,9 @@ def measure_row(args: argparse.Namespace, ratios: Ratios, engine: str, count: in
 def measure_states(args: argparse.Namespace) -> dict[str, Any]:
     """Compare hidden states of llama.cpp and transformers, one prompt after the other; returns median and range."""
     ratios = Ratios()
-    ours, theirs = (Engine(args.model, engine, 1) for engine in ("llama.cpp", "transformers"))
-    for ids in prompts_of(theirs.model, 8):
-        found, expected = ours.states(ids), theirs.states(ids)
+    models = [load_model(ModelSpec(args.model, device="cpu", engine=name)) for name in ("llama.cpp", "transformers")]
+    prompts = prompts_of(models[0], 8)
+    for found, expected in zip(*(states(model, prompts) for model in models), strict=True):
         ratios.add(STATES, "difference / size", float((found - expected).norm() / expected.norm()))
     ratios.show(STATES)
     return ratios.rows()[STATES]["difference / size"]

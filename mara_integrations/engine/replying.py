@@ -49,7 +49,9 @@ class Replying(ABC):
         ticket = self._submit(prompt, settings, ThreadTicket())
         return Stream(iter(ticket), ticket.cancel)
 
-    def generate_batch(self, prompts: Sequence[Prompt], **settings: Unpack[RequestSettings]) -> list[Generation]:
+    def generate_batch(
+        self, prompts: Sequence[Prompt | Request], **settings: Unpack[RequestSettings]
+    ) -> list[Generation]:
         """Generate a reply to each prompt, decoded together; the same replies as one by one.
 
         Nothing is decoded when a prompt is refused, and nothing is left running when a reply fails; see `generate`.

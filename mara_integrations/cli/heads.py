@@ -57,8 +57,8 @@ def inspect_head(
     about = {
         "Head": f"{head}, form {config.form}, {shape}, {num_parameters:,} parameters",
         "Model": config.base_model or "unknown",
-        "Scale": f"{config.scale:.3g}: at strength 1 the score is multiplied by it"
-        + (f"; greedy requests have strength {config.greedy_strength:.3g}" if config.greedy_strength < 1 else ""),
+        "Scale": f"{config.scale:.3g}: at strength 1 the score is multiplied by it",
+        "At temperature 0": f"strength {config.greedy_strength:.3g}, top-p {config.greedy_top_p or config.top_p:.3g}",
         "Candidates": f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}",
         "Method": config.method or "unknown",
         "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from mara_integrations.engine.gate import check_strength
 from mara_integrations.engine.patterns.automaton import check_patterns
 from mara_integrations.errors import ConfigError
-from mara_integrations.heads.compose import Head, greedy_strength, trained_settings
+from mara_integrations.heads.compose import Head, greedy_settings, trained_settings
 from mara_integrations.heads.source import HeadSource
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.sampling import Fallback, GateParams, SamplingParams, Selection
@@ -119,7 +119,8 @@ def resolve_settings(
     | `form`, `raw`                                | yes  |        |                | any text; a message    |
 
     None means "not given", except for `head` (the base model) and `seed` (fresh random numbers). A head at strength 0
-    sets nothing: `strength=0` and `head=None` are the same request.
+    sets nothing: `strength=0` and `head=None` are the same request. A request at temperature 0 that names no `strength`
+    has at most the `top_p` that the head brings for those, whatever it names.
 
     Args:
         call: Settings of the call.
@@ -138,9 +139,10 @@ def resolve_settings(
     if head is not None:
         check_strength(head.config.form, gate)
         if gate.strength > 0:
-            dial = {"strength": greedy_strength(head)} if sampling.temperature == 0 else {}
-            given = {**dial, **trained_settings(head, given), **given}
+            given = {**trained_settings(head, given), **given}
             gate, sampling = _checked(given)
+            if sampling.temperature == 0 and "strength" not in given:
+                gate, sampling = _checked({**given, **greedy_settings(head, sampling.top_p)})
     raw = given.get("raw", False)
     return ResolvedSettings(head, given.get("system_prompt"), form or ReplyForm(), raw, sampling, gate)
 

@@ -39,9 +39,9 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
         "",
         f"# MARA head for {base}",
         "",
-        f"Form `{config.form}` for hidden states of width {config.hidden_size}, scale {config.scale:.3g}, strength "
-        f"{config.greedy_strength:.3g} in greedy decoding, candidates top-k {config.top_k}, top-p {config.top_p:g}, "
-        f"at least {config.min_candidates}.",
+        f"Form `{config.form}` for hidden states of width {config.hidden_size}, scale {config.scale:.3g}, candidates "
+        f"top-k {config.top_k}, top-p {config.top_p:g}, at least {config.min_candidates}; in greedy decoding strength "
+        f"{config.greedy_strength:.3g} and top-p {config.greedy_top_p or config.top_p:.3g}.",
     ]
     if config.method is not None:
         lines.append(f"Trained by `{config.method}`{f' because {why}' if why else ''}.")

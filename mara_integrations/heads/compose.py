@@ -70,9 +70,18 @@ def afterstate_parts(head: Head) -> dict[AfterstateHead, float]:
     return {part: factor for part, factor in head.parts.items() if isinstance(part, AfterstateHead)}
 
 
-def greedy_strength(head: Head) -> float:
-    """Return the strength of greedy requests that name none: of several heads the smallest."""
-    return min(part.config.greedy_strength for part in head.parts)
+def greedy_settings(head: Head, top_p: float) -> dict[str, float]:
+    """Return `strength` and `top_p` of greedy requests that name no strength: of several heads the smallest.
+
+    Args:
+        head: One head, or several as one.
+        top_p: That of the request, which holds if it is smaller.
+    """
+    configs = [part.config for part in head.parts]
+    return {
+        "strength": min(config.greedy_strength for config in configs),
+        "top_p": min([top_p, *(config.greedy_top_p for config in configs if config.greedy_top_p is not None)]),
+    }
 
 
 def trained_settings(head: Head, given: Container[str]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class HeadConfig(BaseModel):
         scale: Factor of f, found by calibration to a KL budget. The user's `strength` multiplies it.
         greedy_strength: `strength` of requests at temperature 0 that name none. Greedy decoding turns every lean into a
             choice, so it may bear less of a head than sampling does.
+        greedy_top_p: Largest `top_p` of these requests; None is `top_p`. The smaller it is, the more often the base
+            model's own choice is the only candidate: wherever it is sure enough.
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
         min_candidates: Least number of candidates it was trained with, the default of requests that name none.
@@ -125,6 +127,7 @@ class HeadConfig(BaseModel):
     base_model_fingerprint: Name | None = None
     scale: float = Field(1.0, gt=0.0, le=MAX_SCALE)
     greedy_strength: float = Field(1.0, gt=0.0, le=1.0)
+    greedy_top_p: float | None = Field(None, gt=0.0, le=1.0)
     top_k: int = Field(40, ge=1, le=MAX_WIDTH)
     top_p: float = Field(0.95, gt=0.0, le=1.0)
     min_candidates: int = Field(1, ge=1, le=MAX_WIDTH)

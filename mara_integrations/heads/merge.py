@@ -73,6 +73,7 @@ def merge_heads(
             top_p=_agreed("top_p", configs, top_p),
             min_candidates=max(config.min_candidates for config in configs),
             greedy_strength=min(config.greedy_strength for config in configs),
+            greedy_top_p=min((config.greedy_top_p for config in configs if config.greedy_top_p), default=None),
             system_prompt=_shared_prompt(configs),
             method="merge",
             rewards=tuple(reward for config in configs for reward in config.rewards),

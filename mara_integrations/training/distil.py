@@ -132,6 +132,7 @@ def distil(
                 top_p=config.top_p,
                 min_candidates=config.min_candidates,
                 greedy_strength=config.greedy_strength,
+                greedy_top_p=config.greedy_top_p,
                 method="distil",
                 rewards=config.rewards,
                 data_fingerprint=config.data_fingerprint,

@@ -101,6 +101,21 @@ def test_greedy_requests_that_name_no_strength_get_the_one_the_head_was_trained_
     assert strength({"temperature": 0.0, "head": ComposedHead({head: 1.0, other: 0.5})}) == 0.6
 
 
+def test_greedy_requests_that_name_no_strength_have_at_most_the_top_p_of_the_head():
+    head, other = random_head(32, "q", greedy_top_p=0.5), random_head(32, "q", greedy_top_p=0.4)
+
+    def top_p(call, defaults=None):
+        return resolve({"head": head, **call}, defaults).sampling.top_p
+
+    assert top_p({"temperature": 0.0}) == 0.5
+    assert top_p({"temperature": 0.0, "top_p": 1.0}) == 0.5, "clients send it whatever they mean"
+    assert top_p({"temperature": 0.0, "top_p": 0.3}) == top_p({"temperature": 0.0}, {"top_p": 0.3}) == 0.3
+    assert top_p({"temperature": 0.7}) == top_p({"temperature": 0.0, "strength": 1.0}) == 0.95
+    assert top_p({"temperature": 0.0, "strength": 1.0, "top_p": 0.8}) == 0.8
+    assert top_p({"temperature": 0.0, "head": ComposedHead({head: 1.0, other: 0.5})}) == 0.4
+    assert top_p({"temperature": 0.0, "head": random_head(32, "q")}) == 0.95
+
+
 def test_a_seed_can_be_taken_back():
     assert resolve({}, {"seed": 3}).sampling.seed == 3
     assert resolve({"seed": None}, {"seed": 3}).sampling.seed is None

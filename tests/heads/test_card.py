@@ -29,7 +29,8 @@ TRAINED = HeadConfig(
 def test_a_trained_head_tells_its_data_command_and_rewards():
     card = model_card(TRAINED, why="there are 400 pairs")
     assert "base_model: org/name" in card and 'MARALLM(model="org/name"' in card
-    assert "scale 1.23, strength 1 in greedy decoding, candidates top-k 40, top-p 0.95" in card
+    assert "scale 1.23, candidates top-k 40, top-p 0.95" in card
+    assert "in greedy decoding strength 1 and top-p 0.95" in card
     assert "Trained by `reward-model` because there are 400 pairs." in card
     assert "Data: `prefs.jsonl`, 90 rows to fit on, 10 held out." in card
     assert "torch 2.13.0, Python 3.11.7" in card and "Hash of the training data: `abc123`." in card

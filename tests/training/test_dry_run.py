@@ -17,7 +17,7 @@ from mara_integrations.training.methods import sac
 from mara_integrations.training.registry import METHODS
 from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
-from mara_integrations.training.scoring import q_scale
+from mara_integrations.training.scoring import greedy
 
 VOWELS = "tests/reward_for_tests.py:vowels"
 WHOLE = {"reward": VOWELS, "max_replies": 24, "rounds": 1}
@@ -96,7 +96,7 @@ def test_it_counts_the_replies_and_the_tokens_that_the_run_feeds(config, tmp_pat
 
     monkeypatch.setattr(LocalWorker, "submit", count_replies)
     monkeypatch.setattr(PackedBackend, "feed", count_tokens)
-    monkeypatch.setattr(q_scale, "quality_losses", lambda *_: (2.0, 0.0))  # every strength that may be tried is
+    monkeypatch.setattr(greedy, "quality_losses", lambda *_: (2.0, 0.0))  # every setting that may be tried is
     train(config(**how))
 
     assert sum(written) == expected.generated

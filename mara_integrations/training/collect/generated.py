@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 
+from mara_integrations.heads.compose import greedy_settings
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.messages import Conversation
 from mara_integrations.sampling import GateParams
@@ -96,8 +97,11 @@ def _batches(
     """Return the order of the prompts, by length, and batches of them."""
     size = prompts_per_batch(replies_per_prompt)
     order = sorted(range(len(prompts)), key=lambda i: len(run.model.encoder.encode(prompts[i])))
-    changes = {"min_candidates": head.config.min_candidates} if head else {}
-    gate = GateParams(strength=head.config.greedy_strength) if head and temperature == 0 else None
+    changes: dict[str, float] = {"min_candidates": head.config.min_candidates} if head else {}
+    gate = None
+    if head and temperature == 0:
+        greedy = greedy_settings(head, head.config.top_p)
+        gate, changes["top_p"] = GateParams(strength=greedy["strength"]), greedy["top_p"]
     sampling = run.sampling(temperature=temperature, **changes)
     batches = [
         RolloutBatch(

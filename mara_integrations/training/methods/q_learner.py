@@ -13,13 +13,8 @@ from mara_integrations.training.context import Run
 from mara_integrations.training.methods.rounds import BestRound, Learner, PromptSide
 from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import Reply
-from mara_integrations.training.scoring.q_scale import (
-    greedy_generations,
-    hold_greedy_quality,
-    hold_sampled_quality,
-    kl_per_token,
-    scale_within_budget,
-)
+from mara_integrations.training.scoring.greedy import greedy_generations, hold_greedy_quality
+from mara_integrations.training.scoring.q_scale import hold_sampled_quality, kl_per_token, scale_within_budget
 
 
 class WithPositions(Protocol):

@@ -102,7 +102,7 @@ class Learner(ABC, Generic[ExperienceT]):
         return []
 
     def hold_quality(self, held_out: PromptSide, base: ExperienceT, best: BestRound[ExperienceT]) -> None:
-        """Lower the scale, and the strength of greedy requests, to where replies keep perplexity and variety.
+        """Lower the scale, and set greedy requests, to where replies keep perplexity and variety.
 
         Args:
             held_out: The held-out prompts.

@@ -99,8 +99,13 @@ class GatedLogits:
         )
         live = candidates.live  # (B, K)
         inputs = [PositionInput(self._head, *row) for row in zip(hidden, candidates.counts.tolist(), strict=True)]
-        embeddings = output_embeddings(self._model, candidates.token_ids[live].to(hidden.device)).to(hidden.device)
-        scores = torch.zeros(live.shape).masked_scatter_(live, self._stacks.score_positions(inputs, embeddings).cpu())
+        token_ids = candidates.token_ids[live].to(hidden.device)
+
+        def embeddings(token_ids: Tensor) -> Tensor:
+            return output_embeddings(self._model, token_ids).to(hidden.device)
+
+        found = self._stacks.score_positions(inputs, token_ids, embeddings, logits.shape[-1])
+        scores = torch.zeros(live.shape).masked_scatter_(live, found.cpu())
         log_probs = gated_log_probs(candidates.hazard_logits, live)
         gated = weighted_log_probs(log_probs, scores, self._strength, live)
         out = torch.full(logits.shape, -torch.inf)

@@ -29,6 +29,8 @@ from mara_integrations.models.openmp import WaitingThreads
 
 # Tokens that the prefix cache has room for where no limit is set, and its size where a token's is not known yet.
 _PREFIX_TOKENS, _LEAST_PREFIX_BYTES = 8192, 64 << 20
+# Most memory for what Q-heads make of candidates; on a GPU, to make it anew takes no longer than to look it up.
+_KEPT_BYTES = 128 << 20
 # After this many forwards in a row that failed for every sequence, the engine counts as failing.
 _NUM_FAILING = 3
 _log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Decoder:
         scheduler: Decides what each forward feeds; None makes one within the limits.
         speculation: Drafts tokens, for backends that can take them back.
         limits: How much memory and work the decoder takes on.
+        kept_bytes: Most memory for what Q-heads make of candidates, see `HeadStacks`.
 
     Attributes:
         kv_bytes: Most memory for keys and values of live sequences, in bytes.
@@ -54,6 +57,7 @@ class Decoder:
         scheduler: Scheduler | None = None,
         speculation: Speculation | None = None,
         limits: EngineLimits | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self.backend = backend
         self.limits = limits or EngineLimits()
@@ -67,7 +71,7 @@ class Decoder:
         else:
             self.kv_bytes = backend.reserve.row_bytes
             self.prefixes = PrefixCache(backend.reserve.prefix_bytes, backend.reserve.num_prefixes)
-        self._heads = HeadStacks()
+        self._heads = HeadStacks(kept_bytes)
         self._unclosed: list[int] = []  # rows of sequences that have ended
         self._num_failed = 0  # forwards in a row that failed for every sequence
 
@@ -75,12 +79,13 @@ class Decoder:
     def measured(cls, backend: Backend, limits: EngineLimits | None = None) -> Decoder:
         """Make a decoder whose widths follow the measured cost of a forward; takes about a second.
 
-        Not for training: other widths change the last digits, so an interrupted run would not resume bit for bit.
+        On a CPU it also keeps what Q-heads make of candidates. Not for training: other widths, and what is kept, change
+        the last digits, so an interrupted run would not resume bit for bit.
         """
         limits = limits or EngineLimits()
         cost = measure(backend, CostCurve.flat_to(_knee(backend)))
         scheduler = Scheduler(max_live=limits.max_live, prefill_chunk=limits.prefill_chunk, cost=cost)
-        return cls(backend, scheduler, limits=limits)
+        return cls(backend, scheduler, limits=limits, kept_bytes=_KEPT_BYTES if backend.device.type == "cpu" else 0)
 
     def submit(self, request: Request) -> None:
         """Queue a request.

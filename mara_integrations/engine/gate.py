@@ -72,11 +72,8 @@ def tail_values(log_probs: Tensor, scores: Tensor, strength: Tensor | float, liv
     """
     base = log_probs.masked_fill(~live, -torch.inf)
     weights = base + strength * scores.masked_fill(~live, 0.0)
-
-    def log_tail(x: Tensor) -> Tensor:
-        return x.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]  # (B, K-1): over the candidates after each
-
-    values = (log_tail(weights) - log_tail(base)).nan_to_num(0.0)  # -inf - -inf: no candidate follows
+    tails = torch.stack([weights, base]).flip(-1).logcumsumexp(-1).flip(-1)  # (2, B, K): over each and all after it
+    values = (tails[0, :, 1:] - tails[1, :, 1:]).nan_to_num(0.0)  # -inf - -inf: no candidate follows
     return pad(values, (0, 1))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from mara_integrations.engine.candidate_features import CandidateFeatures, OutputEmbeddings, version_of
 from mara_integrations.heads.afterstate import AfterstateHead
 from mara_integrations.heads.compose import Head, afterstate_parts, q_parts
 from mara_integrations.heads.head import MARAHead
@@ -54,10 +55,16 @@ class PositionInput(NamedTuple):
 
 
 class HeadStacks:
-    """Scores candidates under any number of heads: one evaluation a shape, one wait for the device."""
+    """Scores candidates under any number of heads: one evaluation a shape, one wait for the device.
 
-    def __init__(self) -> None:
+    Args:
+        kept_bytes: Most memory for what heads make of candidates; with 0, nothing that was scored before changes a
+            digit of what is scored next.
+    """
+
+    def __init__(self, kept_bytes: int = 0) -> None:
         self._stacks: dict[tuple[Any, ...], _Stack] = {}
+        self._features = CandidateFeatures(kept_bytes)
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[HeadInput]) -> list[list[float]]:
@@ -87,12 +94,16 @@ class HeadStacks:
         return sums
 
     @torch.inference_mode()
-    def score_positions(self, inputs: Sequence[PositionInput], embeddings: Tensor) -> Tensor:
+    def score_positions(
+        self, inputs: Sequence[PositionInput], token_ids: Tensor, embeddings: OutputEmbeddings, vocab_size: int
+    ) -> Tensor:
         """The score of each candidate, summed over the Q-heads among the parts of its head; see `QHead.score`.
 
         Args:
             inputs: At least one position.
-            embeddings: Output embeddings of all candidates, position by position, (N, d).
+            token_ids: Candidates of all positions, position by position, (N,), on the device of the heads.
+            embeddings: Gives their output embeddings, on that device.
+            vocab_size: Number of all tokens.
 
         Returns:
             Shape (N,), float32.
@@ -100,27 +111,40 @@ class HeadStacks:
         parts = [q_parts(head) for head, _, _ in inputs]
         states = torch.stack([state for _, state, _ in inputs])
         counts = torch.tensor([count for _, _, count in inputs], device=states.device)
+        if len(parts[0]) == 1 and all(own == parts[0] for own in parts):  # the usual case: one head for all
+            ((head, factor),) = parts[0].items()
+            return factor * _q(head, states, counts, self._features.of(head, token_ids, embeddings, vocab_size))
+        return self._score_under_several(inputs, parts, states, counts, embeddings(token_ids))
+
+    def _score_under_several(
+        self,
+        inputs: Sequence[PositionInput],
+        parts: Sequence[Mapping[QHead, float]],
+        states: Tensor,
+        counts: Tensor,
+        embeddings: Tensor,
+    ) -> Tensor:
+        """The scores under the parts of different heads; states (P, d), counts (P,), embeddings (N, d) to (N,)."""
         ends = counts.cumsum(0).tolist()
         total: Tensor | None = None
         for shape, askers in _by_shape(parts):
-            is_shared = len(askers) == 1 and len(next(iter(askers.values()))) == len(inputs)  # the usual case
             own_rows = [
                 [torch.arange(ends[i] - inputs[i].num_candidates, ends[i]) for i in indices]
-                for indices in ([] if is_shared else askers.values())
+                for indices in askers.values()
             ]
             rows = [torch.cat(own).to(states.device) for own in own_rows]
-            own_states = [states] if is_shared else [states[indices] for indices in askers.values()]
-            own_counts = [counts] if is_shared else [counts[indices] for indices in askers.values()]
-            candidates = [embeddings] if is_shared else [embeddings[own] for own in rows]
+            own_states = [states[indices] for indices in askers.values()]
+            own_counts = [counts[indices] for indices in askers.values()]
+            candidates = [embeddings[own] for own in rows]
             if _is_worth_stacking([len(own) for own in candidates]):
                 scores = self._stack(shape, askers).score_positions(list(askers), own_states, own_counts, candidates)
             else:
-                scores = torch.cat([_q(*own) for own in zip(askers, own_states, own_counts, candidates, strict=True)])
+                features = [head.candidate_features(own) for head, own in zip(askers, candidates, strict=True)]
+                scores = torch.cat([_q(*own) for own in zip(askers, own_states, own_counts, features, strict=True)])
             weights = [parts[i][part] for part, indices in askers.items() for i in indices]
             factors = torch.tensor(weights, dtype=torch.float32, device=states.device)
             scores = scores * factors.repeat_interleave(torch.cat(own_counts))
-            if not is_shared:
-                scores = scores.new_zeros(len(embeddings)).index_add_(0, torch.cat(rows), scores)
+            scores = scores.new_zeros(len(embeddings)).index_add_(0, torch.cat(rows), scores)
             total = scores if total is None else total + scores
         assert total is not None, "every position has a Q-head"
         return total
@@ -147,10 +171,12 @@ def _is_worth_stacking(num_rows: Sequence[int]) -> bool:
     return len(num_rows) > 1 and max(num_rows) * len(num_rows) <= _MAX_PADDING * sum(num_rows)
 
 
-def _q(head: QHead, states: Tensor, counts: Tensor, embeddings: Tensor) -> Tensor:
-    """Scores of one head: states (P, d), candidates of each (P,), embeddings (N, d) to (N,)."""
-    features = head.state_features(states).repeat_interleave(counts, 0)  # (N, r)
-    return (features * head.candidate_features(embeddings)).sum(-1).float()
+def _q(head: QHead, states: Tensor, counts: Tensor, of_candidates: Tensor) -> Tensor:
+    """Scores of one head: states (P, d), candidates of each (P,), features of these (N, r) to (N,)."""
+    of_states = head.state_features(states)  # (P, r)
+    if len(of_states) == 1:
+        return (of_candidates @ of_states[0]).float()
+    return (of_states.repeat_interleave(counts, 0) * of_candidates).sum(-1).float()
 
 
 class _Stack:
@@ -226,7 +252,7 @@ class _Stack:
                 self._slots[head] = self._slots.pop(gone)
                 del self._versions[gone]
         for head in heads:
-            if self._versions.get(head) != (version := _version(head)):
+            if self._versions.get(head) != (version := version_of(head.parameters())):
                 for name, weights in self._weights.items():
                     weights[self._slots[head]] = head.get_parameter(name).detach()
                 self._versions[head] = version
@@ -236,7 +262,7 @@ class _Stack:
         names = dict.fromkeys(name for head in heads for name, _ in head.named_parameters())
         self._weights = {name: torch.stack([head.get_parameter(name).detach() for head in heads]) for name in names}
         self._slots = OrderedDict((head, slot) for slot, head in enumerate(heads))
-        self._versions = {head: _version(head) for head in heads}
+        self._versions = {head: version_of(head.parameters()) for head in heads}
 
 
 def stacked_state_features(weights: Mapping[str, Tensor], states: Tensor) -> Tensor:
@@ -263,8 +289,3 @@ def stack_shape(head: MARAHead) -> tuple[Any, ...]:
     """Heads that agree in it can be stacked."""
     weight = head.get_parameter("ln.weight")
     return head.config.form, head.config.hidden_size, head.config.inner_sizes, weight.dtype, weight.device
-
-
-def _version(head: MARAHead) -> tuple[int, ...]:
-    """Changes when the weights do: a head may be trained between two requests."""
-    return tuple(n for p in head.parameters() for n in (p.data_ptr(), 0 if p.is_inference() else p._version))

@@ -43,27 +43,31 @@ def rank(
         temperature=[sequence.temperature or 1.0 for sequence in sequences],
         min_candidates=[s.min_candidates for s in sampling],
     )
-    return _weighed(sequences, hidden, candidates, backend, heads).rankings()
+    return _weighed(sequences, hidden, candidates, backend, heads, logits.shape[-1]).rankings()
 
 
 def _weighed(
-    sequences: Seq[Sequence], hidden: Tensor, candidates: Candidates, backend: Backend, heads: HeadStacks
+    sequences: Seq[Sequence],
+    hidden: Tensor,
+    candidates: Candidates,
+    backend: Backend,
+    heads: HeadStacks,
+    vocab_size: int,
 ) -> Candidates:
     """Return the candidates with the accept logits of their Q-heads."""
     counts = candidates.counts.tolist()
-    inputs, rows = [], []
-    for row, sequence in enumerate(sequences):
-        if sequence.q_head is not None and counts[row] > 1:
-            inputs.append(PositionInput(sequence.q_head, hidden[row], counts[row]))
-            rows.append(row)
-    if not rows:
+    heads_of = {row: sequence.q_head for row, sequence in enumerate(sequences) if counts[row] > 1}
+    gated = {row: head for row, head in heads_of.items() if head is not None}
+    if not gated:
         return candidates
+    inputs = [PositionInput(head, hidden[row], counts[row]) for row, head in gated.items()]
+    rows = slice(None) if len(gated) == len(sequences) else list(gated)  # a slice copies nothing
     live = candidates.live[rows]  # (R, K)
     token_ids = candidates.token_ids[rows][live].to(hidden.device)  # (N,)
     with naming(HEAD, HeadError):
-        scores = heads.score_positions(inputs, backend.output_embeddings(token_ids)).cpu()
+        scores = heads.score_positions(inputs, token_ids, backend.output_embeddings, vocab_size).cpu()
     # explicit dtypes: loading a model in another thread changes torch's default for a while
-    strengths = torch.tensor([[sequences[row].request.gate.strength] for row in rows], dtype=torch.float32)
+    strengths = torch.tensor([[sequences[row].request.gate.strength] for row in gated], dtype=torch.float32)
     q_scores = scores.new_zeros(live.shape).masked_scatter_(live, scores)
     accept_logits = candidates.accept_logits.clone()
     accept_logits[rows] = q_accept_logits(candidates.hazard_logits[rows], q_scores, strengths, live)

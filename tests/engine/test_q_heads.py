@@ -10,6 +10,7 @@ from mara_integrations import MARAEngine
 from mara_integrations.engine.backends.packed import PackedBackend
 from mara_integrations.engine.backends.select import make_backend
 from mara_integrations.engine.backends.serial import SerialBackend
+from mara_integrations.engine.candidate_features import CandidateFeatures
 from mara_integrations.engine.decoder import Decoder
 from mara_integrations.engine.head_stacks import HeadStacks, PositionInput
 from mara_integrations.engine.request import Constraint, Request
@@ -142,7 +143,8 @@ def test_stacked_heads_score_as_each_alone():
         states, embeddings = torch.randn(8, 32), torch.randn(sum(counts), 32)
         inputs = [PositionInput(*row) for row in zip(heads, states, counts, strict=True)]
 
-        scores = HeadStacks().score_positions(inputs, embeddings)
+        token_ids = torch.arange(sum(counts))
+        scores = HeadStacks().score_positions(inputs, token_ids, embeddings.__getitem__, sum(counts))
 
         for (head, state, count), own, got in zip(inputs, embeddings.split(counts), scores.split(counts), strict=True):
             parts = [(part, factor) for part, factor in head.parts.items() if part.config.form == "q"]
@@ -150,15 +152,92 @@ def test_stacked_heads_score_as_each_alone():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_one_head_for_all_scores_as_for_each():
-    head, states, counts = random_head(32, "q", scale=3.0), torch.randn(4, 32), [3, 1, 7, 2]
-    embeddings = torch.randn(sum(counts), 32)
+@pytest.mark.parametrize("counts", [[3, 1, 7, 2], [5]], ids=["positions", "one position"])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20], ids=["nothing kept", "features kept"])
+def test_one_head_for_all_scores_as_for_each(counts, kept_bytes):
+    head, states = random_head(32, "q", scale=3.0), torch.randn(len(counts), 32)
+    vocabulary, token_ids = torch.randn(100, 32), torch.randint(100, (sum(counts),))
     inputs = [PositionInput(head, state, count) for state, count in zip(states, counts, strict=True)]
+    stacks = HeadStacks(kept_bytes)
 
-    scores = HeadStacks().score_positions(inputs, embeddings)
+    for _ in range(2):
+        scores = stacks.score_positions(inputs, token_ids, vocabulary.__getitem__, 100)
 
-    want = 3.0 * head.score(states.repeat_interleave(torch.tensor(counts), 0), embeddings)
-    torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-4)
+        want = 3.0 * head.score(states.repeat_interleave(torch.tensor(counts), 0), vocabulary[token_ids])
+        torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-4)
+
+
+# --- what heads make of candidates
+
+
+class _Embeddings:
+    """Output embeddings of 100 tokens; keeps which were asked for."""
+
+    def __init__(self):
+        self.vocabulary, self.asked = torch.randn(100, 32), []
+
+    def __call__(self, token_ids):
+        self.asked += token_ids.tolist()
+        return self.vocabulary[token_ids]
+
+
+def test_features_of_a_token_are_made_once():
+    features, embeddings, head = CandidateFeatures(1 << 20), _Embeddings(), random_head(32, "q")
+
+    for token_ids in (torch.tensor([3, 5, 7]), torch.tensor([5, 9, 3])):
+        found = features.of(head, token_ids, embeddings, 100)
+        torch.testing.assert_close(found, head.candidate_features(embeddings.vocabulary[token_ids]))
+
+    assert embeddings.asked == [3, 5, 7, 9]
+
+
+def test_a_head_trained_further_makes_its_features_anew():
+    features, embeddings, head = CandidateFeatures(1 << 20), _Embeddings(), random_head(32, "q")
+    token_ids = torch.tensor([3, 5])
+    before = features.of(head, token_ids, embeddings, 100)
+
+    with torch.no_grad():
+        head.candidate_linear.weight.mul_(2.0)
+    after = features.of(head, token_ids, embeddings, 100)
+
+    torch.testing.assert_close(after, head.candidate_features(embeddings.vocabulary[token_ids]))
+    assert not torch.equal(before, after)
+
+
+def test_features_are_kept_for_the_heads_used_last_as_far_as_there_is_room():
+    heads, embeddings, token_ids = [random_head(32, "q", seed=i) for i in range(3)], _Embeddings(), torch.tensor([1])
+    table_bytes = 100 * heads[0].candidate_linear.weight.shape[0] * 4
+    features = CandidateFeatures(2 * table_bytes)
+
+    for head in (*heads, heads[2], heads[1], heads[0]):
+        features.of(head, token_ids, embeddings, 100)
+
+    assert len(embeddings.asked) == 4, "the first one had gone when the third came"
+    assert len(features._tables) == 2
+
+
+def test_nothing_is_kept_where_there_is_no_room_for_a_table():
+    features, embeddings, head = CandidateFeatures(1000), _Embeddings(), random_head(32, "q")
+
+    for _ in range(2):
+        features.of(head, torch.tensor([1, 2]), embeddings, 100)
+
+    assert embeddings.asked == [1, 2, 1, 2]
+
+
+def test_a_measured_decoder_keeps_features_and_gives_the_tokens_of_one_that_does_not():
+    model, head = tiny_model(), random_head(32, "q")
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3)
+
+    def decoded(decoder):
+        requests = [Request(prompt(6, seed=i), sampling, head=head) for i in range(3)]
+        return [decoder.run([request])[0].token_ids for request in requests] + [
+            sequence.token_ids for sequence in decoder.run(requests)
+        ]
+
+    decoder = Decoder.measured(make_backend(model))
+    assert decoded(decoder) == decoded(Decoder(make_backend(model)))
+    assert decoder._heads._features._tables
 
 
 def test_a_batch_of_different_heads_gives_the_tokens_of_each_alone():

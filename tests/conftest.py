@@ -52,6 +52,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let Python free the modules as it ends: libraries say at length what is left."""
+    gc.unfreeze()
+
+
 class Interrupting(Reporter):
     """Ctrl-C once a stage has come this far."""
 

@@ -17,10 +17,18 @@ from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation, Message
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.progress import Reporter
+from mara_integrations.runtime import MARAEngine
 from mara_integrations.sampling import GateParams, SamplingParams
 from mara_integrations.testing import random_head, tiny_model, tiny_tokenizer
+from mara_integrations.training.collect.generated import generate_replies
+from mara_integrations.training.collect.prompts import limited_prompts
+from mara_integrations.training.config import TrainConfig
+from mara_integrations.training.identity import Identity
+from mara_integrations.training.plan import make_plan
 from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import sample_replies
+from mara_integrations.training.run import start
 from mara_integrations.training.scoring import greedy
 from mara_integrations.training.scoring.greedy import (
     GreedySettings,
@@ -28,6 +36,8 @@ from mara_integrations.training.scoring.greedy import (
     hold_greedy_quality,
     share_within_losses,
 )
+
+VOWELS = "tests/reward_for_tests.py:vowels"
 
 
 @given(share=st.floats(0.5, 0.99), power=st.floats(1.5, 4.0))
@@ -172,3 +182,22 @@ def test_choices_are_those_that_the_engine_takes(settings):
             head=head,
         )
         assert decoder.run([request])[0].token_ids == [int(chosen[row])]
+
+
+def test_what_is_measured_is_what_greedy_requests_get(tmp_path, folder_model, prompts_file):
+    config = TrainConfig.of(
+        model=folder_model, data=prompts_file, output=tmp_path / "head", reward=VOWELS, max_reply_tokens=12
+    )
+    plan = make_plan(config)
+    run = start(config, plan, Identity.of(config, plan), Reporter())
+    prompts = limited_prompts(run, plan.held_out)
+    head = random_head(32, "q", scale=2.0, greedy_strength=0.7, greedy_top_p=0.4, min_candidates=2)
+
+    measured = generate_replies(run, "greedy", prompts, 1, 0, head, temperature=0.0)
+
+    with MARAEngine(folder_model, head) as engine:
+        asked = {"temperature": 0.0, "max_new_tokens": 12}
+        got = engine.generate_batch(prompts, **asked)
+        full = engine.generate_batch(prompts, **asked, strength=0.7)
+    assert [list(reply.token_ids) for reply in measured] == [list(reply.token_ids) for reply in got]
+    assert [reply.token_ids for reply in got] != [reply.token_ids for reply in full], "the top-p counts"

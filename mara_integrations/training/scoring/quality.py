@@ -10,7 +10,6 @@ from mara_integrations.training.rollouts.replies import Reply
 
 # Replies may have this perplexity, and this share of distinct pairs of tokens, relative to the base model's.
 MAX_PERPLEXITY_RATIO, MIN_DISTINCT_RATIO = 1.15, 0.95
-GROWTH = 2.8  # what they lose grows with about this power of the scale, measured on SmolLM2-135M
 
 
 def quality_ratios(base: Sequence[Reply], gated: Sequence[Reply]) -> tuple[float, float]:

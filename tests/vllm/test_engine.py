@@ -12,6 +12,7 @@ from mara_integrations.errors import ConfigError, ContextLengthError, EngineClos
 from mara_integrations.messages import Message, Tool
 from mara_integrations.replies.forms import ReplyForm
 from mara_integrations.runtime import MARAEngine
+from mara_integrations.testing import random_head
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of vLLM and what it imports
@@ -42,15 +43,18 @@ def ours(served):
 @pytest.fixture(scope="module")
 def heads(served):
     own = served[2]
-    return {"base": None, "q": own["q0"], "wide": own["wide"], "both": {own["q1"]: 0.5, own["wide"]: 1.0}}
+    held = random_head(own["q0"].config.hidden_size, "q", seed=0, top_k=8, scale=4.0, greedy_top_p=0.3)
+    both = {own["q1"]: 0.5, own["wide"]: 1.0}
+    return {"base": None, "q": own["q0"], "held back": held, "wide": own["wide"], "both": both}
 
 
-@pytest.mark.parametrize("name", ["base", "q", "wide", "both"])
+@pytest.mark.parametrize("name", ["base", "q", "held back", "wide", "both"])
 def test_greedy_replies_are_those_on_transformers(engine, ours, heads, name):
     got, want = (one.generate(PROMPT, head=heads[name]) for one in (engine, ours))
     assert (got.token_ids, got.text, got.finish_reason) == (want.token_ids, want.text, want.finish_reason)
     assert got.log_probs == pytest.approx(want.log_probs, abs=1e-3)
     assert name == "base" or got.token_ids != ours.generate(PROMPT).token_ids, "the head changes something"
+    assert name == "q" or got.token_ids != ours.generate(PROMPT, head=heads["q"]).token_ids
 
 
 def test_strength_0_is_vllm_alone(engine, heads):

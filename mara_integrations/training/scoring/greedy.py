@@ -96,7 +96,7 @@ def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], 
     _set(head, chosen)
     run.say(f"  greedy requests have {_shown(chosen)}, if they name no strength")
     if not is_kept:
-        run.say("  [yellow]at every setting tried greedy replies lost more than they may[/]")
+        run.say("  [yellow]this is an estimate: at the settings tried, greedy replies lost more than they may[/]")
 
 
 def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> list[Generation]:

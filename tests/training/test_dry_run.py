@@ -96,7 +96,7 @@ def test_it_counts_the_replies_and_the_tokens_that_the_run_feeds(config, tmp_pat
 
     monkeypatch.setattr(LocalWorker, "submit", count_replies)
     monkeypatch.setattr(PackedBackend, "feed", count_tokens)
-    monkeypatch.setattr(greedy, "quality_losses", lambda *_: (2.0, 0.0))  # every setting that may be tried is
+    monkeypatch.setattr(greedy, "quality_losses", lambda *_: (0.0, 2.0))  # every setting that may be tried is
     train(config(**how))
 
     assert sum(written) == expected.generated

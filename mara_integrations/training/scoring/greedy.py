@@ -2,7 +2,8 @@
 
 What a KL budget allows where replies are sampled can make greedy ones repeat themselves: there every token is the most
 probable one under the gate. Two settings hold a head back at temperature 0. A lower strength leaves out its weak
-preferences. A lower top-p leaves it out wherever the base model is sure of its token, and keeps the strength elsewhere.
+preferences, which keeps perplexity. A lower top-p leaves it out wherever the base model is sure of its token, and keeps
+the strength elsewhere: so replies stay as different as the base model's.
 """
 
 from __future__ import annotations
@@ -14,27 +15,18 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from mara_integrations.engine.candidates import keep_top_p
-from mara_integrations.engine.gate import weighted_log_probs
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
-from mara_integrations.training.rollouts.positions import Positions, all_scores
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.scoring.quality import quality_losses, quality_ratios
 
 # Less than sampled replies keep: what greedy ones share are phrases of the manner that was asked for.
 MIN_GREEDY_DISTINCT_RATIO = 0.9
-# A lower strength is chosen where it gains more than this many times what a lower top-p does. On SmolLM2-135M replies
-# were better by the lower top-p, or no different, where both gain about as much; a rule that the base model breaks
-# where it is sure gains three times as much by the lower strength.
-_LEAD = 1.5
+_VARIETY = 1  # among the losses, see `quality_losses`
 _TRIALS = 2
 # What greedy replies lose grows with about this power of either setting, measured on SmolLM2-135M. From the second
 # trial on, what the trials tell of it counts, within bounds.
@@ -57,8 +49,8 @@ class GreedySettings(NamedTuple):
 def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], seed: int) -> None:
     """Set strength and top-p of greedy requests so that greedy replies to held-out prompts keep perplexity and variety.
 
-    The largest strength at the head's own top-p is found, and the largest top-p at full strength; the one by which more
-    is gained is kept. A budget that the user has named is kept to instead.
+    The strength is lowered. Where variety is what limits it, the top-p is lowered instead, at full strength. A budget
+    that the user has named is kept to instead of either.
 
     Args:
         run: The run.
@@ -87,15 +79,14 @@ def hold_greedy_quality(run: Run, head: QHead, prompts: Sequence[Conversation], 
         return quality_losses(perplexity, variety, MIN_GREEDY_DISTINCT_RATIO)
 
     full = GreedySettings(1.0, head.config.top_p)
-    weaker, is_weaker_kept = share_within_losses(lambda share: losses_at(full._replace(strength=share)))
-    narrower, is_narrower_kept = share_within_losses(lambda share: losses_at(full._replace(top_p=share * full.top_p)))
-    by_strength, by_top_p = full._replace(strength=weaker), full._replace(top_p=narrower * full.top_p)
-    gain = _gain_on(run, head, Positions.of(base))
-    is_narrowed = gain(by_strength) <= _LEAD * gain(by_top_p)
-    chosen, is_kept = (by_top_p, is_narrower_kept) if is_narrowed else (by_strength, is_weaker_kept)
+    held = share_within_losses(lambda share: losses_at(full._replace(strength=share)))
+    chosen = full._replace(strength=held.share)
+    if held.limit == _VARIETY:
+        held = share_within_losses(lambda share: losses_at(full._replace(top_p=share * full.top_p)))
+        chosen = full._replace(top_p=held.share * full.top_p)
     _set(head, chosen)
     run.say(f"  greedy requests have {_shown(chosen)}, if they name no strength")
-    if not is_kept:
+    if not held.is_seen:
         run.say("  [yellow]this is an estimate: at the settings tried, greedy replies lost more than they may[/]")
 
 
@@ -104,7 +95,7 @@ def greedy_generations(run: Run, prompts: Sequence[Conversation], seed: int) -> 
     if run.config.kl_budget is not None:
         return []
     base = Generation(list(prompts), 1, seed, is_gated=True, is_base=True, temperature=0.0)
-    return [base, *[replace(base, is_base=False)] * (1 + 2 * (_TRIALS - 1))]
+    return [base, *[replace(base, is_base=False)] * (2 * _TRIALS - 1)]
 
 
 def _set(head: MARAHead, settings: GreedySettings) -> None:
@@ -116,34 +107,22 @@ def _shown(settings: GreedySettings) -> str:
     return f"strength {settings.strength:.2f} and top-p {settings.top_p:.2f}"
 
 
-def _gain_on(run: Run, head: QHead, positions: Positions) -> Callable[[GreedySettings], float]:
-    """Return what tells how much a token gains, in the head's own scores, by settings of greedy requests."""
-    scores = head.config.scale * all_scores(head, positions, run.backend.output_embeddings)
-    floor = torch.full((len(positions), 1), head.config.min_candidates)
+class Held(NamedTuple):
+    """How far a setting may go.
 
-    def gain(settings: GreedySettings) -> float:
-        taken = greedy_choices(positions.log_probs, scores, settings, floor)
-        of_taken = scores.gather(1, taken[:, None])[:, 0]
-        return float((of_taken - scores[:, 0]).sum()) / max(1, positions.num_tokens)
-
-    return gain
-
-
-def greedy_choices(log_probs: Tensor, scores: Tensor, settings: GreedySettings, floor: Tensor) -> Tensor:
-    """Return the column that the gate takes at temperature 0, (P,).
-
-    Args:
-        log_probs: Log-probabilities of candidates among themselves, highest first, -inf where there is none, (P, K).
-        scores: Their scores, (P, K).
-        settings: The settings.
-        floor: Candidates that are kept whatever top-p says, (P, 1).
+    Attributes:
+        share: Share of its full value, at most 1.
+        limit: Index of the loss that allows no more; None where nothing does.
+        is_seen: Whether each loss was seen to be within its bound at a share that was tried.
     """
-    kept, _ = keep_top_p(log_probs, torch.full_like(log_probs[:, :1], 1.0 - settings.top_p), floor)
-    return weighted_log_probs(log_probs, scores, settings.strength, kept).argmax(-1)
+
+    share: float
+    limit: int | None
+    is_seen: bool
 
 
-def share_within_losses(losses_at: Callable[[float], Sequence[float]]) -> tuple[float, bool]:
-    """Return the largest share of a setting at which no loss is above 1, and whether each was seen to be so; at most 1.
+def share_within_losses(losses_at: Callable[[float], Sequence[float]]) -> Held:
+    """Return the largest share of a setting at which no loss is above 1.
 
     Few replies tell a loss: what all trials say of it together counts, not whether the last one was lucky.
 
@@ -152,16 +131,17 @@ def share_within_losses(losses_at: Callable[[float], Sequence[float]]) -> tuple[
     """
     tried: list[float] = []  # logarithms of the shares
     trials: list[Sequence[float]] = []
-    share = 1.0
+    share, roots = 1.0, [0.0]
     for _ in range(_TRIALS):
         losses = losses_at(share)
         if not trials and max(losses) <= 1.0:
-            return 1.0, True
+            return Held(1.0, None, True)
         tried.append(math.log(share))
         trials.append(losses)
         logs = [[math.log(max(loss, _LEAST_LOSS)) for loss in measure] for measure in zip(*trials, strict=True)]
-        share = math.exp(min(0.0, *(_root(tried, values) for values in logs)))
-    return share, all(min(measure) <= 1.0 for measure in zip(*trials, strict=True))
+        roots = [_root(tried, values) for values in logs]
+        share = math.exp(min(0.0, *roots))
+    return Held(share, roots.index(min(roots)), all(min(measure) <= 1.0 for measure in zip(*trials, strict=True)))
 
 
 def _root(x: Sequence[float], y: Sequence[float]) -> float:

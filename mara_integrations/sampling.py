@@ -132,8 +132,8 @@ class GateParams(Params):
         ge=0.0,
         le=1000.0,
         description="Dial on the head: 0 is the base model, 1 the strength that the head was trained to. At "
-        "temperature 0 a head brings a default of its own, and a smaller top-p that holds unless a strength is named: "
-        "greedy replies repeat themselves sooner.",
+        "temperature 0 a head may bring a lower one, or a lower top-p that holds unless a strength is named: greedy "
+        "replies repeat themselves sooner.",
     )
     selection: Selection = Field(
         "auto",

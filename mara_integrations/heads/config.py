@@ -98,7 +98,7 @@ class HeadConfig(BaseModel):
         greedy_strength: `strength` of requests at temperature 0 that name none. Greedy decoding turns every lean into a
             choice, so it may bear less of a head than sampling does.
         greedy_top_p: Largest `top_p` of these requests; None is `top_p`. The smaller it is, the more often the base
-            model's own choice is the only candidate: wherever it is sure enough.
+            model's own choice is the only candidate, wherever that model is sure of it.
         top_k: Number of candidates it was trained with, the default of requests that name none.
         top_p: Probability mass of the candidates it was trained with, the default of requests that name none.
         min_candidates: Least number of candidates it was trained with, the default of requests that name none.

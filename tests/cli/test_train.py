@@ -220,7 +220,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(folder):
     for line in (
         "Method rloo",
         "as the model sees them",
-        "for 58 replies of up to 8 tokens",
+        "for 60 replies of up to 8 tokens",
         "the evaluation",
         "free on the disk",
     ):
@@ -234,8 +234,8 @@ def test_a_dry_run_checks_everything_and_writes_nothing(folder):
 def test_a_dry_run_on_pairs_counts_what_has_to_be_read(folder):
     flags = ("--dry-run", "--model", "model", "--output", "dry", "--data", "pairs.jsonl", *QUICK)
     assert "for 24 replies of up to 8 tokens" in run("train", *flags, "--form", "value").stdout
-    # 24 to step along, and five to each prompt that set the scale and the greedy strength
-    assert "for 108 replies of up to 8 tokens" in run("train", *flags).stdout
+    # 24 to step along, and six to each prompt that set the scale and what greedy requests get
+    assert "for 120 replies of up to 8 tokens" in run("train", *flags).stdout
 
 
 def test_a_dry_run_refuses_a_disk_that_is_too_small(folder, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import CHAT, Caller, client_of, events, post, until
 
+from mara_integrations.engine.decoder import Decoder
 from mara_integrations.runtime import MARAEngine
 from mara_integrations.server import create_app
 from mara_integrations.testing import tiny_model, tiny_tokenizer
@@ -75,7 +77,11 @@ async def test_each_request_is_a_line_in_the_log(client, caplog):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_tokens_of_a_reply_that_its_client_left_are_counted_and_logged(app, client, engine, caplog, stream):
+async def test_tokens_of_a_reply_that_its_client_left_are_counted_and_logged(
+    app, client, engine, caplog, monkeypatch, stream
+):
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self: (time.sleep(0.005), step(self))[1])  # the client leaves in time
     caller = Caller(app, {**CHAT, "max_tokens": 400, "stream": stream})
     call = asyncio.create_task(caller.call())
 

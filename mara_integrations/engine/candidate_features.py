@@ -1,4 +1,4 @@
-"""What Q-heads make of candidates: it does not depend on the position, so it can be kept for the next ones."""
+"""Keeps the features that Q-heads compute for candidate tokens. They are the same at every position."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Held(NamedTuple):
     Attributes:
         share: Share of its full value, at most 1.
         limit: Index of the loss that allows no more; None where nothing does.
-        is_seen: Whether each loss was seen to be within its bound at a share that was tried.
+        is_seen: True if every loss was within its bound in at least one trial.
     """
 
     share: float

@@ -1,4 +1,4 @@
-"""What gated replies lose of the base model's perplexity and variety."""
+"""Compares the perplexity and variety of gated replies with those of base replies."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_loss_that_no_trial_bounds_is_said():
 
 
 class _Run:
-    """What of a run is needed to set greedy requests; keeps what it is told."""
+    """Stands in for a training run, and records its messages and events."""
 
     def __init__(self, budget):
         self.config = SimpleNamespace(kl_budget=budget)

@@ -1,4 +1,4 @@
-"""What gated replies lose of perplexity and variety."""
+"""Gated replies are compared with base replies in perplexity and variety."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.learning.fit import Targets, fit
 from mara_integrations.training.learning.q_objectives import score_loss
 from mara_integrations.training.methods import principle
-from mara_integrations.training.methods.contrast import train_on_contrast
+from mara_integrations.training.methods.contrast import ContrastLearner, train_on_contrast
 from mara_integrations.training.methods.q_regression import standardised
 from mara_integrations.training.methods.readings import Difference, Side
 from mara_integrations.training.plan import make_plan
@@ -94,7 +94,8 @@ def train(run: Run, head: MARAHead) -> MethodResult:
             shares.update(explained(run, standardised([s.positions for s in sides], [f.values for f in found])))
         return found
 
-    result = train_on_contrast(run, head, differences, principle.CONTRASTS[run.config.principle_contrast])
+    learner = ContrastLearner(run, head, differences)
+    result = train_on_contrast(learner, principle.CONTRASTS[run.config.principle_contrast])
     return replace(result, metrics={**result.metrics, "explained": shares})
 
 

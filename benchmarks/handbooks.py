@@ -23,7 +23,6 @@ class Topic(NamedTuple):
 COMPANIES = {
     "train": (
         "Lindqvist Optics", "Harbour Foods", "Northgate Printing", "Bellamy Textiles", "Oakfield Dairy", "Tamar Cycles",
-        "Greyfriars Press", "Solveig Shipping", "Marlow Instruments", "Pinewood Toys", "Castell Ceramics", "Riva Pumps",
     ),
     "test": ("Ashdown Gliders", "Kestrel Paper", "Fenwick Lighting", "Duna Bakeries"),
 }  # fmt: skip
@@ -92,6 +91,60 @@ TOPICS = {
                 ("How much does the language course cost?", "{price} euros"),
             ),
         ),
+        Topic(
+            "Meeting rooms of {company} are booked with {person}. The largest one is {place}, for {count} people. "
+            "Bookings end at {time} without notice. Coffee for a meeting costs {price} euros.",
+            (
+                ("With whom do I book a meeting room?", "{person}"),
+                ("Which meeting room is the largest?", "{place}"),
+                ("How much is coffee for a meeting?", "{price} euros"),
+            ),
+        ),
+        Topic(
+            "The sports club of {company} trains every {day} at {time}. Members pay {price} euros a year and change "
+            "in {place}. Beginners are welcome for {count} evenings without paying.",
+            (
+                ("On which day does the sports club train?", "{day}"),
+                ("How much do members of the sports club pay a year?", "{price} euros"),
+                ("For how many evenings may beginners come without paying?", "{count}"),
+            ),
+        ),
+        Topic(
+            "{person} is the doctor of {company} and sees staff every {day} in {place}. Come before {time}, and "
+            "bring {thing}.",
+            (
+                ("Who is the company doctor?", "{person}"),
+                ("Where does the doctor see staff?", "{place}"),
+                ("What do I bring to the doctor?", "{thing}"),
+            ),
+        ),
+        Topic(
+            "At {company} old batteries and lamps are left at {place}. They are fetched every {day} at {time}. "
+            "Up to {count} bags may stand there. For larger things, give {thing} to {person}.",
+            (
+                ("Where do I leave old batteries?", "{place}"),
+                ("When are old lamps fetched?", "{time}"),
+                ("Whom do I ask about larger waste?", "{person}"),
+            ),
+        ),
+        Topic(
+            "The nursery of {company} takes {count} children. It opens at {time}, and a month costs {price} euros. "
+            "Parents sign up with {person} and bring {thing}.",
+            (
+                ("How many children does the nursery take?", "{count}"),
+                ("When does the nursery open?", "{time}"),
+                ("With whom do parents sign up?", "{person}"),
+            ),
+        ),
+        Topic(
+            "Work clothes of {company} are handed out at {place} every {day}. Everybody gets {count} shirts; a "
+            "further one costs {price} euros. To change a size, show {thing}.",
+            (
+                ("On which day are work clothes handed out?", "{day}"),
+                ("How many shirts does everybody get?", "{count}"),
+                ("What do I show to change a size?", "{thing}"),
+            ),
+        ),
     ),
     "test": (
         Topic(
@@ -121,6 +174,33 @@ TOPICS = {
                 ("How much is a ticket for the concert?", "{price} euros"),
             ),
         ),
+        Topic(
+            "Guests of {company} sleep in the guest house behind {place}. A night costs {price} euros. {person} has "
+            "the keys and leaves at {time}. Nobody may stay for more than {count} nights.",
+            (
+                ("How much does a night in the guest house cost?", "{price} euros"),
+                ("Who has the keys of the guest house?", "{person}"),
+                ("For how many nights may a guest stay?", "{count}"),
+            ),
+        ),
+        Topic(
+            "Letters to staff of {company} lie in {place} from {time} on. Registered ones are given out by {person} "
+            "for {thing}. There is no post on a {day}.",
+            (
+                ("Where do letters to staff lie?", "{place}"),
+                ("Who gives out registered letters?", "{person}"),
+                ("On which day is there no post?", "{day}"),
+            ),
+        ),
+        Topic(
+            "{company} has a garden of {count} plots for its staff. A plot costs {price} euros a year. Water is turned "
+            "off at {time}. Tools are lent every {day} by {person}.",
+            (
+                ("How many plots does the garden have?", "{count}"),
+                ("When is the water in the garden turned off?", "{time}"),
+                ("Who lends garden tools?", "{person}"),
+            ),
+        ),
     ),
 }  # fmt: skip
 
@@ -128,13 +208,16 @@ TOPICS = {
 def questions(side: str) -> Rows:
     """Rows of one side, `train` or `test`: the question as `prompt`, the passage as `context`, and the `answer`."""
     chance, topics = random.Random(side), TOPICS[side]
+    facts = {
+        (company, topic): {name: chance.choice(values) for name, values in FACTS.items()}
+        for company in COMPANIES[side]
+        for topic in topics
+    }
     rows: Rows = []
     for number in range(len(topics[0].questions)):
-        for company in COMPANIES[side]:
-            for topic in topics:
-                facts = {name: chance.choice(values) for name, values in FACTS.items()}
-                question, answer = topic.questions[number]
-                passage = topic.passage.format(company=company, **facts)
-                prompt = f"About {company}: {question}"
-                rows.append({"prompt": prompt, "context": passage, "answer": answer.format(**facts)})
+        for (company, topic), known in facts.items():
+            question, answer = topic.questions[number]
+            passage = topic.passage.format(company=company, **known)
+            prompt = f"About {company}: {question}"
+            rows.append({"prompt": prompt, "context": passage, "answer": answer.format(**known)})
     return rows

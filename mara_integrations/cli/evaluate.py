@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 _SCORES = "Scores and report"
 _GROUNDING = "grounding"  # method of heads for documents
-_JUDGES_OF_DOCUMENTS = ("answered", "admitted")  # where neither the user nor the head names any
 
 
 def evaluate_head(
@@ -164,6 +163,7 @@ def evaluate_head(
     from mara_integrations.data.documents import has_documents, with_documents
     from mara_integrations.rewards import Required, judges_of, parse_reward, parse_rule
     from mara_integrations.rewards.judges import CallBudget, JudgeSession
+    from mara_integrations.rewards.ready import about_documents
 
     rows = read_dataset(data, format, columns=column_mapping(column or ()), skip_bad_rows=skip_bad_rows)
     _check_template(context_template, rows)
@@ -214,12 +214,12 @@ def evaluate_head(
         origin = " (recorded with the head)"
         for reason in left_out:
             warnings.warn(reason, stacklevel=2)
-        if not rewards and asks_documents:
-            rewards, origin = [parse_reward(name)[0] for name in _JUDGES_OF_DOCUMENTS], ""
     named = _named(rewards)
+    if asks_documents:
+        named = about_documents(named, config.metrics.get("missing_reply"))
     for judge in judges_of(*rewards):
         judge.session = JudgeSession(budget=budget)
-    say(console, "Rewards", "; ".join(map(_described, rewards)) + origin if rewards else "none")
+    say(console, "Rewards", "; ".join(map(_described, named.values())) + origin if named else "none")
     say(console, "Model", f"{engine.model.name} on {engine.model.device}, {engine.model.number_format}")
     num_replies = 2 * len(prompts) * (1 + len(others))
     with ConsoleReporter(console).stage("base and gated replies", num_replies) as advance:

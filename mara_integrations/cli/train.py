@@ -66,7 +66,7 @@ def train(
     if result.evaluation is not None:
         print_summary(console, result.evaluation)
     say(console, "Head", f"{result.output}: scale {result.head.config.scale:.3g}")
-    _show_next_steps(config, has_documents=result.head.config.method == "grounding")
+    _show_next_steps(config)
 
 
 def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
@@ -83,7 +83,7 @@ def _settings(file: Path | None, options: dict[str, Any]) -> TrainConfig:
     return TrainConfig.of(**settings)
 
 
-def _show_next_steps(config: TrainConfig, *, has_documents: bool) -> None:
+def _show_next_steps(config: TrainConfig) -> None:
     given = {name: getattr(config, name) for name in ("system_prompt", "device", "dtype", "quantization", "engine")}
     used = {"model": config.model, "head": str(config.output)}
     used |= {name: value for name, value in given.items() if value not in (None, "auto")}
@@ -101,9 +101,8 @@ def _show_next_steps(config: TrainConfig, *, has_documents: bool) -> None:
     print(
         "\nTry it\n"
         f"  {tools} chat {flags}\n"
-        # eval takes prompts as they are, and these were made of questions and documents
-        + ("" if has_documents else f"  {tools} eval {flags} {shlex.join(data)} --report report.html\n")
-        + "\n"
+        f"  {tools} eval {flags} {shlex.join(data)} --report report.html\n"
+        "\n"
         "  from mara_integrations import MARALLM\n"
         f"  llm = MARALLM({keywords})\n"
         '  print(llm.complete("What can you do?").text)  # or prompt | llm | parser, index.as_query_engine(llm=llm)'

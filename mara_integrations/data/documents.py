@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,26 +40,34 @@ def has_documents(data: Dataset) -> bool:
 
 
 def with_documents(data: Dataset, template: str | None = None) -> Dataset:
-    """Return two prompts for each question: with its own documents, and with those of the next row that has others.
+    """Return two prompts for each question: with its own documents, and with those of another row, drawn at random.
 
     Columns of the prompts are those of the row, and `question`, `context` (the documents as text) and `answerable`,
-    which is false with the documents of another row. That these do not hold the answer is taken for granted.
+    which is false with the documents of another row. That these do not hold the answer is taken for granted. A row
+    whose own column `answerable` is false is asked once, with the documents that it has.
 
     Args:
         data: Questions with documents, see `has_documents`. The last message of a row is the question.
         template: Text of the prompt, with `{context_str}` and `{query_str}`; None is LlamaIndex's own.
 
     Raises:
-        DataError: If the documents of a row are not text, or all rows have the same.
+        DataError: If the documents of a row are not text, all rows have the same, or `answerable` is neither true nor
+            false.
     """
     rows = [prompt_row(row) for row in data.rows]
     texts = [_text(row) for row in rows]
     own: dict[str, set[str]] = {}  # all documents that a question is asked with
     for row, text in zip(rows, texts, strict=True):
         own.setdefault(prompt_key(row), set()).add(text)
+    order = random.Random(len(rows)).sample(range(len(rows)), len(rows))
+    place_of = {number: place for place, number in enumerate(order)}
     found: list[PromptRow] = []
     for number, row in enumerate(rows):
-        others = (text for text in texts[number + 1 :] + texts[:number] if text not in own[prompt_key(row)])
+        if not _is_answerable(row):
+            found.append(_filled(row, texts[number], False, template or TEMPLATE))
+            continue
+        place = place_of[number]
+        others = (texts[n] for n in order[place + 1 :] + order[:place] if texts[n] not in own[prompt_key(row)])
         other = next(others, None)
         if other is None:
             raise DataError(
@@ -84,6 +93,16 @@ def _filled(row: PromptRow, context: str, is_answerable: bool, template: str) ->
     text = f"{before.replace(QUERY, last.content)}{context}{after.replace(QUERY, last.content)}"
     columns = {**row.columns, "question": last.content, "context": context, "answerable": is_answerable}
     return replace(row, prompt=(*earlier, Message(last.role, text)), columns=columns)
+
+
+def _is_answerable(row: PromptRow) -> bool:
+    """Return whether a row's documents are to hold the answer: they are, unless its own column says otherwise."""
+    given = row.columns.get("answerable")
+    if given is None or isinstance(given, bool):
+        return given is not False
+    if str(given).strip().casefold() not in ("true", "false"):  # as a table of text has it
+        raise DataError(f"{row.source}: answerable is {given!r:.60}", hint="true or false")
+    return str(given).strip().casefold() == "true"
 
 
 def _given(row: PromptRow) -> object:

@@ -49,15 +49,13 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
         lines.append(f"Its settings are those of the recipe `{recipe}`, but for what the command below names.")
     if config.principle is not None:
         lines += ["", "It was made of this sentence:", "", *_quoted(config.principle)]
-        if config.method == "grounding":
-            learned = (
-                "It learned what documents in a prompt change and, beside the wrong ones, what the sentence changes."
-            )
-            lines += ["", learned]
-        elif config.teacher is None and (contrast := config.metrics.get("contrast")):
+        if config.teacher is None and (contrast := config.metrics.get("contrast")):
             lines += ["", f"It learned what the sentence changes against {contrast}."]
     if config.teacher is not None:
         lines += ["", _taught(config)]
+    if said := config.metrics.get("missing_reply"):
+        lines += ["", "It learned what documents in a prompt change and, where they hold no answer, to say:"]
+        lines += ["", *_quoted(said)]
     if config.system_prompt is not None:
         lines += ["", "Trained with this system prompt; use it too:", "", *_quoted(config.system_prompt)]
     if config.origin is not None:

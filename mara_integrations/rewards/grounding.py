@@ -18,12 +18,14 @@ _COMMON = frozenset(
 )
 
 
-def share_answered(text: str, *, answer: str | None = None, context: str | None = None) -> float:
+def share_answered(
+    text: str, *, answer: str | None = None, context: str | None = None, sentence: str | None = None
+) -> float:
     """Return the share of the answer's words that a reply has; without an answer, of the reply's that the context has.
 
     Common words do not count, unless there are no others. A reply that says there is no answer scores 0.
     """
-    if is_admitted(text):
+    if is_admitted(text, sentence):
         return 0.0
     said, wanted = _words(text), _words(answer if answer is not None else context or "")
     if answer is None:
@@ -31,9 +33,9 @@ def share_answered(text: str, *, answer: str | None = None, context: str | None 
     return len(wanted & said) / len(wanted) if wanted else 0.0
 
 
-def is_admitted(text: str) -> bool:
-    """Return whether a reply says that the documents do not hold the answer."""
-    return bool(find_missing_answers(text))
+def is_admitted(text: str, sentence: str | None = None) -> bool:
+    """Return whether a reply says that the documents do not hold the answer, in English or by this very sentence."""
+    return bool(find_missing_answers(text)) or (sentence is not None and sentence.casefold() in text.casefold())
 
 
 def _words(text: str) -> set[str]:

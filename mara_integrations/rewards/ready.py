@@ -157,10 +157,14 @@ class Answered(_Named):
     It needs columns of the data: `answerable`, and `answer`, or without that `context`: then it is the share of the
     reply's own words that the documents have. A reply that says there is no answer scores 0. There is no opinion on
     questions whose documents do not hold the answer.
+
+    Args:
+        sentence: What says, beside the phrases of `rule:missing-answer`, that there is no answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sentence: str | None = None) -> None:
         super().__init__("answered")
+        self.sentence = sentence
 
     def __call__(
         self,
@@ -174,7 +178,7 @@ class Answered(_Named):
         texts, flags = [reply_text(completion) for completion in completions], _flags("answered", answerable)
         references = zip(answer or [None] * len(texts), context or [None] * len(texts), strict=True)
         return [
-            share_answered(text, answer=own, context=documents) if flag else None
+            share_answered(text, answer=own, context=documents, sentence=self.sentence) if flag else None
             for text, flag, (own, documents) in zip(texts, flags, references, strict=True)
         ]
 
@@ -183,17 +187,38 @@ class Admitted(_Named):
     """Of questions whose documents do not hold the answer: 1 for a reply that says so, else 0.
 
     It goes by `rule:missing-answer`, and needs the column `answerable`.
+
+    Args:
+        sentence: What says so beside the phrases of that rule.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sentence: str | None = None) -> None:
         super().__init__("admitted")
+        self.sentence = sentence
 
     def __call__(
         self, completions: Sequence[Any], answerable: Sequence[Any] | None = None, **_: Any
     ) -> list[float | None]:
         """Return one score a completion; see `Reward`."""
         texts, flags = [reply_text(completion) for completion in completions], _flags("admitted", answerable)
-        return [None if flag else float(is_admitted(text)) for text, flag in zip(texts, flags, strict=True)]
+        return [
+            None if flag else float(is_admitted(text, self.sentence)) for text, flag in zip(texts, flags, strict=True)
+        ]
+
+
+def about_documents(judges: Mapping[str, Reward], sentence: str | None) -> dict[str, Reward]:
+    """Return judges of questions with documents: those given, or `answered` and `admitted` where there are none.
+
+    Args:
+        judges: Judges by name.
+        sentence: What a head says where documents hold no answer; None where its words are not known.
+    """
+    if not judges:
+        return {"answered": Answered(sentence), "admitted": Admitted(sentence)}
+    return {
+        name: type(judge)(sentence) if isinstance(judge, Answered | Admitted) else judge
+        for name, judge in judges.items()
+    }
 
 
 def _flags(name: str, answerable: Sequence[Any] | None) -> list[bool]:

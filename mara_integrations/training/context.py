@@ -133,7 +133,7 @@ class Run:
             system_prompt=config.system_prompt,
             method=plan.method.name,
             rewards=tuple(reward_spec(reward) for reward in (plan.rule, plan.reward) if reward is not None),
-            principle=None if plan.principle is None else plan.principle.described,
+            principle=None if plan.principle is None or plan.source == "documents" else plan.principle.described,
             against=plan.principle.against if plan.principle and config.principle_contrast != "neutral" else None,
             teacher=None if "teacher" not in self.teachers else self.teachers["teacher"].name,
             teacher_base=None if "teacher_base" not in self.teachers else self.teachers["teacher_base"].name,

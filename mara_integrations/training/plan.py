@@ -14,6 +14,7 @@ from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.files import check_writable
 from mara_integrations.heads.hub import check_can_push
 from mara_integrations.rewards import CombinedReward, DescribedRule, Reward, reward_fingerprint, reward_name
+from mara_integrations.rewards.ready import about_documents
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.inputs import (
     Inputs,
@@ -135,6 +136,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         _check_documents_alone(rule, reward)
         train, held_out = (with_documents(side, config.context_template) for side in (train, held_out))
         principle = make_principle([GROUNDED])
+    judges = read_judges(config, inputs, rule, reward)
     return Plan(
         method=method,
         source=source,
@@ -145,7 +147,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         data_fingerprint=train.fingerprint,
         rule=rule,
         reward=reward,
-        judges=read_judges(config, inputs, rule, reward),
+        judges=about_documents(judges, config.missing_reply) if source == "documents" else judges,
         other_prompts=other_prompts,
         warnings=tuple(warnings),
     )
@@ -175,12 +177,12 @@ def _choose(config: TrainConfig, data: Dataset, sources: list[Source]) -> tuple[
             f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
             hint="leave it out, or train a residual head",
         )
-    if source != "documents" and config.context_template is not None:
-        raise ConfigError(
-            f"context_template={config.context_template!r} is not allowed: method {method.name!r} takes prompts as "
-            "they are",
-            hint="leave it out, or train by --method grounding on prompts with a column context",
-        )
+    for name in ("context_template", "missing_reply"):
+        if source != "documents" and (value := getattr(config, name)) is not None:
+            raise ConfigError(
+                f"{name}={value!r} is not allowed: method {method.name!r} takes prompts as they are",
+                hint="leave it out, or train by --method grounding on prompts with a column context",
+            )
     if config.competitors and method.form == "q":
         raise ConfigError(
             f"competitors={config.competitors} is not allowed: a head of the form 'q' scores all candidates of a reply",

@@ -41,7 +41,40 @@ def test_other_documents_are_those_of_no_row_with_the_same_question() -> None:
 
     wrong = [row.columns["context"] for row in with_documents(data).rows if not row.columns["answerable"]]  # type: ignore[union-attr]
 
-    assert wrong == ["Here.", "Here.", "At nine."]
+    assert wrong[:2] == ["Here.", "Here."] and wrong[2] in ("At nine.", "At ten.")
+
+
+def test_other_documents_are_drawn_among_all_rows_and_always_the_same() -> None:
+    data = dataset(*({"prompt": f"{i}?", "context": f"{i}!"} for i in range(60)))
+
+    found = with_documents(data)
+
+    wrong = [int(row.columns["context"][:-1]) for row in found.rows if not row.columns["answerable"]]  # type: ignore[union-attr]
+    assert sorted(wrong) == list(range(60)) and all(number != i for i, number in enumerate(wrong))
+    assert len({(number - i) % 60 for i, number in enumerate(wrong)}) > 20
+    assert found == with_documents(data)
+
+
+@pytest.mark.parametrize("flag", [False, "false", " False"])
+def test_a_question_that_its_documents_do_not_answer_is_asked_once(flag: object) -> None:
+    data = dataset(
+        {"prompt": "When?", "context": "Here.", "answerable": flag},
+        {"prompt": "Where?", "context": "Here."},
+        {"prompt": "Who?", "context": "He.", "answerable": True},
+    )
+
+    rows = [row.columns for row in with_documents(data).rows]  # type: ignore[union-attr]
+
+    assert [(row["question"], row["context"], row["answerable"]) for row in rows] == [
+        ("When?", "Here.", False),
+        ("Where?", "Here.", True), ("Where?", "He.", False),
+        ("Who?", "He.", True), ("Who?", "Here.", False),
+    ]  # fmt: skip
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused() -> None:
+    with pytest.raises(DataError, match="answerable is 'maybe'"):
+        with_documents(dataset({"prompt": "A?", "context": "B", "answerable": "maybe"}))
 
 
 def test_the_prompt_is_that_of_a_query_engine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from mara_integrations.data import Dataset, Row
 from mara_integrations.messages import Conversation
@@ -16,14 +17,17 @@ def conversation(run: Run, row: Row) -> Conversation:
     return Conversation(row.prompt, row.tools).with_system(run.config.system_prompt)
 
 
-def distinct_prompts(run: Run, data: Dataset) -> list[Conversation]:
-    """Return the prompts of data in order, each once."""
-    return list(dict.fromkeys(conversation(run, row) for row in data.rows))
+def distinct_prompts(run: Run, data: Dataset, is_kept: Callable[[Row], bool] | None = None) -> list[Conversation]:
+    """Return the prompts of data in order, each once; those of some rows alone where `is_kept` says which."""
+    rows = data.rows if is_kept is None else filter(is_kept, data.rows)
+    return list(dict.fromkeys(conversation(run, row) for row in rows))
 
 
-def limited_prompts(run: Run, data: Dataset, replies_per_prompt: int = 1) -> list[Conversation]:
+def limited_prompts(
+    run: Run, data: Dataset, replies_per_prompt: int = 1, is_kept: Callable[[Row], bool] | None = None
+) -> list[Conversation]:
     """Return as many prompts as `max_replies` allows, chosen by the seed; of held-out ones a share of that."""
-    prompts, most = distinct_prompts(run, data), max(1, run.max_replies // replies_per_prompt)
+    prompts, most = distinct_prompts(run, data, is_kept), max(1, run.max_replies // replies_per_prompt)
     if data is run.plan.held_out or data is run.plan.prompts[1]:
         most = max(_FEWEST_HELD_OUT, math.ceil(most * run.config.held_out))
     if len(prompts) <= most:

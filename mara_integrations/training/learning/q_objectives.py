@@ -103,6 +103,16 @@ def compliance_loss(scores: Tensor, log_probs: Tensor, offends: Tensor) -> Tenso
     """
     live = log_probs.isfinite()
     allowed = live & (~offends | (offends | ~live).all(-1, keepdim=True))
-    wanted = log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-    gated = weighted_log_probs(log_probs, scores, 1.0, live)
-    return (wanted.exp() * torch.where(allowed, wanted - gated, 0.0)).sum(-1).mean()
+    return divergence_loss(scores, log_probs, log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1))
+
+
+def divergence_loss(scores: Tensor, log_probs: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL of positions from the distribution that is wanted to the gate, a scalar in nats.
+
+    Args:
+        scores: q of all candidates, (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+        wanted: What those of the gate are to be, -inf where a candidate is never to be taken, (P, K).
+    """
+    gated = weighted_log_probs(log_probs, scores, 1.0, log_probs.isfinite())
+    return (wanted.exp() * torch.where(wanted.isfinite(), wanted - gated, 0.0)).sum(-1).mean()

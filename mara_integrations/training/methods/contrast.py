@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from typing_extensions import override
 
+from mara_integrations.data import Row
 from mara_integrations.evaluation.metrics import opinions
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.rewards import Reward, Scores, reward_name
@@ -22,6 +23,7 @@ from mara_integrations.training.collect.prompts import limited_prompts, replies_
 from mara_integrations.training.collect.rewards import score_replies
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
+from mara_integrations.training.learning.fit import Epoch, Targets
 from mara_integrations.training.methods.beside_rewards import with_rewards
 from mara_integrations.training.methods.q_learner import QHeadLearner
 from mara_integrations.training.methods.q_regression import regress, standardised
@@ -54,6 +56,18 @@ class ContrastLearner(QHeadLearner[Side]):
         super().__init__(run, head)
         self._differences = differences
 
+    @classmethod
+    def prompt_sides(cls, run: Run, is_kept: Callable[[Row], bool] | None = None) -> tuple[PromptSide, PromptSide]:
+        """Return the prompts to fit on, and those held out; those of some rows alone where `is_kept` says which."""
+        seed, each = run.config.seed, replies_per_prompt(run)
+        train, held_out = (
+            PromptSide(data, limited_prompts(run, data, each, is_kept), each, first)
+            for data, first in ((run.plan.train, seed), (run.plan.held_out, seed + HELD_OUT_SEED))
+        )
+        for side in (train, held_out):
+            run.random().shuffle(side.prompts)  # the first ones, which the table takes, are to be like the others
+        return train, held_out
+
     @override
     def gather(
         self, stage: str, side: PromptSide, head: MARAHead, *, is_base: bool = False, temperature: float = 1.0
@@ -72,10 +86,14 @@ class ContrastLearner(QHeadLearner[Side]):
         positions = [side.positions for side in sides]
         if self.run.plan.reward is not None:
             positions, found = with_rewards(self.run, name, sides, found)
-        history = regress(self.run, name, self.q_head, *standardised(positions, found))
+        history = self.fit_to(name, *standardised(positions, found))
         is_first = len(rounds) == 1  # later fits go on from what the first one taught
         if is_first and not any(epoch.held_out_loss < history[0].held_out_loss for epoch in history[1:]):
             self.run.say(f"  [yellow]{_learned_nothing(self.run)}[/]")
+
+    def fit_to(self, name: str, train: Targets, held_out: Targets) -> list[Epoch]:
+        """Fit q to targets in standard deviations; return all epochs."""
+        return regress(self.run, name, self.q_head, train, held_out)
 
     @override
     def gain(self, name: str, held_out: PromptSide, base: Side, gated: Side) -> float:
@@ -129,26 +147,26 @@ def gain_in_deviations(base: Scores, gated: Scores) -> float:
     return (statistics.fmean(of_gated) - statistics.fmean(of_base)) / (statistics.pstdev(of_base) or 1.0)
 
 
-def train_on_contrast(
-    run: Run, head: MARAHead, differences: Differences, contrast: str, report: ContrastReport = report_table
-) -> MethodResult:
+def train_on_contrast(learner: ContrastLearner, contrast: str, report: ContrastReport = report_table) -> MethodResult:
     """Fit q to what readings of replies differ by, in rounds, scale it, and report on the finished head.
 
     Args:
-        run: The run.
-        head: The head, fitted in place.
-        differences: Reads replies.
+        learner: Holds the run and the untrained head.
         contrast: What the replies are read under beside their own prompts, for the metrics.
         report: Says what the head does to held-out replies, and returns it for the metrics.
     """
-    kl, held_out = train_in_rounds(ContrastLearner(run, head, differences), _prompt_sides(run), num_rounds(run))
+    run, head = learner.run, learner.head
+    kl, held_out = train_in_rounds(learner, learner.prompt_sides(run), num_rounds(run))
     if run.plan.reward is not None:
         contrast = f"{contrast}, and what raises {reward_name(run.plan.reward)}"
     return MethodResult(kl_per_token=kl, metrics={"contrast": contrast, **report(run, head, held_out)})
 
 
 def work_on_contrast(
-    run: Run, rereadings: Callable[[Generation], list[Generation]], reporting: Workload | None = None
+    run: Run,
+    rereadings: Callable[[Generation], list[Generation]],
+    reporting: Workload | None = None,
+    learner: type[ContrastLearner] | None = None,
 ) -> Workload:
     """Return what `train_on_contrast` will do if no round ends it early.
 
@@ -156,9 +174,10 @@ def work_on_contrast(
         run: The run.
         rereadings: Returns which of some replies are read again.
         reporting: What the report will do; None is that of `report_table`.
+        learner: What fits the head; None is `ContrastLearner`.
     """
-    reporting, rounds = reporting or work_of_table(run), num_rounds(run)
-    planned = PlannedRounds.of(run, ContrastLearner, _prompt_sides(run), rounds)
+    reporting, learner, rounds = reporting or work_of_table(run), learner or ContrastLearner, num_rounds(run)
+    planned = PlannedRounds.of(run, learner, learner.prompt_sides(run), rounds)
     read = planned.in_rounds if rounds else planned.base  # what the head wrote last is read to measure its round
     again = [*itertools.chain(*map(rereadings, read)), *reporting.rereadings]
     num_rewards = len(run.plan.weighted_rewards)
@@ -191,15 +210,3 @@ def _learned_nothing(run: Run) -> str:
 def num_rounds(run: Run) -> int:
     """Return the largest number of rounds after the first one."""
     return run.config.rounds or 0
-
-
-def _prompt_sides(run: Run) -> tuple[PromptSide, PromptSide]:
-    """Return the prompts to fit on, and those held out."""
-    seed, each = run.config.seed, replies_per_prompt(run)
-    sides = (
-        PromptSide(run.plan.train, limited_prompts(run, run.plan.train, each), each, seed),
-        PromptSide(run.plan.held_out, limited_prompts(run, run.plan.held_out, each), each, seed + HELD_OUT_SEED),
-    )
-    for side in sides:
-        run.random().shuffle(side.prompts)  # the first ones, which the table takes, are to be like the others
-    return sides

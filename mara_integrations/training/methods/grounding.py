@@ -1,9 +1,9 @@
 """The method `grounding`: a head that answers from the documents of a prompt, and says where they hold no answer.
 
-Each question is asked with its own documents, and with those of another question. The base model reads its replies to
-the first again without the documents: q is fitted to what the documents change in the log-probability of every
-candidate. It reads its replies to the others again under a sentence that asks to admit a missing answer, and q is
-fitted to what that changes against a neutral sentence.
+Where they do, the base model reads its replies again without the documents: what these change in the log-probability of
+every candidate is what the gate is to add, as much of it as the KL budget allows. Where they do not, the gate is to say
+a given sentence, see `missing_answers`. q is fitted to both at once, so that the state before the first token has to
+tell the two kinds of question apart. How far the head goes, and what its replies lose, counts where there is an answer.
 
 Source: Shi et al. 2023, context-aware decoding (arXiv 2305.14739), whose contrast is the target where the documents are
 the right ones.
@@ -11,102 +11,170 @@ the right ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
-import torch
+from torch import Tensor
+from typing_extensions import override
 
-from mara_integrations.data import PromptRow
+from mara_integrations.data import Dataset, PromptRow, Row
 from mara_integrations.data.documents import GROUNDED, question_alone
-from mara_integrations.data.principles import NEUTRAL, under
+from mara_integrations.data.principles import under
+from mara_integrations.engine.gate import weighted_log_probs
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
-from mara_integrations.training.collect.prompts import conversation
-from mara_integrations.training.collect.workload import Generation, Workload
+from mara_integrations.training.collect.prompts import conversation, limited_prompts
+from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.q_objectives import centred
-from mara_integrations.training.methods.contrast import train_on_contrast, work_on_contrast
-from mara_integrations.training.methods.readings import (
-    Difference,
-    Opinion,
-    Side,
-    as_generated,
-    mean_of_replies,
-    read_as,
+from mara_integrations.training.learning.fit import Epoch, Targets, fit
+from mara_integrations.training.learning.q_objectives import divergence_loss
+from mara_integrations.training.methods.contrast import (
+    ContrastLearner,
+    num_rounds,
+    train_on_contrast,
+    work_on_contrast,
 )
-from mara_integrations.training.rollouts.rereading import Rereading
+from mara_integrations.training.methods.missing_answers import (
+    SENTENCES,
+    Asked,
+    Wanted,
+    choose_sentence,
+    given_to,
+    read_sentence,
+)
+from mara_integrations.training.methods.q_regression import POSITIONS_PER_STEP
+from mara_integrations.training.methods.readings import Difference, Side, as_generated, difference_of, read_as
+from mara_integrations.training.methods.rounds import PromptSide
+from mara_integrations.training.rollouts.positions import q_scores
+from mara_integrations.training.scoring.prompt_baseline import beside_the_prompt
+from mara_integrations.training.scoring.q_scale import kl_per_token
+from mara_integrations.training.scoring.scale import largest_within
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:
-    """Fit q to what the documents change, and compare the head with a sentence that asks for the same."""
-    return train_on_contrast(run, head, differences, "prompts without documents, and a neutral sentence")
+    """Fit q to what documents change and to what is to be said without them, and compare the head with the prompt."""
+    learner = GroundingLearner(run, head)
+
+    def report(run: Run, head: MARAHead, _held_out: Side) -> dict[str, Any]:
+        prompts = _prompts(run, run.plan.held_out, _is_answerable) + _prompts(run, run.plan.held_out, _is_unanswerable)
+        run.random().shuffle(prompts)
+        return {"missing_reply": learner.sentence, **beside_the_prompt(run, head, prompts[: run.config.eval_prompts])}
+
+    return train_on_contrast(learner, "prompts without documents", report)
 
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
-    rows = _rows(run)
+    sentence = run.config.missing_reply or SENTENCES[0]
+    readings = [
+        Reading(given_to(run, sentence, [each.prompt for each in _asked(run, data)])) for data in _datasets(run)
+    ]
+    planned = work_on_contrast(run, lambda generation: [generation], learner=GroundingLearner)
+    num_fitted = planned.fitted + sum(map(len, readings)) * (1 + num_rounds(run))
+    return replace(planned, readings=readings, fitted=num_fitted)
 
-    def rereadings(planned: Generation) -> list[Generation]:
-        parts = [
-            [prompt for prompt in planned.prompts if _is_answerable(rows, prompt) is side]
-            for side in (True, False, False)  # without documents; under the sentence; under the neutral one
-        ]
-        return [replace(planned, prompts=part) for part in parts]
 
-    return work_on_contrast(run, rereadings)
+class GroundingLearner(ContrastLearner):
+    """Fits Q-heads to what documents change where they hold the answer, and to a sentence where they do not."""
+
+    def __init__(self, run: Run, head: MARAHead) -> None:
+        super().__init__(run, head, differences)
+
+    @classmethod
+    @override
+    def prompt_sides(cls, run: Run, is_kept: Callable[[Row], bool] | None = None) -> tuple[PromptSide, PromptSide]:
+        """Return the prompts whose documents hold the answer."""
+        return super().prompt_sides(run, is_kept or _is_answerable)
+
+    @cached_property
+    def sentence(self) -> str:
+        """What is said where documents hold no answer."""
+        return choose_sentence(self.run, _prompts(self.run, self.run.plan.train, _is_unanswerable))
+
+    @cached_property
+    def along_sentence(self) -> tuple[Wanted, Wanted]:
+        """What is wanted along the sentence, after prompts to fit on and after those held out."""
+        train, held_out = (
+            read_sentence(self.run, stage, self.sentence, _asked(self.run, data))
+            for stage, data in zip(("sentence", "held-out sentence"), _datasets(self.run), strict=True)
+        )
+        return train, held_out
+
+    @override
+    def fit_to(self, name: str, train: Targets, held_out: Targets) -> list[Epoch]:
+        """Fit the gate to the base model, changed as the documents change it, and to the sentence."""
+        run, embeddings = self.run, self.run.backend.output_embeddings
+        scale = _scale_of_targets(run, train)
+        wanted, held_out_wanted = (
+            Wanted.join([_changed(targets, scale), part])
+            for targets, part in zip((train, held_out), self.along_sentence, strict=True)
+        )
+
+        def loss(head: MARAHead, part: Wanted) -> Tensor:
+            assert isinstance(head, QHead)
+            where = part.positions
+            scores = q_scores(head, where.states, where.token_ids, embeddings)
+            return divergence_loss(scores, where.log_probs, part.log_probs)
+
+        with run.fitting(name) as on_epoch:
+            settings = replace(run.fit_settings(1e-3), batch_size=POSITIONS_PER_STEP)
+            return fit(self.q_head, wanted, held_out_wanted, loss, settings, on_epoch)
 
 
 def differences(run: Run, sides: Sequence[Side]) -> list[Difference]:
-    """Return what documents, or the sentence, change in the log-probability of each candidate of each side.
+    """Return what documents change in the log-probability of each candidate of each side."""
+    rows = {conversation(run, row): row for data in _datasets(run) for row in data.rows if isinstance(row, PromptRow)}
 
-    Each of the two contrasts counts in its own standard deviations.
-    """
-    return [_difference(run, side, _rows(run)) for side in sides]
+    def alone(prompt: Conversation) -> Conversation:
+        return Conversation(question_alone(rows[prompt]), prompt.tools).with_system(run.config.system_prompt)
 
-
-def _difference(run: Run, side: Side, rows: dict[Conversation, PromptRow]) -> Difference:
-    is_answerable = [_is_answerable(rows, side.prompts[reply.prompt_index]) for reply in side.generated]
-    values, opinions = torch.zeros_like(side.positions.log_probs), dict[str, Opinion]()
-    for which in (True, False):
-        is_kept = [one is which for one in is_answerable]
-        if not any(reply.positions for reply, kept in zip(side.generated, is_kept, strict=True) if kept):
-            continue
-        part = side.only("answerable" if which else "unanswerable", is_kept)
-        this, that = _with_and_without_documents(run, part, rows) if which else _admitting(run, part)
-        value = centred(this.candidates - that.candidates, part.positions.log_probs)
-        value /= float(value[part.positions.live].std()) or 1.0
-        values[torch.tensor(is_kept)[side.positions.replies], : value.shape[1]] = value
-        scores = iter(mean_of_replies(part.generated, this.tokens - that.tokens))
-        name = "contrast of the documents" if which else "contrast of the sentence"
-        opinions[name] = Opinion(1.0, [next(scores) if kept else None for kept in is_kept])
-    return Difference(values, opinions)
-
-
-def _with_and_without_documents(
-    run: Run, side: Side, rows: dict[Conversation, PromptRow]
-) -> tuple[Rereading, Rereading]:
-    """Return what the model makes of replies with their documents, as it did, and without them."""
-    system_prompt = run.config.system_prompt
-    alone = [
-        Conversation(question_alone(rows[prompt]), prompt.tools).with_system(system_prompt) for prompt in side.prompts
+    return [
+        difference_of(
+            side,
+            {"with documents": (as_generated(side), 1.0)},
+            [read_as(run, side, "without documents", [alone(prompt) for prompt in side.prompts])],
+        )
+        for side in sides
     ]
-    return as_generated(side), read_as(run, side, "under the question alone", alone)
 
 
-def _admitting(run: Run, side: Side) -> tuple[Rereading, Rereading]:
-    """Return what the model makes of replies under the sentence, and under a neutral one."""
-    with_sentence, neutral = (
-        read_as(run, side, f"under {name}", [under(sentence, prompt) for prompt in side.prompts])
-        for name, sentence in (("the sentence", GROUNDED), ("a neutral sentence", NEUTRAL))
-    )
-    return with_sentence, neutral
+def _scale_of_targets(run: Run, targets: Targets) -> float:
+    """Return the scale at which targets, as scores, take the whole KL budget."""
+    assert run.kl_budget is not None
+    return largest_within(lambda scale: kl_per_token(targets.positions, targets.values, scale), run.kl_budget)
 
 
-def _rows(run: Run) -> dict[Conversation, PromptRow]:
-    """Return the rows of both sides by their prompts."""
-    rows = (*run.plan.train.rows, *run.plan.held_out.rows)
-    return {conversation(run, row): row for row in rows if isinstance(row, PromptRow)}
+def _changed(targets: Targets, scale: float) -> Wanted:
+    """Return what is wanted of a gate whose scores are the targets."""
+    where = targets.positions
+    return Wanted(where, weighted_log_probs(where.log_probs, targets.values, scale, where.live))
 
 
-def _is_answerable(rows: dict[Conversation, PromptRow], prompt: Conversation) -> bool:
-    return bool(rows[prompt].columns["answerable"])
+def _datasets(run: Run) -> tuple[Dataset, Dataset]:
+    return run.plan.train, run.plan.held_out
+
+
+def _asked(run: Run, data: Dataset) -> list[Asked]:
+    """Return prompts of both kinds; and once more under a sentence, since applications have system prompts, too."""
+    plain = [
+        Asked(prompt, is_kept is _is_answerable, has_replies=True)
+        for is_kept in (_is_answerable, _is_unanswerable)
+        for prompt in _prompts(run, data, is_kept)
+    ]
+    return plain + [replace(each, prompt=under(GROUNDED, each.prompt), has_replies=False) for each in plain]
+
+
+def _prompts(run: Run, data: Dataset, is_kept: Callable[[Row], bool]) -> list[Conversation]:
+    return limited_prompts(run, data, is_kept=is_kept)
+
+
+def _is_answerable(row: Row) -> bool:
+    assert isinstance(row, PromptRow)
+    return bool(row.columns["answerable"])
+
+
+def _is_unanswerable(row: Row) -> bool:
+    return not _is_answerable(row)

@@ -14,7 +14,7 @@ from mara_integrations.data.principles import NEUTRAL, under
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.training.collect.workload import Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.methods.contrast import train_on_contrast, work_on_contrast
+from mara_integrations.training.methods.contrast import ContrastLearner, train_on_contrast, work_on_contrast
 from mara_integrations.training.methods.readings import Difference, Side, difference_of, read_as
 from mara_integrations.training.rollouts.rereading import Rereading
 from mara_integrations.training.settings.methods import Contrast
@@ -28,7 +28,7 @@ CONTRASTS: dict[Contrast, str] = {
 
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the sentence changes, and compare the head with the sentence as a system prompt."""
-    return train_on_contrast(run, head, differences, CONTRASTS[run.config.principle_contrast])
+    return train_on_contrast(ContrastLearner(run, head, differences), CONTRASTS[run.config.principle_contrast])
 
 
 def work(run: Run) -> Workload:

@@ -78,9 +78,9 @@ def _read(run: Run, stage: str, given: Sequence[GivenReply], good: Tensor, group
     """Read replies as they stand, and say how many of their tokens no gate can change."""
     found = positions_of_given(read_states(run, stage, given), run.backend.logits, run.sampling())
     num_tokens = found.positions.num_tokens
-    run.log("tokens", stage=stage, tokens=num_tokens, outside=found.num_outside, lone=found.num_lone)
+    run.log("tokens", stage=stage, tokens=num_tokens, outside=len(found.outside), lone=found.num_lone)
     run.say(
-        f"  {num_tokens} tokens of {stage}: {found.num_outside / num_tokens:.0%} are not candidates of the model, "
+        f"  {num_tokens} tokens of {stage}: {len(found.outside) / num_tokens:.0%} are not candidates of the model, "
         f"{found.num_lone / num_tokens:.0%} the only one; the head learns from the others"
     )
     return LabelledPositions(good, group_size, found.positions, run.backend.output_embeddings)

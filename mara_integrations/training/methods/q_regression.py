@@ -15,7 +15,7 @@ from mara_integrations.training.learning.objectives import MAX_ADVANTAGE
 from mara_integrations.training.learning.q_objectives import score_loss
 from mara_integrations.training.rollouts.positions import Positions, q_scores
 
-_POSITIONS_PER_STEP = 1024
+POSITIONS_PER_STEP = 1024
 
 
 def standardised(positions: Sequence[Positions], values: Sequence[Tensor]) -> list[Targets]:
@@ -52,5 +52,5 @@ def fit_targets(
         where = part.positions
         return score_loss(q_scores(head, where.states, where.token_ids, embeddings), part.values, where.log_probs)
 
-    settings = replace(run.fit_settings(1e-3), batch_size=_POSITIONS_PER_STEP, **changes)
+    settings = replace(run.fit_settings(1e-3), batch_size=POSITIONS_PER_STEP, **changes)
     return fit(head, train, held_out, loss, settings, on_epoch)

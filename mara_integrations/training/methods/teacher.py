@@ -22,6 +22,7 @@ from mara_integrations.training.collect.prompts import limited_prompts, replies_
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
 from mara_integrations.training.methods.contrast import (
+    ContrastLearner,
     report_table,
     train_on_contrast,
     work_of_table,
@@ -37,10 +38,11 @@ from mara_integrations.training.teachers import Role, model_bytes
 def train(run: Run, head: MARAHead) -> MethodResult:
     """Fit q to what the teacher makes of base replies, and report how far the head's own replies agree with it."""
     other = "the base model" if "teacher_base" not in run.teachers else "the model that it was tuned from"
+    learner = ContrastLearner(run, head, differences)
     if run.plan.principle is None:
-        return train_on_contrast(run, head, differences, other, _report_agreement)
+        return train_on_contrast(learner, other, _report_agreement)
     contrast = f"{other} under {CONTRASTS[run.config.principle_contrast]}"
-    return train_on_contrast(run, head, differences, contrast, report_table)
+    return train_on_contrast(learner, contrast, report_table)
 
 
 def work(run: Run) -> Workload:

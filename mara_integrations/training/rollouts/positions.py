@@ -170,12 +170,12 @@ class GivenPositions:
 
     Attributes:
         positions: Positions whose token is one of several candidates.
-        num_outside: Tokens that are not candidates: no head can make them more or less probable.
+        outside: Reply and place of each token that is no candidate, (N, 2): no head can make it more or less probable.
         num_lone: Tokens that are the only candidate.
     """
 
     positions: Positions
-    num_outside: int
+    outside: Tensor
     num_lone: int
 
 
@@ -190,7 +190,7 @@ def positions_of_given(
         logits: Next-token logits of states, (N, d) to (N, V).
         sampling: Which tokens are candidates.
     """
-    kept, num_outside, num_lone = [], 0, 0
+    kept, outside, num_lone = [], [], 0
     states = joined([reply.states[:-1] for reply in replies])
     tokens = torch.tensor([token for reply in replies for token in reply.token_ids])
     owners = torch.tensor([r for r, reply in enumerate(replies) for _ in reply.token_ids])
@@ -206,7 +206,8 @@ def positions_of_given(
         )
         is_taken = (found.token_ids == tokens[rows, None]) & found.live
         is_kept = is_taken.any(-1) & (found.counts > 1)
-        num_outside += int((~is_taken.any(-1)).sum())
+        beyond = rows[~is_taken.any(-1)]
+        outside.append(torch.stack([owners[beyond], places[beyond]], dim=1))
         num_lone += int((is_taken.any(-1) & (found.counts == 1)).sum())
         own = rows[is_kept]
         kept.append(
@@ -220,7 +221,7 @@ def positions_of_given(
                 count,
             )
         )
-    return GivenPositions(_concatenated(kept), num_outside, num_lone)
+    return GivenPositions(_concatenated(kept), torch.cat(outside), num_lone)
 
 
 def q_scores(head: QHead, states: Tensor, token_ids: Tensor, embeddings: Embeddings) -> Tensor:

@@ -34,6 +34,16 @@ class DataSettings(Params):
             "and {query_str} for the question. Default: LlamaIndex's own."
         ),
     ] = None
+    missing_reply: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=500,
+            description="For grounding: what to say where the documents hold no answer. Each of its tokens has to be a "
+            "candidate of the model, so words of your own prompt do best. Default: the first of a few English "
+            "sentences that the model can say.",
+        ),
+    ] = None
     skip_bad_rows: Annotated[bool, Field(description="Leave out rows that can't be read, and report them.")] = False
     prompts: Annotated[
         Path | None,

@@ -16,6 +16,7 @@ from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.identity import Identity
 from mara_integrations.training.methods import contrast
 from mara_integrations.training.methods.contrast import ContrastLearner, gain_in_deviations
+from mara_integrations.training.methods.grounding import GroundingLearner
 from mara_integrations.training.methods.principle import differences
 from mara_integrations.training.methods.readings import Side
 from mara_integrations.training.methods.rounds import PromptSide
@@ -86,13 +87,14 @@ def test_few_prompts_are_held_out_with_as_many_replies_each_as_are_learned_from(
 
 @pytest.mark.parametrize("how", METHODS)
 def test_a_round_fits_what_the_head_wrote_beside_what_the_base_model_wrote(config, how, monkeypatch):
-    fitted, regress = {}, contrast.regress
+    fitted, learner = {}, GroundingLearner if how == "grounding" else ContrastLearner
+    fit_to = learner.fit_to
 
-    def counting(run, name, head, train, held_out):
+    def counting(self, name, train, held_out):
         fitted[name] = [int(side.positions.replies.max()) + 1 for side in (train, held_out)]
-        return regress(run, name, head, train, held_out)
+        return fit_to(self, name, train, held_out)
 
-    monkeypatch.setattr(contrast, "regress", counting)
+    monkeypatch.setattr(learner, "fit_to", counting)
     train(config(how=how))
 
     (base, held_out_base), (both, held_out_both) = fitted["fit 1"], fitted["fit 2"]

@@ -247,7 +247,7 @@ def test_given_replies_have_the_candidates_of_the_model_and_what_is_outside_is_c
 
     found = positions_of_given(replies, backend.logits, sampling)
 
-    assert len(found.positions) + found.num_outside + found.num_lone == 7 == found.positions.num_tokens
+    assert len(found.positions) + len(found.outside) + found.num_lone == 7 == found.positions.num_tokens
     for row in range(len(found.positions)):
         reply = replies[int(found.positions.replies[row])]
         place = int(found.positions.places[row])
@@ -256,7 +256,7 @@ def test_given_replies_have_the_candidates_of_the_model_and_what_is_outside_is_c
         logits = backend.logits(reply.states[place].float()[None])[0]
         assert int(taken) in logits.topk(100).indices
     few = positions_of_given(replies, backend.logits, SamplingParams(top_k=2))
-    assert few.num_outside > found.num_outside
+    assert len(few.outside) > len(found.outside)
 
 
 def test_examples_are_whole_pairs():

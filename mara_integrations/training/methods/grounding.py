@@ -38,7 +38,6 @@ from mara_integrations.training.methods.contrast import (
     work_on_contrast,
 )
 from mara_integrations.training.methods.missing_answers import (
-    SENTENCES,
     Asked,
     Wanted,
     choose_sentence,
@@ -68,7 +67,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
 
 def work(run: Run) -> Workload:
     """Return what `train` will do."""
-    sentence = run.config.missing_reply or SENTENCES[0]
+    sentence = _sentence(run)
     readings = [
         Reading(given_to(run, sentence, [each.prompt for each in _asked(run, data)])) for data in _datasets(run)
     ]
@@ -82,17 +81,13 @@ class GroundingLearner(ContrastLearner):
 
     def __init__(self, run: Run, head: MARAHead) -> None:
         super().__init__(run, head, differences)
+        self.sentence = _sentence(run)  # one that can't be said is refused before anything is generated
 
     @classmethod
     @override
     def prompt_sides(cls, run: Run, is_kept: Callable[[Row], bool] | None = None) -> tuple[PromptSide, PromptSide]:
         """Return the prompts whose documents hold the answer."""
         return super().prompt_sides(run, is_kept or _is_answerable)
-
-    @cached_property
-    def sentence(self) -> str:
-        """What is said where documents hold no answer."""
-        return choose_sentence(self.run, _prompts(self.run, self.run.plan.train, _is_unanswerable))
 
     @cached_property
     def along_sentence(self) -> tuple[Wanted, Wanted]:
@@ -155,6 +150,11 @@ def _changed(targets: Targets, scale: float) -> Wanted:
 
 def _datasets(run: Run) -> tuple[Dataset, Dataset]:
     return run.plan.train, run.plan.held_out
+
+
+def _sentence(run: Run) -> str:
+    """Return what is to be said where documents hold no answer."""
+    return choose_sentence(run, _prompts(run, run.plan.train, _is_unanswerable))
 
 
 def _asked(run: Run, data: Dataset) -> list[Asked]:

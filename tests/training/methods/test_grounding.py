@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ def test_documents_and_questions_decide_the_head(files):
     ]
 
     assert not all(map(torch.equal, heads[0].state_dict().values(), heads[1].state_dict().values()))
+
+
+class Stages(Reporter):
+    """Remembers the names of stages."""
+
+    def __init__(self):
+        self.names = []
+
+    @contextmanager
+    def stage(self, name, total):
+        self.names.append(name)
+        yield lambda count: None
 
 
 def started(settings):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mara_integrations.data import Dataset, Labelled, near_copies, split
+from mara_integrations.data import Dataset, Labelled, PromptRow, near_copies, split
 from mara_integrations.data.documents import GROUNDED, has_documents, with_documents
 from mara_integrations.data.principles import Principle, make_principle
 from mara_integrations.errors import ConfigError, DataError
@@ -135,6 +135,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
     if source == "documents":
         _check_documents_alone(rule, reward)
         train, held_out = (with_documents(side, config.context_template) for side in (train, held_out))
+        _check_answers(train, held_out)
         principle = make_principle([GROUNDED])
     judges = read_judges(config, inputs, rule, reward)
     return Plan(
@@ -253,6 +254,16 @@ def _check_documents_alone(*others: Reward | None) -> None:
             raise ConfigError(
                 f"method 'grounding' learns from the documents, not from {reward_name(other)}",
                 hint="give --judge in place of --reward, and no rule",
+            )
+
+
+def _check_answers(train: Dataset, held_out: Dataset) -> None:
+    """Refuse questions none of which, on one side, has documents that hold the answer."""
+    for side, name in ((train, "to fit on"), (held_out, "held out")):
+        if not any(isinstance(row, PromptRow) and row.columns["answerable"] for row in side.rows):
+            raise DataError(
+                f"{str(side.path)!r}: answerable is false for all {len(side.rows)} questions {name}",
+                hint="give more questions whose documents hold the answer",
             )
 
 

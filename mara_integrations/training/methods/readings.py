@@ -61,12 +61,6 @@ class Side:
             prompts += side.prompts
         return cls(prompts, parts, Positions.of([reply for part in parts.values() for reply in part]))
 
-    def only(self, kind: str, is_kept: Sequence[bool]) -> Side:
-        """Return the side with some of its replies alone; `kind` goes before the names of its parts."""
-        kept = iter(is_kept)
-        parts = {f"{kind} {name}": [each for each in part if next(kept)] for name, part in self.parts.items()}
-        return Side(self.prompts, parts, Positions.of([reply for part in parts.values() for reply in part]))
-
 
 @dataclass(frozen=True, slots=True)
 class Opinion:
@@ -74,8 +68,7 @@ class Opinion:
 
     Attributes:
         weight: Its weight among others.
-        scores: By how many nats a token each reply is more probable under the one reading than under the other; None
-            for replies that were not read so.
+        scores: By how many nats a token each reply is more probable under the one reading than under the other.
     """
 
     weight: float
@@ -119,11 +112,11 @@ def difference_of(
         values += weight * of_reading / _spread(of_reading, live)
         of_tokens = this.tokens - torch.stack([that.tokens for that in those]).mean(0)
         shown = "contrast" if len(these) == 1 else f"contrast {name}"
-        opinions[shown] = Opinion(weight, mean_of_replies(side.generated, of_tokens, aside))
+        opinions[shown] = Opinion(weight, _mean_of_replies(side.generated, of_tokens, aside))
     return Difference(values, opinions)
 
 
-def mean_of_replies(replies: Sequence[Reply], of_tokens: Tensor, aside: Sequence[int] = ()) -> Scores:
+def _mean_of_replies(replies: Sequence[Reply], of_tokens: Tensor, aside: Sequence[int] = ()) -> Scores:
     """Return the mean of numbers of tokens, (T,), over each reply; tokens that are left `aside` count as 0."""
     tokens = torch.tensor([token for reply in replies for token in reply.token_ids])
     kept = of_tokens.masked_fill(torch.isin(tokens, torch.tensor(aside, dtype=torch.long)), 0.0)

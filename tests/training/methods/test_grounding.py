@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mara_integrations.errors import ConfigError
+from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.heads.head import MARAHead
 from mara_integrations.progress import Reporter
 from mara_integrations.runtime import MARAEngine
@@ -17,6 +17,7 @@ from mara_integrations.training.collect.prompts import limited_prompts
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
 from mara_integrations.training.identity import Identity
+from mara_integrations.training.inputs import Inputs
 from mara_integrations.training.methods import missing_answers
 from mara_integrations.training.methods.grounding import GroundingLearner, differences
 from mara_integrations.training.methods.missing_answers import Asked, given_to, read_sentence
@@ -159,6 +160,12 @@ def test_the_gate_says_the_sentence_where_there_is_no_answer(files):
     }
 
     assert [text.startswith("no") for text in (str(each.text) for each in said.values())] == [False, True]
+
+
+def test_questions_with_an_answer_are_needed_on_both_sides(files):
+    rows = [{"prompt": f"{i}?", "context": f"{i} so", "answerable": i == 0} for i in range(40)]
+    with pytest.raises(DataError, match=r"answerable is false for all \d+ questions (held out|to fit on)"):
+        make_plan(config(files, data=None), Inputs(data=rows))
 
 
 def test_a_sentence_that_the_model_can_not_say_is_refused_by_its_token(files):

@@ -5,7 +5,7 @@ the retrieved passages say. All it needs are questions, each with the passages t
 serve to judge. Every question is asked twice: with its passages, and with those of another question. Where the passages
 are the right ones, the head learns what they change against the question alone (context-aware decoding, but without a
 second forward for each token). Where they are not, it learns to say that there is no information about this, or what
-`missing_reply` names. You may add questions that your documents do not answer, each with the passages that your
+`missing_answer` names. You may add questions that your documents do not answer, each with the passages that your
 retriever finds all the same and a column `answerable` that is false. On the command line, `context` being the column
 of the passages, a text or a list:
 

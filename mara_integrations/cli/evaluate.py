@@ -211,12 +211,12 @@ def evaluate_head(
 
         folders = [heads.locate(source).path for source in head_source(head) or ()]
         rewards, left_out = recorded_rewards(configs[0].rewards, folders, engine.model, trust_code=trust_head_code)
-        origin = " (recorded with the head)"
+        origin = " (recorded with the head)" if rewards else ""
         for reason in left_out:
             warnings.warn(reason, stacklevel=2)
     named = _named(rewards)
     if asks_documents:
-        named = about_documents(named, config.metrics.get("missing_reply"))
+        named = about_documents(named, config.metrics.get("missing_answer"))
     for judge in judges_of(*rewards):
         judge.session = JudgeSession(budget=budget)
     say(console, "Rewards", "; ".join(map(_described, named.values())) + origin if named else "none")

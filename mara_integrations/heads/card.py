@@ -53,7 +53,7 @@ def model_card(config: HeadConfig, *, why: str | None = None, results: Results |
             lines += ["", f"It learned what the sentence changes against {contrast}."]
     if config.teacher is not None:
         lines += ["", _taught(config)]
-    if said := config.metrics.get("missing_reply"):
+    if said := config.metrics.get("missing_answer"):
         lines += ["", "It learned what documents in a prompt change and, where they hold no answer, to say:"]
         lines += ["", *_quoted(said)]
     if config.system_prompt is not None:

@@ -148,7 +148,7 @@ def make_plan(config: TrainConfig, inputs: Inputs | None = None) -> Plan:
         data_fingerprint=train.fingerprint,
         rule=rule,
         reward=reward,
-        judges=about_documents(judges, config.missing_reply) if source == "documents" else judges,
+        judges=about_documents(judges, config.missing_answer) if source == "documents" else judges,
         other_prompts=other_prompts,
         warnings=tuple(warnings),
     )
@@ -178,7 +178,7 @@ def _choose(config: TrainConfig, data: Dataset, sources: list[Source]) -> tuple[
             f"kl_budget={config.kl_budget} is not allowed: a head of the paper's form has no scale to keep within it",
             hint="leave it out, or train a residual head",
         )
-    for name in ("context_template", "missing_reply"):
+    for name in ("context_template", "missing_answer"):
         if source != "documents" and (value := getattr(config, name)) is not None:
             raise ConfigError(
                 f"{name}={value!r} is not allowed: method {method.name!r} takes prompts as they are",

@@ -60,7 +60,7 @@ def train(run: Run, head: MARAHead) -> MethodResult:
     def report(run: Run, head: MARAHead, _held_out: Side) -> dict[str, Any]:
         prompts = _prompts(run, run.plan.held_out, _is_answerable) + _prompts(run, run.plan.held_out, _is_unanswerable)
         run.random().shuffle(prompts)
-        return {"missing_reply": learner.sentence, **beside_the_prompt(run, head, prompts[: run.config.eval_prompts])}
+        return {"missing_answer": learner.sentence, **beside_the_prompt(run, head, prompts[: run.config.eval_prompts])}
 
     return train_on_contrast(learner, "prompts without documents", report)
 

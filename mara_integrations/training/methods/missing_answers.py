@@ -82,7 +82,7 @@ def choose_sentence(run: Run, prompts: Sequence[Conversation]) -> str:
         ConfigError: If the sentence of the settings is longer than a reply, or can't be said after most prompts.
     """
     tried = prompts[:: max(1, len(prompts) // _NUM_TRIED)]
-    given, shares = run.config.missing_reply, dict[str, float]()
+    given, shares = run.config.missing_answer, dict[str, float]()
     if given:
         _check_length(run, given)
     for number, sentence in enumerate([given] if given else SENTENCES, start=1):
@@ -99,7 +99,7 @@ def choose_sentence(run: Run, prompts: Sequence[Conversation]) -> str:
     run.say(f'  where documents hold no answer, the head is to say "{escape(best)}"{share}')
     if shares[best] < _LEAST:
         run.say(
-            "  [yellow]it will hardly say so: give a sentence that is likelier after your prompt (missing_reply)[/]"
+            "  [yellow]it will hardly say so: give a sentence that is likelier after your prompt (missing_answer)[/]"
         )
     return best
 
@@ -141,7 +141,7 @@ def _check_length(run: Run, sentence: str) -> None:
     num_tokens = len(run.model.tokenizer(_with_end(run, sentence), add_special_tokens=False).input_ids)
     if num_tokens > run.config.max_reply_tokens:
         raise ConfigError(
-            f"missing_reply={sentence!r} has {num_tokens} tokens, but max_reply_tokens={run.config.max_reply_tokens}",
+            f"missing_answer={sentence!r} has {num_tokens} tokens, but max_reply_tokens={run.config.max_reply_tokens}",
             hint="give a shorter sentence, or a larger max_reply_tokens",
         )
 
@@ -153,7 +153,7 @@ def _beyond_reach(run: Run, sentence: str, replies: Sequence[Reply], found: Give
     tokens = replies[0].token_ids
     before, token = (run.model.tokenizer.decode(list(part)) for part in (tokens[:place], tokens[place : place + 1]))
     return ConfigError(
-        f"missing_reply={sentence!r} can't be said: after {before!r}, {token!r} is not among the "
+        f"missing_answer={sentence!r} can't be said: after {before!r}, {token!r} is not among the "
         f"{run.config.top_k} most probable tokens, or beyond top_p={run.config.top_p:g}, after {count} of "
         f"{len(replies)} prompts",
         hint="use words of your prompt, as context, or give a larger top_k and top_p",

@@ -34,7 +34,7 @@ class DataSettings(Params):
             "and {query_str} for the question. Default: LlamaIndex's own."
         ),
     ] = None
-    missing_reply: Annotated[
+    missing_answer: Annotated[
         str | None,
         Field(
             min_length=1,

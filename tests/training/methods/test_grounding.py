@@ -29,7 +29,7 @@ from mara_integrations.training.run import start, train
 
 SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2, "max_replies": 16}
 TEMPLATE = "{context_str} | {query_str}"
-SAYS = {"missing_reply": "no", "top_k": 1000, "top_p": 1.0}
+SAYS = {"missing_answer": "no", "top_k": 1000, "top_p": 1.0}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, in
     assert len(rows) == 8 and all({"answered", "admitted"} == row["judges"].keys() for row in rows)
     card = (files / "whole" / "README.md").read_text()
     assert "recipe `from-context`" in card and "what documents in a prompt change" in card
-    assert head.metrics["missing_reply"] in card
+    assert head.metrics["missing_answer"] in card
 
 
 def test_documents_and_questions_decide_the_head(files):
@@ -131,9 +131,9 @@ def test_along_the_sentence_it_is_wanted_where_there_is_no_answer_and_the_base_m
     prompts = limited_prompts(run, run.plan.train)[:3]
     asked = [Asked(prompts[0], False, True), Asked(prompts[1], True, True), Asked(prompts[2], True, False)]
 
-    found = read_sentence(run, "sentence", SAYS["missing_reply"], asked)
+    found = read_sentence(run, "sentence", SAYS["missing_answer"], asked)
 
-    ids = given_to(run, SAYS["missing_reply"], prompts)[0].text
+    ids = given_to(run, SAYS["missing_answer"], prompts)[0].text
     tokens = run.model.tokenizer(ids).input_ids
     assert run.model.tokenizer.eos_token_id == tokens[-1]
     replies, places = found.positions.replies, found.positions.places
@@ -170,14 +170,14 @@ def test_questions_with_an_answer_are_needed_on_both_sides(files):
 
 def test_a_sentence_that_the_model_can_not_say_is_refused_by_its_token(files):
     with pytest.raises(
-        ConfigError, match=r"missing_reply='zebra' can't be said: after '\w*', '\w+' is not among the 3"
+        ConfigError, match=r"missing_answer='zebra' can't be said: after '\w*', '\w+' is not among the 3"
     ):
-        train(config(files, missing_reply="zebra", top_k=3))
+        train(config(files, missing_answer="zebra", top_k=3))
 
 
 def test_a_sentence_that_is_longer_than_a_reply_is_refused(files):
     with pytest.raises(ConfigError, match=r"has 9 tokens, but max_reply_tokens=6"):
-        train(config(files, missing_reply="I'm lost"))
+        train(config(files, missing_answer="I'm lost"))
 
 
 def test_of_the_shipped_sentences_the_first_that_can_be_said_is_taken(files, monkeypatch):
@@ -193,12 +193,12 @@ def test_of_the_shipped_sentences_the_first_that_can_be_said_is_taken(files, mon
 
 
 def test_the_judges_of_documents_need_no_naming_and_know_the_sentence(files):
-    judges = make_plan(config(files, missing_reply="Das weiss ich nicht.")).judges
+    judges = make_plan(config(files, missing_answer="Das weiss ich nicht.")).judges
 
     assert judges["admitted"](["Hm. das weiss ich nicht!"], answerable=[False]) == [0.0]
     assert judges["admitted"](["Hm. das weiss ich nicht."], answerable=[False]) == [1.0]
     assert judges["answered"](["Rot. Das weiss ich nicht."], answerable=[True], answer=["rot"]) == [0.0]
-    named = make_plan(config(files, judge="length", missing_reply="Das weiss ich nicht.")).judges
+    named = make_plan(config(files, judge="length", missing_answer="Das weiss ich nicht.")).judges
     assert named.keys() == {"length"}
 
 
@@ -224,8 +224,8 @@ def test_a_dry_run_writes_nothing(files):
         ({"method": "grounding", "reward": "length"}, "learns from the documents, not from length"),
         ({"method": "grounding", "principle": "Be kind."}, "method 'grounding' needs questions with documents"),
         (
-            {"reward": "length", "context_template": None, "missing_reply": "I do not know."},
-            "missing_reply='I do not know.' is not allowed: method 'rloo' takes prompts as they are",
+            {"reward": "length", "context_template": None, "missing_answer": "I do not know."},
+            "missing_answer='I do not know.' is not allowed: method 'rloo' takes prompts as they are",
         ),
         ({"form": "residual"}, "form='residual' is not allowed"),
     ],

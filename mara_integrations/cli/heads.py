@@ -63,6 +63,7 @@ def inspect_head(
         "Method": config.method or "unknown",
         "Rewards": "\n".join(map(_reward_line, config.rewards)) or "none recorded",
         **({"Sentence": config.principle} if config.principle is not None else {}),
+        **({"Missing answer": said} if (said := metrics.get("missing_answer")) else {}),
         "System prompt": config.system_prompt or "none",
         "Data": data,
         "Trained": f"{origin.date}, with {_versions(origin.versions)}" if origin is not None else "unknown",

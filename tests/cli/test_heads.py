@@ -30,6 +30,8 @@ def test_inspect_tells_the_sentence_a_head_was_made_of(folder):
     assert "Sentence" not in run("inspect", "head").stdout
     random_head(32, principle="Be brief.").save_pretrained("brief")
     assert "Sentence Be brief. System prompt none" in " ".join(run("inspect", "brief").stdout.split())
+    random_head(32, metrics={"missing_answer": "No idea."}).save_pretrained("grounded")
+    assert "Missing answer No idea. System prompt none" in " ".join(run("inspect", "grounded").stdout.split())
 
 
 def test_inspect_tells_how_a_training_went(rewarded):

@@ -159,7 +159,7 @@ class Answered(_Named):
     questions whose documents do not hold the answer.
 
     Args:
-        sentence: What says, beside the phrases of `rule:missing-answer`, that there is no answer.
+        sentence: A sentence that says that there is no answer. The phrases of `rule:missing-answer` say so, too.
     """
 
     def __init__(self, sentence: str | None = None) -> None:
@@ -189,7 +189,7 @@ class Admitted(_Named):
     It goes by `rule:missing-answer`, and needs the column `answerable`.
 
     Args:
-        sentence: What says so beside the phrases of that rule.
+        sentence: A sentence that says so, too.
     """
 
     def __init__(self, sentence: str | None = None) -> None:
@@ -211,7 +211,7 @@ def about_documents(judges: Mapping[str, Reward], sentence: str | None) -> dict[
 
     Args:
         judges: Judges by name.
-        sentence: What a head says where documents hold no answer; None where its words are not known.
+        sentence: The sentence that a head was taught for a missing answer, if it is known.
     """
     if not judges:
         return {"answered": Answered(sentence), "admitted": Admitted(sentence)}

@@ -90,29 +90,27 @@ def mean_kl(scores: Tensor, log_probs: Tensor, strength: float) -> Tensor:
     return weighted_kl(log_probs, scores, strength, log_probs.isfinite()).mean()
 
 
-def compliance_loss(scores: Tensor, log_probs: Tensor, offends: Tensor) -> Tensor:
-    """Mean KL of positions from the base model without its offending candidates to the gate, a scalar in nats.
-
-    It is 0 for a gate that never takes an offending candidate and chooses among the others as the base model does. It
-    has no more to say where all candidates offend.
+def divergence_loss(scores: Tensor, log_probs: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL of positions from a wanted distribution to that of the gate, a scalar in nats.
 
     Args:
         scores: q of all candidates, (P, K).
+        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
+        wanted: Log-probabilities that the gate should give them; -inf for one that it should never take, (P, K).
+    """
+    gated = weighted_log_probs(log_probs, scores, 1.0, log_probs.isfinite())
+    return (wanted.exp() * torch.where(wanted.isfinite(), wanted - gated, 0.0)).sum(-1).mean()
+
+
+def compliant(log_probs: Tensor, offends: Tensor) -> Tensor:
+    """Log-probabilities of the base model without its offending candidates, (P, K).
+
+    Where all candidates offend, they stay as they are: the gate has nothing else to choose from.
+
+    Args:
         log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
         offends: Which candidates break the rule, (P, K), bool.
     """
     live = log_probs.isfinite()
     allowed = live & (~offends | (offends | ~live).all(-1, keepdim=True))
-    return divergence_loss(scores, log_probs, log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1))
-
-
-def divergence_loss(scores: Tensor, log_probs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL of positions from the distribution that is wanted to the gate, a scalar in nats.
-
-    Args:
-        scores: q of all candidates, (P, K).
-        log_probs: Log-probabilities of the candidates, -inf where there is none, (P, K).
-        wanted: What those of the gate are to be, -inf where a candidate is never to be taken, (P, K).
-    """
-    gated = weighted_log_probs(log_probs, scores, 1.0, log_probs.isfinite())
-    return (wanted.exp() * torch.where(wanted.isfinite(), wanted - gated, 0.0)).sum(-1).mean()
+    return log_probs.masked_fill(~allowed, -torch.inf).log_softmax(-1)

@@ -56,12 +56,17 @@ class ContrastLearner(QHeadLearner[Side]):
         super().__init__(run, head)
         self._differences = differences
 
+    @staticmethod
+    def gets_replies(row: Row) -> bool:
+        """Return whether the model replies to the prompt of a row, to have its replies read: to all, here."""
+        return True
+
     @classmethod
-    def prompt_sides(cls, run: Run, is_kept: Callable[[Row], bool] | None = None) -> tuple[PromptSide, PromptSide]:
-        """Return the prompts to fit on, and those held out; those of some rows alone where `is_kept` says which."""
+    def prompt_sides(cls, run: Run) -> tuple[PromptSide, PromptSide]:
+        """Return the prompts to fit on, and those held out."""
         seed, each = run.config.seed, replies_per_prompt(run)
         train, held_out = (
-            PromptSide(data, limited_prompts(run, data, each, is_kept), each, first)
+            PromptSide(data, limited_prompts(run, data, each, cls.gets_replies), each, first)
             for data, first in ((run.plan.train, seed), (run.plan.held_out, seed + HELD_OUT_SEED))
         )
         for side in (train, held_out):
@@ -166,7 +171,7 @@ def work_on_contrast(
     run: Run,
     rereadings: Callable[[Generation], list[Generation]],
     reporting: Workload | None = None,
-    learner: type[ContrastLearner] | None = None,
+    learner: type[ContrastLearner] = ContrastLearner,
 ) -> Workload:
     """Return what `train_on_contrast` will do if no round ends it early.
 
@@ -174,9 +179,9 @@ def work_on_contrast(
         run: The run.
         rereadings: Returns which of some replies are read again.
         reporting: What the report will do; None is that of `report_table`.
-        learner: What fits the head; None is `ContrastLearner`.
+        learner: Class that will fit the head.
     """
-    reporting, learner, rounds = reporting or work_of_table(run), learner or ContrastLearner, num_rounds(run)
+    reporting, rounds = reporting or work_of_table(run), num_rounds(run)
     planned = PlannedRounds.of(run, learner, learner.prompt_sides(run), rounds)
     read = planned.in_rounds if rounds else planned.base  # what the head wrote last is read to measure its round
     again = [*itertools.chain(*map(rereadings, read)), *reporting.rereadings]

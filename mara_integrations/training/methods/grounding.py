@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import override
 
 from mara_integrations.data import Dataset, PromptRow, Row
@@ -24,13 +23,11 @@ from mara_integrations.data.documents import GROUNDED, question_alone
 from mara_integrations.data.principles import under
 from mara_integrations.engine.gate import weighted_log_probs
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.prompts import conversation, limited_prompts
 from mara_integrations.training.collect.workload import Reading, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Epoch, Targets, fit
-from mara_integrations.training.learning.q_objectives import divergence_loss
+from mara_integrations.training.learning.fit import Epoch, Targets
 from mara_integrations.training.methods.contrast import (
     ContrastLearner,
     num_rounds,
@@ -39,15 +36,13 @@ from mara_integrations.training.methods.contrast import (
 )
 from mara_integrations.training.methods.missing_answers import (
     Asked,
-    Wanted,
     choose_sentence,
     given_to,
     read_sentence,
 )
 from mara_integrations.training.methods.q_regression import POSITIONS_PER_STEP
+from mara_integrations.training.methods.q_wanted import Wanted, fit_wanted
 from mara_integrations.training.methods.readings import Difference, Side, as_generated, difference_of, read_as
-from mara_integrations.training.methods.rounds import PromptSide
-from mara_integrations.training.rollouts.positions import q_scores
 from mara_integrations.training.scoring.prompt_baseline import beside_the_prompt
 from mara_integrations.training.scoring.q_scale import kl_per_token
 from mara_integrations.training.scoring.scale import largest_within
@@ -83,11 +78,10 @@ class GroundingLearner(ContrastLearner):
         super().__init__(run, head, differences)
         self.sentence = _sentence(run)  # one that can't be said is refused before anything is generated
 
-    @classmethod
+    @staticmethod
     @override
-    def prompt_sides(cls, run: Run, is_kept: Callable[[Row], bool] | None = None) -> tuple[PromptSide, PromptSide]:
-        """Return the prompts whose documents hold the answer."""
-        return super().prompt_sides(run, is_kept or _is_answerable)
+    def gets_replies(row: Row) -> bool:
+        return _is_answerable(row)
 
     @cached_property
     def along_sentence(self) -> tuple[Wanted, Wanted]:
@@ -101,22 +95,12 @@ class GroundingLearner(ContrastLearner):
     @override
     def fit_to(self, name: str, train: Targets, held_out: Targets) -> list[Epoch]:
         """Fit the gate to the base model, changed as the documents change it, and to the sentence."""
-        run, embeddings = self.run, self.run.backend.output_embeddings
-        scale = _scale_of_targets(run, train)
+        scale = _scale_of_targets(self.run, train)
         wanted, held_out_wanted = (
             Wanted.join([_changed(targets, scale), part])
             for targets, part in zip((train, held_out), self.along_sentence, strict=True)
         )
-
-        def loss(head: MARAHead, part: Wanted) -> Tensor:
-            assert isinstance(head, QHead)
-            where = part.positions
-            scores = q_scores(head, where.states, where.token_ids, embeddings)
-            return divergence_loss(scores, where.log_probs, part.log_probs)
-
-        with run.fitting(name) as on_epoch:
-            settings = replace(run.fit_settings(1e-3), batch_size=POSITIONS_PER_STEP)
-            return fit(self.q_head, wanted, held_out_wanted, loss, settings, on_epoch)
+        return fit_wanted(self.run, name, self.q_head, wanted, held_out_wanted, batch_size=POSITIONS_PER_STEP)
 
 
 def differences(run: Run, sides: Sequence[Side]) -> list[Difference]:

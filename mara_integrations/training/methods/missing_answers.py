@@ -11,16 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from rich.markup import escape
-from torch import Tensor
-from torch.nn.functional import pad
-from typing_extensions import Self
 
 from mara_integrations.errors import ConfigError
 from mara_integrations.messages import Conversation
 from mara_integrations.training.collect.given import read_states
 from mara_integrations.training.context import Run
-from mara_integrations.training.learning.fit import Rows
-from mara_integrations.training.rollouts.positions import GivenPositions, Positions, positions_of_given
+from mara_integrations.training.methods.q_wanted import Wanted
+from mara_integrations.training.rollouts.positions import GivenPositions, positions_of_given
 from mara_integrations.training.rollouts.replies import GivenReply, Reply
 
 # What is said where the settings name nothing: the first one that the model can say.
@@ -48,27 +45,6 @@ class Asked:
     prompt: Conversation
     is_answerable: bool
     has_replies: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted(Rows):
-    """Positions, and the distribution that is wanted of the gate at each.
-
-    Attributes:
-        positions: P positions.
-        log_probs: What the log-probabilities of their candidates are to be, (P, K).
-    """
-
-    positions: Positions
-    log_probs: Tensor
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """All positions of the parts, in order."""
-        positions = Positions.join([part.positions for part in parts])
-        width = positions.token_ids.shape[1]
-        wide = [pad(part.log_probs, (0, width - part.log_probs.shape[1]), value=-torch.inf) for part in parts]
-        return cls(positions, torch.cat(wide))
 
 
 def choose_sentence(run: Run, prompts: Sequence[Conversation]) -> str:

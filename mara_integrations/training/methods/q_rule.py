@@ -21,10 +21,11 @@ from mara_integrations.training.collect.generated import generate_replies
 from mara_integrations.training.collect.prompts import limited_prompts, replies_per_prompt
 from mara_integrations.training.collect.workload import Generation, Workload
 from mara_integrations.training.context import MethodResult, Run
-from mara_integrations.training.learning.fit import Rows, fit
-from mara_integrations.training.learning.q_objectives import compliance_loss
+from mara_integrations.training.learning.fit import Rows
+from mara_integrations.training.learning.q_objectives import compliant
+from mara_integrations.training.methods.q_wanted import Wanted, fit_wanted
 from mara_integrations.training.methods.rule import check_violations, count_violating
-from mara_integrations.training.rollouts.positions import Positions, all_scores, q_scores
+from mara_integrations.training.rollouts.positions import Positions, all_scores, join_columns
 from mara_integrations.training.rollouts.replies import Reply, token_texts
 from mara_integrations.training.scoring.q_scale import kl_per_token
 from mara_integrations.training.scoring.scale import report_scale
@@ -48,10 +49,12 @@ class LabelledCandidates(Rows):
     @classmethod
     def join(cls, parts: Sequence[LabelledCandidates]) -> LabelledCandidates:
         """All positions of the parts, in order."""
-        positions = Positions.join([part.positions for part in parts])
-        width = positions.token_ids.shape[1]
-        wide = [torch.nn.functional.pad(part.offends, (0, width - part.offends.shape[1])) for part in parts]
-        return cls(positions, torch.cat(wide))
+        return cls(Positions.join([part.positions for part in parts]), join_columns([part.offends for part in parts]))
+
+    @property
+    def wanted(self) -> Wanted:
+        """The base model's choice among the candidates that keep to the rule."""
+        return Wanted(self.positions, compliant(self.positions.log_probs, self.offends))
 
 
 def train(run: Run, head: MARAHead) -> MethodResult:
@@ -113,21 +116,12 @@ def fit_rule(run: Run, name: str, head: QHead, train: LabelledCandidates, held_o
 
     Rare offences are repeated, so that every minibatch holds some.
     """
-    embeddings = run.backend.output_embeddings
     offending = train.offends.any(-1).nonzero()[:, 0]
     wanted = len(train) // _OFFENDING_SHARE
     if 0 < len(offending) < wanted:
         repeated = offending.repeat(wanted // len(offending))
         train = train.take(torch.cat([torch.arange(len(train)), repeated]))
-
-    def loss(head: MARAHead, part: LabelledCandidates) -> Tensor:
-        assert isinstance(head, QHead)
-        where = part.positions
-        scores = q_scores(head, where.states, where.token_ids, embeddings)
-        return compliance_loss(scores, where.log_probs, part.offends)
-
-    with run.fitting(name) as on_epoch:
-        fit(head, train, held_out, loss, run.fit_settings(1e-3), on_epoch)
+    fit_wanted(run, name, head, train.wanted, held_out.wanted)
 
 
 def label_candidates(

@@ -18,7 +18,7 @@ from mara_integrations.rewards import Scores
 from mara_integrations.training.context import Run
 from mara_integrations.training.learning.q_objectives import centred
 from mara_integrations.training.records.store import as_dict, load_or_compute
-from mara_integrations.training.rollouts.positions import Positions
+from mara_integrations.training.rollouts.positions import Positions, join_columns
 from mara_integrations.training.rollouts.replies import OnReply, Reply
 from mara_integrations.training.rollouts.rereading import Rereading, contexts_of, reread
 from mara_integrations.training.teachers import Reader
@@ -160,9 +160,7 @@ def read_as(
                 if was_stored:
                     advance(len(some))
                 found.append(Rereading(**read))
-    width = side.positions.token_ids.shape[1]
-    wide = [torch.nn.functional.pad(each.candidates, (0, width - each.candidates.shape[1])) for each in found]
-    return Rereading(torch.cat(wide), torch.cat([each.tokens for each in found]))
+    return Rereading(join_columns([each.candidates for each in found]), torch.cat([each.tokens for each in found]))
 
 
 def _read(backend: Backend, contexts: Sequence[Sequence[int]], replies: Sequence[Reply], advance: OnReply) -> object:

@@ -146,17 +146,18 @@ class Positions:
         )
 
 
+def join_columns(tables: Sequence[Tensor], missing: float = 0.0) -> Tensor:
+    """Return all rows of tables of candidates, (P, K) each, in order, with `missing` where one has fewer columns."""
+    width = max(table.shape[1] for table in tables)
+    return torch.cat([pad(table, (0, width - table.shape[1]), value=missing) for table in tables])
+
+
 def _concatenated(parts: Sequence[Positions]) -> Positions:
     """All positions of parts whose replies are numbered already."""
-    width = max(part.token_ids.shape[1] for part in parts)
-
-    def wide(tensor: Tensor, value: float) -> Tensor:
-        return pad(tensor, (0, width - tensor.shape[1]), value=value)
-
     return Positions(
         joined([part.states for part in parts]),
-        torch.cat([wide(part.token_ids, 0) for part in parts]),
-        torch.cat([wide(part.log_probs, -torch.inf) for part in parts]),
+        join_columns([part.token_ids for part in parts]),
+        join_columns([part.log_probs for part in parts], missing=-torch.inf),
         torch.cat([part.taken for part in parts]),
         torch.cat([part.replies for part in parts]),
         torch.cat([part.places for part in parts]),

@@ -37,8 +37,6 @@ class DataSettings(Params):
     missing_answer: Annotated[
         str | None,
         Field(
-            min_length=1,
-            max_length=500,
             description="For grounding: what to say where the documents hold no answer. Each of its tokens has to be a "
             "candidate of the model, so words of your own prompt do best. Default: the first of a few English "
             "sentences that the model can say.",
@@ -65,6 +63,13 @@ class DataSettings(Params):
     eval_prompts: Annotated[
         int, Field(ge=0, description="Largest number of held-out prompts in the final evaluation; 0 skips it.")
     ] = 64
+
+    @field_validator("missing_answer")
+    @classmethod
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("it says nothing")
+        return None if value is None else value.strip()
 
     @field_validator("context_template")
     @classmethod

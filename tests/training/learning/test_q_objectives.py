@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mara_integrations.training.learning.q_objectives import (
     centred,
-    compliance_loss,
+    compliant,
+    divergence_loss,
     mean_kl,
     next_rows,
     score_loss,
@@ -86,10 +87,10 @@ def test_a_rule_ends_at_the_base_model_without_what_offends():
     log_probs = rows([0.6, 0.3, 0.1], [0.7, 0.3], [0.5, 0.5])
     offends = torch.tensor([[True, False, False], [False, False, False], [True, True, False]])
 
-    scores = minimised(lambda q: compliance_loss(q, log_probs, offends), (3, 3), steps=1500)
+    scores = minimised(lambda q: divergence_loss(q, log_probs, compliant(log_probs, offends)), (3, 3), steps=1500)
 
     gated = (log_probs + scores).softmax(-1)
     torch.testing.assert_close(gated[0], torch.tensor([0.0, 0.75, 0.25]), atol=0.02, rtol=0)
     torch.testing.assert_close(gated[1], torch.tensor([0.7, 0.3, 0.0]), atol=0.02, rtol=0)
     torch.testing.assert_close(gated[2], torch.tensor([0.5, 0.5, 0.0]), atol=0.02, rtol=0)
-    assert float(compliance_loss(scores, log_probs, offends)) < 0.01
+    assert float(divergence_loss(scores, log_probs, compliant(log_probs, offends))) < 0.01

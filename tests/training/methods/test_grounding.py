@@ -220,6 +220,7 @@ def test_a_dry_run_writes_nothing(files):
     ("settings", "message"),
     [
         ({"context_template": "Read this: {context_str}"}, "it needs {context_str} once, and {query_str}"),
+        ({"missing_answer": "  "}, "it says nothing"),
         ({"principle": "Be kind."}, "method 'principle' takes prompts as they are"),
         ({"method": "grounding", "reward": "length"}, "learns from the documents, not from length"),
         ({"method": "grounding", "principle": "Be kind."}, "method 'grounding' needs questions with documents"),

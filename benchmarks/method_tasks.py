@@ -37,6 +37,12 @@ BRIEF = {
     "principle": "You are a concise assistant. You answer in one or two short sentences, and then you stop.",
     "against": "You are a long-winded assistant. You answer at great length, with every detail, and repeat yourself.",
 }
+FORMAL = {
+    "principle": "You write formally, as in a business letter. You use complete sentences, no contractions, no slang "
+    "and no exclamation marks.",
+    "against": "You write casually, as in a chat with a close friend. You use contractions, slang and exclamation "
+    "marks.",
+}
 POSITIVE = {"reward": ("sentiment",)}
 
 
@@ -107,7 +113,12 @@ def harm_judges(folder: Path, model: LoadedModel) -> dict[str, Reward]:
 
 def composition_task(settings: Mapping[str, Any]) -> Task:
     """A sentence, a reward, or both, trained on the same replies and judged by what each is about."""
-    names = {"sentiment": "sentiment", "at most 40 words": "no-long?words=40", "length": "length?words=20"}
+    names = {
+        "sentiment": "sentiment",
+        "at most 40 words": "no-long?words=40",
+        "length": "length?words=20",
+        "without informal words": "no-informal",
+    }
     judges = {name: parse_reward(reward)[0] for name, reward in names.items()}
     return Task(training_prompts, lambda *_: judges, {"max_replies": 320, **settings}, reply_tokens=64)
 
@@ -143,8 +154,10 @@ TASKS = {
         test_prompts=lambda *_: list(language_task.TEST_PROMPTS),
     ),
     "brief": composition_task(BRIEF),
+    "formal": composition_task(FORMAL),
     "positive": composition_task(POSITIVE),
     "brief-and-positive": composition_task({**BRIEF, **POSITIVE}),
+    "formal-and-positive": composition_task({**FORMAL, **POSITIVE}),
     **{name: context_task(task) for name, task in context_tasks.TASKS.items()},
 }
 

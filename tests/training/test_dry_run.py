@@ -13,7 +13,7 @@ from mara_integrations.models.int8 import weight_bytes
 from mara_integrations.testing import tiny_model, tiny_tokenizer
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
-from mara_integrations.training.methods import sac
+from mara_integrations.training.methods import principle, sac
 from mara_integrations.training.registry import METHODS
 from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
@@ -97,6 +97,7 @@ def test_it_counts_the_replies_and_the_tokens_that_the_run_feeds(config, tmp_pat
     monkeypatch.setattr(LocalWorker, "submit", count_replies)
     monkeypatch.setattr(PackedBackend, "feed", count_tokens)
     monkeypatch.setattr(greedy, "quality_losses", lambda *_: (0.0, 2.0))  # every setting that may be tried is
+    monkeypatch.setattr(principle, "quality_ratios", lambda *_: (1.0, 0.5))  # so that it is fitted twice
     train(config(**how))
 
     assert sum(written) == expected.generated

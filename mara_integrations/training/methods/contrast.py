@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
 from typing_extensions import override
 
 from mara_integrations.data import Row
@@ -87,7 +88,7 @@ class ContrastLearner(QHeadLearner[Side]):
     def fit(self, name: str, rounds: Sequence[Side], held_out_rounds: Sequence[Side]) -> None:
         """Fit q to the sum of what the contrast and the rewards say, in standard deviations."""
         sides = [Side.join(rounds), Side.join(held_out_rounds)]
-        found = [each.values for each in self._differences(self.run, sides)]
+        found = self.values(sides)
         positions = [side.positions for side in sides]
         if self.run.plan.reward is not None:
             positions, found = with_rewards(self.run, name, sides, found)
@@ -95,6 +96,10 @@ class ContrastLearner(QHeadLearner[Side]):
         is_first = len(rounds) == 1  # later fits go on from what the first one taught
         if is_first and not any(epoch.held_out_loss < history[0].held_out_loss for epoch in history[1:]):
             self.run.say(f"  [yellow]{_learned_nothing(self.run)}[/]")
+
+    def values(self, sides: Sequence[Side]) -> list[Tensor]:
+        """Return what the contrast says of the candidates, in standard deviations, (P, K) a side."""
+        return [each.values for each in self._differences(self.run, sides)]
 
     def fit_to(self, name: str, train: Targets, held_out: Targets) -> list[Epoch]:
         """Fit q to targets in standard deviations; return all epochs."""

@@ -77,6 +77,15 @@ class Learner(ABC, Generic[ExperienceT]):
     def fit(self, name: str, rounds: Sequence[ExperienceT], held_out_rounds: Sequence[ExperienceT]) -> None:
         """Fit the head to the rounds so far."""
 
+    def fits_again(self, base: ExperienceT, gated: ExperienceT) -> bool:
+        """Return whether the first replies of the head call for another fit, to more than the first one.
+
+        Args:
+            base: Replies of the base model to held-out prompts.
+            gated: Replies of the head, with the same random numbers.
+        """
+        return False
+
     @abstractmethod
     def gain(self, name: str, held_out: PromptSide, base: ExperienceT, gated: ExperienceT) -> float:
         """Return how much better gated replies to held-out prompts are than the base model's, and report it.
@@ -145,15 +154,22 @@ def train_in_rounds(
     base = learner.gather("held-out base replies", held_out_side, untrained, is_base=True)
     held_out_rounds = [base]
     best: BestRound[ExperienceT] | None = None
+
+    def fitted(name: str) -> ExperienceT:
+        """Fit the head to the rounds so far, set its scale, and return its replies to held-out prompts."""
+        learner.fit(f"fit {name}", rounds, held_out_rounds)
+        set_scale(head, learner.scale_within_budget(base))
+        return learner.gather(f"held-out gated replies {name}", held_out_side, head)
+
     for number in range(num_rounds + 1):
         if best is not None:
             side = train_side.quarter(number - 1)
             for stage, temperature in learner.stages.items():
                 rounds.append(learner.gather(f"{stage} {number}", side, head, temperature=temperature))
             held_out_rounds.append(best.held_out)
-        learner.fit(f"fit {number + 1}", rounds, held_out_rounds)
-        set_scale(head, learner.scale_within_budget(base))
-        gated = learner.gather(f"held-out gated replies {number + 1}", held_out_side, head)
+        gated = fitted(f"{number + 1}")
+        if best is None and learner.fits_again(base, gated):
+            gated = fitted("1, again")
         gain = learner.gain(f"round {number + 1}", held_out_side, base, gated)
         if best is not None and gain <= best.gain:
             run.say("  this round did not help: the head stays as it was before")

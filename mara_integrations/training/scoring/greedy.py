@@ -29,8 +29,10 @@ MIN_GREEDY_DISTINCT_RATIO = 0.9
 _VARIETY = 1  # among the losses, see `quality_losses`
 _TRIALS = 2
 # What greedy replies lose grows with about this power of either setting, measured on SmolLM2-135M. From the second
-# trial on, what the trials tell of it counts, within bounds.
-_GROWTH, _MIN_GROWTH, _MAX_GROWTH = 2.3, 1.5, 5.0
+# trial on, what the trials tell of it counts, within bounds. Variety comes back slowly as the strength falls: the
+# strongest preferences, which cost it most, go last.
+_GROWTH, _MAX_GROWTH = 2.3, 5.0
+_MIN_GROWTHS = (1.5, 0.7)  # of perplexity, and of variety
 _LEAST_LOSS = 0.1  # a loss below this is as good as none, and none has a logarithm
 
 
@@ -121,16 +123,17 @@ class Held(NamedTuple):
     is_seen: bool
 
 
-def share_within_losses(losses_at: Callable[[float], Sequence[float]]) -> Held:
+def share_within_losses(losses_at: Callable[[float], tuple[float, float]]) -> Held:
     """Return the largest share of a setting at which no loss is above 1.
 
     Few replies tell a loss: what all trials say of it together counts, not whether the last one was lucky.
 
     Args:
-        losses_at: Losses at a share, each of which grows with it as a power; called once a trial.
+        losses_at: What replies lose of perplexity and variety at a share, see `quality_losses`. Each grows with it as a
+            power. Called once a trial.
     """
     tried: list[float] = []  # logarithms of the shares
-    trials: list[Sequence[float]] = []
+    trials: list[tuple[float, float]] = []
     share, roots = 1.0, [0.0]
     for _ in range(_TRIALS):
         losses = losses_at(share)
@@ -139,15 +142,15 @@ def share_within_losses(losses_at: Callable[[float], Sequence[float]]) -> Held:
         tried.append(math.log(share))
         trials.append(losses)
         logs = [[math.log(max(loss, _LEAST_LOSS)) for loss in measure] for measure in zip(*trials, strict=True)]
-        roots = [_root(tried, values) for values in logs]
+        roots = [_root(tried, values, least) for values, least in zip(logs, _MIN_GROWTHS, strict=True)]
         share = math.exp(min(0.0, *roots))
     return Held(share, roots.index(min(roots)), all(min(measure) <= 1.0 for measure in zip(*trials, strict=True)))
 
 
-def _root(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return where the line through points is 0; its slope is that of least squares, within bounds."""
+def _root(x: Sequence[float], y: Sequence[float], least: float) -> float:
+    """Return where the line through points is 0; its slope is that of least squares, at least `least`."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((value - mean_x) ** 2 for value in x)
     product = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True))
     slope = product / spread if spread > 0 else _GROWTH
-    return mean_x - mean_y / min(max(slope, _MIN_GROWTH), _MAX_GROWTH)
+    return mean_x - mean_y / min(max(slope, least), _MAX_GROWTH)

@@ -10,13 +10,20 @@ import torch
 
 from mara_integrations.errors import ConfigError, DataError
 from mara_integrations.heads.head import MARAHead
+from mara_integrations.messages import Conversation, Message
 from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.progress import Reporter
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.dry_run import dry_run
+from mara_integrations.training.identity import Identity
+from mara_integrations.training.learning.q_objectives import centred
 from mara_integrations.training.long_prompts import without_long_prompts
+from mara_integrations.training.methods import principle
+from mara_integrations.training.methods.beside_prompts import exchanged, with_prompts
+from mara_integrations.training.methods.principle import PrincipleLearner
 from mara_integrations.training.plan import make_plan
 from mara_integrations.training.registry import METHODS
-from mara_integrations.training.run import train
+from mara_integrations.training.run import start, train
 
 SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 2, "max_replies": 16}
 
@@ -122,6 +129,109 @@ def test_each_contrast_teaches_another_head(files):
 
     for one, other in itertools.combinations(heads, 2):
         assert not all(map(torch.equal, one.values(), other.values()))
+
+
+@pytest.fixture
+def alike(monkeypatch):
+    """Replies to held-out prompts are too much alike, and those of a head that learned more are not."""
+    monkeypatch.setattr(principle, "quality_ratios", lambda base, gated: (1.0, 0.89))
+
+
+class Notes(Reporter):
+    """Remembers what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.mark.usefixtures("alike")
+def test_replies_that_are_too_much_alike_are_a_reason_to_learn_what_prompts_change(files):
+    plain = train(config(files, "plain", eval_prompts=0, kl_budget=0.3)).head
+    notes = Notes()
+    found = train(config(files, eval_prompts=0), reporter=notes).head
+
+    assert found.config.metrics["contrast"] == "a neutral sentence, and what prompts themselves change"
+    assert (
+        "against a neutral sentence, and what prompts themselves change" in (files / "head" / "README.md").read_text()
+    )
+    assert [line for line in notes.lines if "too much alike (distinct pairs of tokens x 0.89)" in line]
+    assert not all(map(torch.equal, found.state_dict().values(), plain.state_dict().values()))
+
+
+def test_other_heads_do_not_learn_it(files, monkeypatch):
+    monkeypatch.setattr(principle, "quality_ratios", lambda *_: (3.0, 0.901))  # the scale is for perplexity
+    found = train(config(files, eval_prompts=0))
+
+    assert found.head.config.metrics["contrast"] == "a neutral sentence"
+
+
+@pytest.mark.usefixtures("alike")
+def test_a_budget_that_the_user_names_is_kept_to_instead(files):
+    found = train(config(files, eval_prompts=0, kl_budget=0.3))
+
+    assert found.head.config.metrics["contrast"] == "a neutral sentence"
+
+
+@pytest.mark.usefixtures("alike")
+def test_rounds_and_rewards_go_with_what_prompts_change(files):
+    found = train(config(files, eval_prompts=0, rounds=1, partial_text=True), reward=length)
+
+    assert found.head.config.metrics["contrast"] == (
+        "a neutral sentence, and what raises length, and what prompts themselves change"
+    )
+
+
+@pytest.mark.usefixtures("alike")
+@pytest.mark.parametrize("stage", ["base replies after another prompt", "held-out gated replies 1, again"])
+def test_a_run_that_is_interrupted_in_the_second_fit_ends_with_the_same_head(files, interrupting, stage):
+    settings = {"eval_prompts": 0, "rounds": 1}
+    whole = train(config(files, "whole", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(files, "cut", **settings), reporter=interrupting(stage, 1))
+
+    cut = train(config(files, "cut", **settings))
+
+    assert weights(files, "cut") == weights(files, "whole")
+    assert cut.head.config.scale == whole.head.config.scale
+
+
+def test_what_their_own_prompts_change_is_added_in_standard_deviations(files):
+    chosen = config(files)
+    plan = make_plan(chosen)
+    run = start(chosen, plan, Identity.of(chosen, plan), Reporter())
+    side = PrincipleLearner.prompt_sides(run)[1]
+    replies = PrincipleLearner(run, run.new_head().eval()).gather("replies", side, run.new_head().eval(), is_base=True)
+    where, live = replies.positions, replies.positions.live
+
+    (found,) = with_prompts(run, [replies], [torch.ones_like(where.log_probs)])
+
+    def logits(prompt, reply):
+        """Of all tokens before each token of the reply, by a forward over the whole text."""
+        context = run.model.tokenizer(f"[user] {prompt.messages[-1].content}\n[assistant] ").input_ids
+        with torch.inference_mode():
+            return run.model.model(torch.tensor([[*context, *reply.token_ids]])).logits[0, len(context) - 1 : -1]
+
+    changes = torch.zeros_like(where.log_probs)
+    for row, (index, place) in enumerate(zip(where.replies.tolist(), where.places.tolist(), strict=True)):
+        reply = replies.generated[index]
+        own, other = (replies.prompts[(reply.prompt_index + step) % len(replies.prompts)] for step in (0, 1))
+        changes[row] = (logits(own, reply) - logits(other, reply))[place, where.token_ids[row]]
+    changes = centred(changes, where.log_probs)
+    assert torch.allclose(found[live], 1.0 + 0.5 * (changes / changes[live].std())[live], atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_no_prompt_is_exchanged_for_itself(count):
+    prompts = [Conversation((Message("user", f"{i % count}?"),)) for i in range(2 * count)]  # rounds ask prompts again
+
+    others = exchanged(prompts)
+
+    assert len(others) == len(prompts)
+    assert all(one != other for one, other in zip(prompts, others, strict=True))
+    assert exchanged([prompts[0], prompts[0], prompts[1]]) == [prompts[1], prompts[1], prompts[0]]
 
 
 ROOM = 512 - SMALL["max_reply_tokens"]  # tokens of the tiny model's context window, which are characters

@@ -149,7 +149,7 @@ def test_too_little_memory_for_a_second_copy_is_no_error(monkeypatch):
     assert isinstance(backend, PackedBackend) and not isinstance(backend, FusedBackend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 def test_rows_of_a_packed_linear_do_not_depend_on_how_many_there_are(dtype):
     linear, x = torch.nn.Linear(96, 160).to(dtype), torch.randn(40, 96)
     packed = PackedLinear(linear.weight, linear.bias)

@@ -74,6 +74,16 @@ class Interrupting(Reporter):
         yield advance
 
 
+class Notes(Reporter):
+    """Remembers what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
 class Forwards:
     """Counts the forwards of a model from now on, and makes them take some time, as those of a real model do."""
 
@@ -125,6 +135,11 @@ def nothing_fed_ahead(monkeypatch):
 @pytest.fixture
 def interrupting():
     return Interrupting
+
+
+@pytest.fixture
+def notes():
+    return Notes()
 
 
 @pytest.fixture(scope="session")

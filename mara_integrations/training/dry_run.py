@@ -102,9 +102,9 @@ def _report(run: Run, estimate: Estimate) -> None:
     expected = estimate.expected
     cached = f", of which {expected.cached} are in the cache" if expected.cached else ""
     run.say(
-        f"[bold]Time[/]   about {_minutes(estimate.seconds)}: {_minutes(expected.collect_s)} for {expected.replies} "
-        f"replies of up to {run.config.max_reply_tokens} tokens{cached}, {_minutes(expected.fit_s)} for the fits, "
-        f"{_minutes(expected.evaluate_s)} for the evaluation"
+        f"[bold]Time[/]   up to about {_minutes(estimate.seconds)}: {_minutes(expected.collect_s)} for "
+        f"{expected.replies} replies of up to {run.config.max_reply_tokens} tokens{cached}, "
+        f"{_minutes(expected.fit_s)} for the fits, {_minutes(expected.evaluate_s)} for the evaluation"
     )
     models = "the model and the largest teacher" if run.teachers else "the model"
     peak = "" if estimate.peak_bytes is None else f"about {_mib(estimate.peak_bytes)} at the peak: "

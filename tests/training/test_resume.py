@@ -10,7 +10,6 @@ import pytest
 
 from mara_integrations.errors import ModelError, OutputError
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.progress import Reporter
 from mara_integrations.testing import tiny_model
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.context import FAILURE_FILE
@@ -21,22 +20,12 @@ SMALL = {"max_reply_tokens": 6, "epochs": 2, "inner_size": 16, "eval_prompts": 0
 REWARD = "def vowels(completions, **_):\n    return [sum(map(text.count, 'aeiou')) for text in completions]\n"
 
 
-class Notes(Reporter):
-    """Remembers what is said, and the stages at that moment."""
+def continued(notes):
+    return [line for line in notes.lines if "an interrupted run in this folder is continued" in line]
 
-    def __init__(self):
-        self.lines = []
 
-    def say(self, line):
-        self.lines.append(line)
-
-    @property
-    def continued(self):
-        return [line for line in self.lines if "an interrupted run in this folder is continued" in line]
-
-    @property
-    def not_continued(self):
-        return [line for line in self.lines if "is not continued" in line]
+def not_continued(notes):
+    return [line for line in notes.lines if "is not continued" in line]
 
 
 @pytest.fixture
@@ -59,10 +48,9 @@ def interrupted(settings, interrupting):
 
 
 class TestAnInterruptedRun:
-    def test_is_continued_by_the_same_command_and_that_is_said(self, interrupted):
-        notes = Notes()
+    def test_is_continued_by_the_same_command_and_that_is_said(self, interrupted, notes):
         train(interrupted(), reporter=notes)
-        assert not notes.not_continued and len(notes.continued) == 1
+        assert not not_continued(notes) and len(continued(notes)) == 1
 
     def change_reward(self, tmp_path):
         (tmp_path / "rewards.py").write_text(REWARD.replace("aeiou", "xyz"))
@@ -78,57 +66,53 @@ class TestAnInterruptedRun:
         ("change", "said"), [("change_reward", "the reward changed"), ("change_data", "the data changed")]
     )
     def test_of_another_reward_or_other_data_is_not_and_that_is_said_before_the_model_is_loaded(
-        self, interrupted, tmp_path, monkeypatch, change, said
+        self, interrupted, tmp_path, monkeypatch, change, said, notes
     ):
         getattr(self, change)(tmp_path)
-        notes = Notes()
 
         def load(spec):
-            assert said in notes.not_continued[0]
+            assert said in not_continued(notes)[0]
             raise InterruptedError
 
         monkeypatch.setattr("mara_integrations.training.run.load_model", load)
         with pytest.raises(InterruptedError):
             train(interrupted(), reporter=notes)
 
-    def test_of_other_settings_is_not_and_they_are_named(self, interrupted):
-        notes = Notes()
+    def test_of_other_settings_is_not_and_they_are_named(self, interrupted, notes):
         train(interrupted(seed=3), reporter=notes)
-        assert "seed was 0, is 3" in notes.not_continued[0]
-        assert len(notes.not_continued) == 1 and not notes.continued
+        assert "seed was 0, is 3" in not_continued(notes)[0]
+        assert len(not_continued(notes)) == 1 and not continued(notes)
 
-    def test_of_another_version_is_not(self, interrupted, monkeypatch):
+    def test_of_another_version_is_not(self, interrupted, monkeypatch, notes):
         monkeypatch.setattr("mara_integrations.__version__", "99.0")
-        notes = Notes()
         dry_run(interrupted(), notes)
-        assert "the version of mara_integrations was" in notes.not_continued[0]
-        assert "is 99.0" in notes.not_continued[0]
+        assert "the version of mara_integrations was" in not_continued(notes)[0]
+        assert "is 99.0" in not_continued(notes)[0]
 
-    def test_of_other_weights_under_the_same_name_is_not(self, interrupted, folder_model):
+    def test_of_other_weights_under_the_same_name_is_not(self, interrupted, folder_model, notes):
         tiny_model(seed=1).save_pretrained(folder_model)
-        notes = Notes()
         train(interrupted(), reporter=notes)
-        assert "the weights of the model changed" in notes.not_continued[0]
+        assert "the weights of the model changed" in not_continued(notes)[0]
 
-    def test_whose_reward_uses_another_file_beside_it_is_not_when_that_changed(self, settings, interrupting, tmp_path):
+    def test_whose_reward_uses_another_file_beside_it_is_not_when_that_changed(
+        self, settings, interrupting, tmp_path, notes
+    ):
         self.change_helper(tmp_path)
         (tmp_path / "uses.py").write_text("import letters\n" + REWARD.replace("'aeiou'", "letters.VOWELS"))
         config = settings(reward=f"{tmp_path / 'uses.py'}:vowels")
         with pytest.raises(KeyboardInterrupt):
             train(config, reporter=interrupting("held-out base replies", 1))
         (tmp_path / "letters.py").write_text("VOWELS = 'aeiou'\n")
-        notes = Notes()
         dry_run(config, notes)
-        assert "the reward changed" in notes.not_continued[0]
+        assert "the reward changed" in not_continued(notes)[0]
 
 
 class TestAFinishedHead:
-    def test_is_returned_by_the_same_command_at_once(self, settings, monkeypatch):
-        notes = Notes()
+    def test_is_returned_by_the_same_command_at_once(self, settings, monkeypatch, notes):
         first = train(settings(), reporter=notes)
-        assert not notes.continued, "there was nothing before"
+        assert not continued(notes), "there was nothing before"
         monkeypatch.setattr("mara_integrations.training.run.load_model", lambda spec: pytest.fail("nothing to do"))
-        notes = Notes()
+        notes.lines.clear()
 
         again = train(settings(), reporter=notes)
 

@@ -1,4 +1,7 @@
-"""Replies that the model generates. Those of the base model are cached for every later run: no method changes them."""
+"""Replies that the model generates. Those of the base model are cached for every later run: no method changes them.
+
+A run keeps those that it uses among its own work, too: what it stores beside them, as readings and scores, is of these.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from mara_integrations.sampling import GateParams
 from mara_integrations.training.collect.workload import Generation
 from mara_integrations.training.context import Run
 from mara_integrations.training.identity import MODEL
-from mara_integrations.training.records.store import cache_file, mark_used
+from mara_integrations.training.records.store import cache_file, mark_used, share
 from mara_integrations.training.rollouts.replies import Reply
 from mara_integrations.training.rollouts.storage import load_or_generate
 from mara_integrations.training.rollouts.workers import Prefetch, RolloutBatch
@@ -50,21 +53,25 @@ def generate_replies(
     """
     size = prompts_per_batch(replies_per_prompt)
     order, batches = _batches(run, prompts, replies_per_prompt, seed, head, temperature)
+    files = [run.stored(stage, index * size) for index in range(len(batches))]
     is_cached = head is None or is_base
-    files = [
-        cache_file(_cache_key(run, batch)) if is_cached else run.stored(stage, index * size)
-        for index, batch in enumerate(batches)
-    ]
+    shared = [cache_file(_cache_key(run, batch)) for batch in batches] if is_cached else []
+
+    def is_stored(index: int) -> bool:
+        return files[index].exists() or (is_cached and share(shared[index], files[index]))
+
     replies: list[Reply] = []
     with run.stage(stage, len(prompts) * replies_per_prompt) as advance:
         prefetch = Prefetch(run.workers, batches, advance)
         for index, file in enumerate(files):
             ahead = range(index, min(index + run.workers.num_workers, len(batches)))
-            prefetch.start(i for i in ahead if not files[i].exists())
+            prefetch.start(i for i in ahead if not is_stored(i))
             generated, was_stored = load_or_generate(file, partial(prefetch.result, index))
             if is_cached:
-                mark_used(file)
-            if was_stored and not prefetch.is_pending(index):  # another run may have stored it meanwhile
+                if not was_stored:
+                    share(file, shared[index])
+                mark_used(shared[index])
+            if was_stored:
                 advance(len(generated))
             for reply in generated:
                 reply.prompt_index = order[index * size + reply.prompt_index]

@@ -1,8 +1,8 @@
-"""What prompts change, beside a contrast: it keeps replies to the point, and so different from each other.
+"""Adds to a contrast what the prompts themselves change, so that replies differ as much as their prompts do.
 
 A manner that is the same for every prompt asks for the same phrases in every reply. The base model reads its replies
-once more after prompts that they were not written to. What their own prompts change in the log-probability of a
-candidate is added to what the contrast says of it.
+once more, each after another prompt. The log-probability of a candidate after its own prompt, less that after the
+other one, is added to what the contrast says of it.
 
 Source: Li et al. 2016 (arXiv 1510.03055), who find replies that tell more about what was asked for by the same
 difference, against replies that fit everywhere.
@@ -23,12 +23,12 @@ _WEIGHT = 0.5
 
 
 def with_prompts(run: Run, sides: Sequence[Side], values: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sum of what a contrast and prompts say of the candidates, (P, K) a side.
+    """Return what a contrast and the prompts say of each candidate together, one tensor (P, K) for each side.
 
     Args:
         run: The run.
         sides: The replies, to at least two different prompts a side.
-        values: What the contrast says, in standard deviations, (P, K) a side.
+        values: What the contrast says of each candidate, in standard deviations, one tensor (P, K) for each side.
     """
     sums = []
     for side, value in zip(sides, values, strict=True):

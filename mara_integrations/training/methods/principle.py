@@ -68,7 +68,7 @@ class PrincipleLearner(ContrastLearner):
     """Fits Q-heads to what a sentence changes, and to what prompts change where replies are too much alike.
 
     Attributes:
-        keeps_to_prompts: Whether the head is fitted to what prompts change.
+        keeps_to_prompts: Whether what prompts change is added to what the sentence changes; see `beside_prompts`.
     """
 
     def __init__(self, run: Run, head: MARAHead) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +81,32 @@ def as_dict(instance: Any) -> dict[str, Any]:
 def cache_file(key: str) -> Path:
     """Return the path of cached replies, of the base model or of the data, in the cache folder (`MARA_CACHE_DIR`)."""
     return cache_dir() / "replies" / f"{key}.pt"
+
+
+def share(source: Path, target: Path) -> bool:
+    """Give a file a second name, or copy it where the system has no links; return whether it is there.
+
+    Args:
+        source: The file.
+        target: The second name. What has it already is replaced.
+
+    Raises:
+        OutputError: If a copy can't be written.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except FileNotFoundError:
+        return False
+    except OSError:  # another file system, or one without links
+        with suppress(OSError), source.open("rb") as file:  # what can't be read counts as absent
+            write_atomically(target, partial(shutil.copyfileobj, file), private=True)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # where both names had the file already, nothing was moved
+    return target.exists()
 
 
 def mark_used(path: Path) -> None:

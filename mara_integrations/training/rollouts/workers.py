@@ -121,10 +121,6 @@ class Prefetch:
             if index not in self._pending:
                 self._pending[index] = self._workers.submit(self._batches[index], self._on_reply)
 
-    def is_pending(self, index: int) -> bool:
-        """Return whether a batch was started whose replies nobody took."""
-        return index in self._pending
-
     def result(self, index: int) -> list[Reply]:
         """Return the replies of a batch, and start it if nobody did."""
         self.start([index])

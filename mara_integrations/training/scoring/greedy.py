@@ -129,8 +129,8 @@ def share_within_losses(losses_at: Callable[[float], tuple[float, float]]) -> He
     Few replies tell a loss: what all trials say of it together counts, not whether the last one was lucky.
 
     Args:
-        losses_at: What replies lose of perplexity and variety at a share, see `quality_losses`. Each grows with it as a
-            power. Called once a trial.
+        losses_at: Returns what replies lose of perplexity and of variety at a share, see `quality_losses`. Each loss is
+            taken to grow as a power of the share. Called once a trial.
     """
     tried: list[float] = []  # logarithms of the shares
     trials: list[tuple[float, float]] = []

@@ -125,16 +125,6 @@ def test_a_run_that_is_interrupted_in_a_round_ends_with_the_head_of_an_uninterru
     assert cut.kl_per_token == whole.kl_per_token <= 0.3 + 1e-6
 
 
-class Notes(Reporter):
-    """Remembers what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-
 LEARNS_NOTHING = {"learning_rate": 1.0, "epochs": 1, "rounds": 0}  # one step, far beyond any minimum
 
 
@@ -146,8 +136,7 @@ LEARNS_NOTHING = {"learning_rate": 1.0, "epochs": 1, "rounds": 0}  # one step, f
         ("grounding", "More replies (--max-replies) would help.[/]"),
     ],
 )
-def test_a_head_that_learned_nothing_is_told_with_what_would_help(config, how, helps):
-    notes = Notes()
+def test_a_head_that_learned_nothing_is_told_with_what_would_help(config, how, helps, notes):
     train(config(how=how, **LEARNS_NOTHING), reporter=notes)
 
     (said,) = [line for line in notes.lines if "learned nothing" in line]
@@ -155,8 +144,7 @@ def test_a_head_that_learned_nothing_is_told_with_what_would_help(config, how, h
     assert helps in said
 
 
-def test_of_a_head_that_learned_something_no_such_thing_is_said(config):
-    notes = Notes()
+def test_of_a_head_that_learned_something_no_such_thing_is_said(config, notes):
     train(config(**LEARNING), reporter=notes)
 
     assert not [line for line in notes.lines if "learned nothing" in line]

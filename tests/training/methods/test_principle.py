@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from mara_integrations.training.methods import principle
 from mara_integrations.training.methods.beside_prompts import exchanged, with_prompts
 from mara_integrations.training.methods.principle import PrincipleLearner
 from mara_integrations.training.plan import make_plan
+from mara_integrations.training.records.store import cache_file
 from mara_integrations.training.registry import METHODS
 from mara_integrations.training.run import start, train
 
@@ -75,6 +77,25 @@ def test_an_interrupted_run_ends_with_the_head_of_an_uninterrupted_one(files, in
     assert loaded.config.principle == "Be kind." and loaded.config.form == "q"
     card = (files / "whole" / "README.md").read_text()
     assert "> Be kind." in card and "| head and sentence, greedy |" in card
+
+
+@pytest.mark.parametrize("cache", ["other replies", "none"])
+def test_an_interrupted_run_goes_on_with_its_replies_whatever_the_cache_has(files, interrupting, cache):
+    with pytest.raises(KeyboardInterrupt):
+        train(config(files, "cut", eval_prompts=0), reporter=interrupting("base replies under a neutral sentence", 1))
+    to_fit_on, held_out = cache_file("").parent.glob("*.pt")
+    contents = to_fit_on.read_bytes(), held_out.read_bytes()
+    for file, other in zip((to_fit_on, held_out), reversed(contents), strict=True):
+        file.unlink()
+        if cache == "other replies":
+            file.write_bytes(other)
+    cut = train(config(files, "cut", eval_prompts=0))
+    shutil.rmtree(cache_file("").parent)
+
+    whole = train(config(files, "whole", eval_prompts=0))
+
+    assert weights(files, "cut") == weights(files, "whole")
+    assert cut.head.config.scale == whole.head.config.scale
 
 
 def test_the_sentence_decides_the_head(files):
@@ -133,24 +154,13 @@ def test_each_contrast_teaches_another_head(files):
 
 @pytest.fixture
 def alike(monkeypatch):
-    """Replies to held-out prompts are too much alike, and those of a head that learned more are not."""
+    """Replies of heads to held-out prompts count as too much alike."""
     monkeypatch.setattr(principle, "quality_ratios", lambda base, gated: (1.0, 0.89))
 
 
-class Notes(Reporter):
-    """Remembers what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-
 @pytest.mark.usefixtures("alike")
-def test_replies_that_are_too_much_alike_are_a_reason_to_learn_what_prompts_change(files):
+def test_replies_that_are_too_much_alike_are_a_reason_to_learn_what_prompts_change(files, notes):
     plain = train(config(files, "plain", eval_prompts=0, kl_budget=0.3)).head
-    notes = Notes()
     found = train(config(files, eval_prompts=0), reporter=notes).head
 
     assert found.config.metrics["contrast"] == "a neutral sentence, and what prompts themselves change"
@@ -209,7 +219,7 @@ def test_what_their_own_prompts_change_is_added_in_standard_deviations(files):
     (found,) = with_prompts(run, [replies], [torch.ones_like(where.log_probs)])
 
     def logits(prompt, reply):
-        """Of all tokens before each token of the reply, by a forward over the whole text."""
+        """Return the logits of the whole vocabulary before each token of a reply, by one forward over both."""
         context = run.model.tokenizer(f"[user] {prompt.messages[-1].content}\n[assistant] ").input_ids
         with torch.inference_mode():
             return run.model.model(torch.tensor([[*context, *reply.token_ids]])).logits[0, len(context) - 1 : -1]

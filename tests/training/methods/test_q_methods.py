@@ -16,7 +16,6 @@ from mara_integrations.heads.head import MARAHead
 from mara_integrations.heads.q import QHead
 from mara_integrations.messages import Conversation, Message
 from mara_integrations.models.load import ModelSpec, load_model
-from mara_integrations.progress import Reporter
 from mara_integrations.rewards import parse_rule
 from mara_integrations.sampling import SamplingParams
 from mara_integrations.testing import tiny_model, tiny_tokenizer
@@ -30,16 +29,6 @@ from mara_integrations.training.rollouts.replies import GivenReply, read_replies
 from mara_integrations.training.rollouts.workers import LocalWorker
 from mara_integrations.training.run import train
 from mara_integrations.training.scoring import q_scale
-
-
-class Hearing(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture
@@ -94,34 +83,31 @@ of_the_prompt.takes_partial_text = True
 
 
 @pytest.mark.parametrize(("reward", "is_said"), [(early, False), (of_the_prompt, True)])
-def test_a_reward_that_teaches_nothing_is_named(files, reward, is_said):
-    hearing = Hearing()
-    train(settings(files, "prompts"), reward=reward, reporter=hearing)
-    assert any("not shown to be better" in line for line in hearing.lines) is is_said
+def test_a_reward_that_teaches_nothing_is_named(files, reward, is_said, notes):
+    train(settings(files, "prompts"), reward=reward, reporter=notes)
+    assert any("not shown to be better" in line for line in notes.lines) is is_said
 
 
 @pytest.mark.parametrize(("reward", "rounds"), [(early, 0), (early, 1), (late, 1)], ids=["parts", "rounds", "whole"])
-def test_a_reward_is_followed(files, reward, rounds):
-    hearing = Hearing()
+def test_a_reward_is_followed(files, reward, rounds, notes):
     config = settings(files, "prompts", method="rloo", rounds=rounds, max_replies=48, eval_prompts=8)
 
-    result = train(config, reward=reward, reporter=hearing)
+    result = train(config, reward=reward, reporter=notes)
 
     assert isinstance(result.head, QHead) and result.head.config.inner_sizes == (64, 16)
     assert 0 < result.kl_per_token < 0.3
     change = next(iter(result.evaluation.rewards.values()))
     assert change.gated_mean > change.base_mean
-    assert any("greedy replies at strength" in line for line in hearing.lines)
+    assert any("greedy replies at strength" in line for line in notes.lines)
 
 
-def test_a_budget_that_is_named_is_kept_to(files):
-    hearing = Hearing()
+def test_a_budget_that_is_named_is_kept_to(files, notes):
     config = settings(files, "prompts", method="rloo", kl_budget=0.02, max_replies=48, eval_prompts=0)
 
-    result = train(config, reward=early, reporter=hearing)
+    result = train(config, reward=early, reporter=notes)
 
     assert result.kl_per_token <= 0.021
-    assert not any("greedy replies at strength" in line for line in hearing.lines)
+    assert not any("greedy replies at strength" in line for line in notes.lines)
 
 
 def test_base_replies_are_shared_by_all_rewards_and_not_by_heads_of_other_forms(files):
@@ -136,15 +122,14 @@ def test_base_replies_are_shared_by_all_rewards_and_not_by_heads_of_other_forms(
 
 
 @pytest.mark.parametrize(("method", "data"), [("dpo", "pairs"), ("kto", "labels"), ("kto", "pairs")])
-def test_pairs_and_thumbs_are_told_apart(files, method, data):
-    hearing = Hearing()
+def test_pairs_and_thumbs_are_told_apart(files, method, data, notes):
 
-    result = train(settings(files, data, method=method, learning_rate=3e-3), reporter=hearing)
+    result = train(settings(files, data, method=method, learning_rate=3e-3), reporter=notes)
 
     assert result.head.config.form == "q" and result.head.config.method == method
     assert 0 < result.head.config.scale <= 1.0, "no stronger than it was fitted"
     assert result.held_out_accuracy.mean > 0.8, "vowels are easy to tell"
-    assert any("are not candidates of the model" in line for line in hearing.lines)
+    assert any("are not candidates of the model" in line for line in notes.lines)
 
 
 def test_labels_are_stepped_along(files):
@@ -184,18 +169,17 @@ def test_the_scale_is_set_on_held_out_prompts_and_others_only_where_these_are_fe
         asked.clear()
 
 
-def test_a_rule_is_kept_and_the_damage_is_told(files):
-    hearing = Hearing()
+def test_a_rule_is_kept_and_the_damage_is_told(files, notes):
     config = settings(
         files, "prompts", method="rule", forbid=tuple("!#$%&()*+=~;?"), max_replies=48, epochs=12, eval_prompts=12,
         max_reply_tokens=12,
     )  # fmt: skip
 
-    result = train(config, reporter=hearing)
+    result = train(config, reporter=notes)
 
     change = next(iter(result.evaluation.rewards.values()))
     assert change.gated_mean >= change.base_mean
-    assert any("that were fine" in line for line in hearing.lines)
+    assert any("that were fine" in line for line in notes.lines)
     assert result.head.config.scale == 1.0 and result.head.config.min_candidates == 2
 
 

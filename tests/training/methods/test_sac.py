@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from mara_integrations.errors import ConfigError, OutputError
 from mara_integrations.heads.config import HeadConfig
 from mara_integrations.heads.head import MARAHead
-from mara_integrations.progress import Reporter
 from mara_integrations.training.config import TrainConfig
 from mara_integrations.training.learning.actor_critic import (
     DecisionStats,
@@ -234,16 +233,6 @@ def run(files, output="head", reporter=None, **values):
     )  # fmt: skip
 
 
-class Listening(Reporter):
-    """Remembers what was said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-
 def rounds(folder):
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "round"]
@@ -275,13 +264,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_head(interrupting, files):
     assert resumed.head.fingerprint == whole.head.fingerprint
 
 
-def test_a_head_that_stops_deciding_is_kept_as_it_was_before(files, monkeypatch):
+def test_a_head_that_stops_deciding_is_kept_as_it_was_before(files, monkeypatch, notes):
     monkeypatch.setattr("mara_integrations.training.methods.sac.collapse", lambda stats: "it gave up")
-    news = Listening()
-    result = run(files, reporter=news, eval_prompts=0)
+    result = run(files, reporter=notes, eval_prompts=0)
     assert len(rounds(files / "head")) == 1
     assert float(result.head.output_linear.weight.abs().max()) == 0, "as before the first round"
-    assert any("stopped after round 1, because the head no longer decides: it gave up" in line for line in news.lines)
+    assert any("stopped after round 1, because the head no longer decides: it gave up" in line for line in notes.lines)
 
 
 def test_what_can_not_work_is_refused(files, monkeypatch):

@@ -61,6 +61,26 @@ def test_what_another_run_prunes_at_once_is_not_lost(monkeypatch):
     assert replies[0].states.sum() == 12 and not was_stored
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_is_shared_under_two_names(tmp_path, monkeypatch, has_links):
+    def fails(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", fails)
+    one, other = tmp_path / "one.pt", tmp_path / "folder" / "other.pt"
+    assert not store.share(one, other) and not other.exists()
+
+    store.save(one, [1])
+    for _ in range(2):
+        assert store.share(one, other)
+    assert one.samefile(other) is has_links
+    one.unlink()
+
+    assert store.load(other) == [1]
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["other.pt"], "nothing else is left"
+
+
 def test_a_fine_tuned_model_has_another_bank():
     model, same, other = (load_model(ModelSpec((tiny_model(), tiny_tokenizer()))) for _ in range(3))
     with torch.no_grad():

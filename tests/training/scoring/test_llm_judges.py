@@ -55,14 +55,6 @@ class CountsVowels(BaseChatModel):
         return ChatResult(generations=[ChatGeneration(message=AIMessage(said))])
 
 
-class Lines(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 @pytest.fixture
 def config(folder_model: str, prompts_file: Path, tmp_path: Path) -> Any:
     def config(**how: Any) -> TrainConfig:
@@ -106,12 +98,13 @@ def local_judge(tmp_path: Path) -> str:
     return f"llm:mara:{tmp_path / 'judge'}"
 
 
-def test_a_dry_run_says_how_often_it_will_ask_and_keeps_nothing(config: Any, local_judge: str, tmp_path: Path) -> None:
-    lines = Lines()
+def test_a_dry_run_says_how_often_it_will_ask_and_keeps_nothing(
+    config: Any, local_judge: str, tmp_path: Path, notes: Any
+) -> None:
     pytest.importorskip("xgrammar", reason="needs the tools extra")
     settings = config(judge=f"{local_judge}?structured=yes", reward="length?words=3")
-    dry_run(settings, lines)
-    said = next(line for line in lines.lines if "Judges" in line)
+    dry_run(settings, notes)
+    said = next(line for line in notes.lines if "Judges" in line)
     assert re.search(r"up to \d+ of judge mara:", said) and "stops a run at 5000" in said
     assert not judges_folder().exists() and not (tmp_path / "head").exists()
 
@@ -128,12 +121,13 @@ def test_the_estimate_is_a_bound(config: Any, mode: Any) -> None:
     assert 0 < len(model.asked) <= bound + 2 * judge.calls_per_reply + 2, "which try the judge"
 
 
-def test_agreement_with_people_is_reported_where_the_data_has_pairs(config: Any, prompts_file: Path) -> None:
+def test_agreement_with_people_is_reported_where_the_data_has_pairs(
+    config: Any, prompts_file: Path, notes: Any
+) -> None:
     pairs = [{"prompt": f"{i}?", "chosen": "aeiou", "rejected": "xyz" if i % 3 else "aaaaaaa"} for i in range(30)]
     prompts_file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    reporter = Lines()
-    result = train(config(), reward=llm_judge(CountsVowels(asked=[])), reporter=reporter)
-    assert any("agrees with 67% of 30 pairs of the data [" in line for line in reporter.lines)
+    result = train(config(), reward=llm_judge(CountsVowels(asked=[])), reporter=notes)
+    assert any("agrees with 67% of 30 pairs of the data [" in line for line in notes.lines)
     agreement = result.head.config.metrics["judge_agreement"]["judge CountsVowels"]
     assert agreement["pairs"] == 30 and agreement["mean"] == pytest.approx(2 / 3)
 

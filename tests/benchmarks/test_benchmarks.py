@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mara_integrations.data.principles import under
 from mara_integrations.errors import ConfigError, DataError, MissingExtraError, ModelError
+from mara_integrations.messages import Conversation, Message
 from mara_integrations.models.int8 import _processor_problem
+from mara_integrations.models.load import ModelSpec, load_model
+from mara_integrations.runtime import MARAEngine
 from tests.reward_for_tests import vowels
 
 SMALL = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 512 --prompt 8 --tokens 4 --rounds 1"
@@ -165,6 +169,41 @@ def test_heads_of_all_kinds_are_fitted_to_the_contrast_of_a_sentence(tmp_path, f
     assert len(shares) == 5 and all(share < 1 for share in shares.values()), shares
     assert "token biases: " in capsys.readouterr().out
     assert len(set(shares.values())) == 5, "each head is another one"
+
+
+@pytest.mark.usefixtures("methods_on_little")
+def test_greedy_replies_follow_the_contrast_itself(tmp_path, folder_model):
+    import exact_contrast
+
+    lines = exact_contrast.main(
+        ["cheerful", "--data", str(tmp_path), "--model", str(folder_model), "--strengths", "0", "4"]
+    )
+
+    assert lines[0].endswith("strength 0: preferred sentiment +0.00; perplexity x 1.00, distinct-2 x 1.00")
+    assert float(lines[1].split("perplexity x ")[1].split(",")[0]) > 1, "what is not most probable costs something"
+
+    model = load_model(ModelSpec(str(folder_model)))
+    prompts = [Conversation((Message("user", text),)) for text in ("40 o?", "41 p?")]
+    decoder = exact_contrast.Decoder(model, prompts, "Be kind.", ["Be rude."], 8)
+    engine = MARAEngine(model)
+    asked = [engine.generate(prompt, temperature=0, max_new_tokens=8).token_ids for prompt in prompts]
+    assert [reply.token_ids for reply in decoder.base] == [list(ids) for ids in asked]
+
+    def log_probs(prompt, reply):
+        context = model.encoder.encode(prompt)
+        with torch.inference_mode():
+            logits = model.model(torch.tensor([[*context, *reply]])).logits[0, len(context) - 1 : -1]
+        return logits.log_softmax(-1)
+
+    for prompt, reply in zip(prompts, decoder.decode(3.0), strict=True):
+        kind, rude = (log_probs(under(text, prompt), reply.token_ids) for text in ("Be kind.", "Be rude."))
+        base = log_probs(prompt, reply.token_ids)
+        spread = torch.cat([change for each in decoder.base for change in each.changes]).std()
+        for place, token in enumerate(reply.token_ids):
+            likely = base[place].topk(40).indices
+            likely = likely[(base[place, likely].exp().cumsum(0) - base[place, likely].exp()) < 0.95]
+            value = base[place] + 3.0 * (kind - rude)[place] / spread
+            assert token == int(likely[value[likely].argmax()])
 
 
 def test_a_question_is_answered_in_its_language_or_not():

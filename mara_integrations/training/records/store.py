@@ -93,6 +93,8 @@ def share(source: Path, target: Path) -> bool:
     Raises:
         OutputError: If a copy can't be written.
     """
+    if not source.is_file():
+        return False
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def share(source: Path, target: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError:  # another file system, or one without links
-        with suppress(OSError), source.open("rb") as file:  # what can't be read counts as absent
+        with suppress(FileNotFoundError), source.open("rb") as file:  # another run may have removed it
             write_atomically(target, partial(shutil.copyfileobj, file), private=True)
     finally:
         with suppress(OSError):
